@@ -1,0 +1,99 @@
+"""Advantages: what an action was worth beyond what was expected."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+_EPSILON = 1e-6
+
+
+def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: chex.Numeric = 1.0,
+        gae_lambda: chex.Numeric = 0.95) -> tuple[chex.Array, chex.Array]:
+  """Returns generalised advantage estimates and the critic's targets.
+
+  `delta_t = r_t + discount v_{t+1} - v_t`, `A_t = delta_t + discount lambda A_{t+1}` (Schulman et al., arXiv 1506.02438,
+  equation 16). The value after the last token of an episode is 0, whether the episode ended or was cut.
+
+  Args:
+    rewards: float `[..., T]` reward of each action.
+    values: float `[..., T]` value of the state in which each action was taken.
+    mask: bool `[..., T]` true at the tokens of the episode, a run from the start.
+    discount: gamma, 0..1; may be traced.
+    gae_lambda: lambda, 0..1; may be traced.
+
+  Returns:
+    `(advantages, returns)`, float32 `[..., T]`, both 0 where the mask is false, without gradient;
+    `returns = advantages + values`.
+
+  Raises:
+    AssertionError: if the shapes differ.
+  """
+  chex.assert_equal_shape([rewards, values, mask])
+  mask = mask.astype(jnp.float32)
+  rewards, values = rewards * mask, jax.lax.stop_gradient(values) * mask
+  next_values = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
+  deltas = (rewards + discount * next_values - values) * mask
+
+  def backward(advantage, delta):
+    advantage = delta + discount * gae_lambda * advantage
+    return advantage, advantage
+
+  start = jnp.zeros(rewards.shape[:-1], jnp.float32)
+  _, advantages = jax.lax.scan(backward, start, jnp.moveaxis(deltas, -1, 0), reverse=True)
+  advantages = jnp.moveaxis(advantages, 0, -1) * mask
+  return advantages, (advantages + values) * mask
+
+
+def group_relative(returns: chex.Array, group_size: int) -> chex.Array:
+  """Returns each return minus its group's mean, over the group's standard deviation.
+
+  Shao et al., arXiv 2402.03300, section 4.1.2 (outcome supervision). A group whose returns are equal gets 0.
+
+  Args:
+    returns: float `[B]` return of each episode.
+    group_size: G, a divisor of B; a group is G episodes in a row.
+
+  Returns:
+    float32 `[B]`.
+  """
+  groups = _groups(returns, group_size)
+  centred = groups - jnp.mean(groups, -1, keepdims=True)
+  return (centred / (jnp.std(groups, -1, keepdims=True) + _EPSILON)).reshape(-1)
+
+
+def leave_one_out(returns: chex.Array, group_size: int) -> chex.Array:
+  """Returns each return minus the mean of the others of its group (Ahmadian et al., arXiv 2402.14740, section 3).
+
+  Args:
+    returns: float `[B]` return of each episode.
+    group_size: G, a divisor of B, 2 or more; a group is G episodes in a row.
+
+  Returns:
+    float32 `[B]`.
+  """
+  groups = _groups(returns, group_size)
+  return (group_size / (group_size - 1) * (groups - jnp.mean(groups, -1, keepdims=True))).reshape(-1)
+
+
+def whiten(x: chex.Array, mask: chex.Array) -> chex.Array:
+  """Returns `x` brought to mean 0 and variance 1 over the entries where `mask` is true; 0 elsewhere.
+
+  Args:
+    x: float `[...]`.
+    mask: bool `[...]`.
+
+  Returns:
+    float32 `[...]`.
+  """
+  mask = mask.astype(jnp.float32)
+  count = jnp.maximum(jnp.sum(mask), 1.0)
+  mean = jnp.sum(x * mask) / count
+  variance = jnp.sum(jnp.square(x - mean) * mask) / count
+  return (x - mean) * jax.lax.rsqrt(variance + _EPSILON) * mask
+
+
+def _groups(returns, group_size):
+  chex.assert_rank(returns, 1)
+  if group_size < 2 or returns.size % group_size:
+    raise ValueError(f'group_size: expected a divisor of {returns.size} episodes, 2 or more; got {group_size}.')
+  return returns.astype(jnp.float32).reshape(-1, group_size)

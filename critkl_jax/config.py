@@ -1,0 +1,354 @@
+"""Configurations: frozen dataclasses that check themselves, their presets, and JSON.
+
+Every default stands here and nowhere else; command-line flags are generated from these fields.
+"""
+
+import dataclasses
+import json
+import typing
+from typing import Any, TypeVar
+
+ConfigT = TypeVar('ConfigT')
+
+
+# Checks.
+
+
+def _one_of(config, name, *options):
+  if getattr(config, name) not in options:
+    raise ValueError(f'{name}: expected one of {options}, got {getattr(config, name)!r}.')
+
+
+def _at_least(config, least, *names):
+  for name in names:
+    if not getattr(config, name) >= least:
+      raise ValueError(f'{name}: expected {least} or more, got {getattr(config, name)}.')
+
+
+def _positive(config, *names):
+  for name in names:
+    if not getattr(config, name) > 0:
+      raise ValueError(f'{name}: expected a positive number, got {getattr(config, name)}.')
+
+
+def _between(config, least, most, *names):
+  for name in names:
+    if not least <= getattr(config, name) <= most:
+      raise ValueError(f'{name}: expected {least} to {most}, got {getattr(config, name)}.')
+
+
+# Configs.
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """Sizes and numerics of the model.
+
+  Attributes:
+    vocab_size: V, number of token ids.
+    context_length: number of positions.
+    num_layers: L, number of blocks.
+    num_heads: H, a divisor of the width.
+    width: D, width of the residual stream.
+    value_head: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
+    value_head_detached: whether the gradient of the values stops before the trunk.
+    dtype: type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
+    attention: implementation of `jax.nn.dot_product_attention`: `xla`, `cudnn`, or `auto` for its own choice.
+    remat: whether blocks are recomputed in the backward pass, to save memory.
+  """
+
+  vocab_size: int = 41
+  context_length: int = 768
+  num_layers: int = 4
+  num_heads: int = 2
+  width: int = 128
+  value_head: str = 'linear'
+  value_head_detached: bool = True
+  dtype: str = 'float32'
+  attention: str = 'auto'
+  remat: bool = False
+
+  def __post_init__(self):
+    _at_least(self, 1, 'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width')
+    _one_of(self, 'value_head', 'linear', 'mlp')
+    _one_of(self, 'dtype', 'float32', 'bfloat16')
+    _one_of(self, 'attention', 'auto', 'xla', 'cudnn')
+    if self.width % self.num_heads:
+      raise ValueError(f'num_heads: expected a divisor of width={self.width}, got {self.num_heads}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """Pre-training from scratch on additions of up to N digits.
+
+  Attributes:
+    model: the model.
+    known_digits: N, the most digits of an operand.
+    batch_size: B, examples in a step.
+    num_steps: number of updates.
+    optimizer: `muon` or `adamw`.
+    learning_rate: its peak.
+    warmup_steps: steps of linear warm-up; a cosine follows.
+    final_learning_rate: where the cosine ends, as a fraction of the peak.
+    weight_decay: decoupled weight decay.
+    max_grad_norm: gradients are scaled down to this global norm.
+    seed: seed of parameters and problems.
+    save_every: steps between checkpoints.
+    eval_problems: problems in each cell of the final accuracy table.
+  """
+
+  model: GPT2Config = GPT2Config()
+  known_digits: int = 5
+  batch_size: int = 32
+  num_steps: int = 2400
+  optimizer: str = 'muon'
+  learning_rate: float = 5e-3
+  warmup_steps: int = 100
+  final_learning_rate: float = 0.02
+  weight_decay: float = 0.0
+  max_grad_norm: float = 1.0
+  seed: int = 0
+  save_every: int = 200
+  eval_problems: int = 200
+
+  def __post_init__(self):
+    _at_least(self, 1, 'known_digits', 'batch_size', 'num_steps', 'save_every')
+    _at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'eval_problems')
+    _positive(self, 'learning_rate', 'max_grad_norm')
+    _between(self, 0, 1, 'final_learning_rate')
+    _one_of(self, 'optimizer', 'muon', 'adamw')
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The loss: policy gradient, critic, entropy bonus and weighted KL penalty.
+
+  Attributes:
+    algorithm: `ppo`, with clipped importance ratios, or `a2c`, without ratios.
+    clip_ratio: PPO's epsilon.
+    value_clip: how far values may move from those of the rollout before they are clipped; 0 does not clip.
+    value_coefficient: weight of the critic's loss.
+    entropy_coefficient: weight of the entropy bonus.
+    temperature: of the policy; logits of policy and reference are divided by it.
+    kl: `prioritized` (weighted by certainty), `standard` (weight 1) or `none`.
+    kl_estimator: `exact`, `k1`, `k2` or `k3`. In the loss, k1 has zero expected gradient: it is there to be compared.
+    kl_placement: `loss`, or `reward` for a penalty taken off each token's reward.
+    kl_coefficient: alpha, weight of the penalty.
+    certainty: `negentropy` (paper), `min_entropy` (released code) or `max_prob`.
+    certainty_exponent: beta.
+    certainty_intercept: c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
+    certainty_temperature: temperature at which the reference's certainty is taken.
+  """
+
+  algorithm: str = 'ppo'
+  clip_ratio: float = 0.2
+  value_clip: float = 0.0
+  value_coefficient: float = 0.1
+  entropy_coefficient: float = 0.0
+  temperature: float = 1.0
+  kl: str = 'prioritized'
+  kl_estimator: str = 'k2'
+  kl_placement: str = 'loss'
+  kl_coefficient: float = 0.5
+  certainty: str = 'negentropy'
+  certainty_exponent: float = 150.0
+  certainty_intercept: float = 0.0
+  certainty_temperature: float = 1.0
+
+  def __post_init__(self):
+    _one_of(self, 'algorithm', 'ppo', 'a2c')
+    _one_of(self, 'kl', 'prioritized', 'standard', 'none')
+    _one_of(self, 'kl_estimator', 'exact', 'k1', 'k2', 'k3')
+    _one_of(self, 'kl_placement', 'loss', 'reward')
+    _one_of(self, 'certainty', 'negentropy', 'min_entropy', 'max_prob')
+    _positive(self, 'clip_ratio', 'temperature', 'certainty_temperature')
+    _at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
+              'certainty_exponent')
+    if self.certainty_intercept > 1:
+      raise ValueError(f'certainty_intercept: expected at most 1, got {self.certainty_intercept}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+  """Fine-tuning by reinforcement on additions of N + k digits.
+
+  Attributes:
+    loss: the loss.
+    reference: checkpoint directory of the pre-trained model; empty for the one that comes with the package.
+    extra_digits: k, digits beyond the N of pre-training.
+    num_iterations: rollouts, each followed by `epochs` x `minibatches` updates.
+    episodes: B, episodes in a rollout.
+    episodes_per_problem: how many of them in a row answer the same problem, a divisor of `episodes`.
+    epochs: passes over a rollout.
+    minibatches: updates in a pass, a divisor of `episodes`.
+    learning_rate: of Adam.
+    max_grad_norm: gradients are scaled down to this global norm.
+    advantage: `group_relative` (return minus the group's mean, over its standard deviation), `leave_one_out` (return
+      minus the mean of the others) or `gae` (generalised advantage estimation with the critic). A group is the episodes
+      of one problem, or the whole rollout where episodes_per_problem is 1.
+    whiten_advantages: whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
+    discount: gamma of GAE.
+    gae_lambda: lambda of GAE.
+    critic_warmup: first iterations in which the critic alone learns.
+    value_head: the critic, `linear` or `mlp`.
+    value_head_detached: whether the critic's gradient stops before the trunk.
+    seed: seed of problems and samples.
+    save_every: iterations between checkpoints.
+    eval_problems: problems in each accuracy before and after.
+  """
+
+  loss: LossConfig = LossConfig()
+  reference: str = ''
+  extra_digits: int = 1
+  num_iterations: int = 10
+  episodes: int = 96
+  episodes_per_problem: int = 1
+  epochs: int = 1
+  minibatches: int = 3
+  learning_rate: float = 2e-5
+  max_grad_norm: float = 1.0
+  advantage: str = 'group_relative'
+  whiten_advantages: bool = False
+  discount: float = 1.0
+  gae_lambda: float = 1.0
+  critic_warmup: int = 0
+  value_head: str = 'linear'
+  value_head_detached: bool = True
+  seed: int = 0
+  save_every: int = 5
+  eval_problems: int = 200
+
+  def __post_init__(self):
+    _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
+    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'seed', 'eval_problems')
+    _positive(self, 'learning_rate', 'max_grad_norm')
+    _between(self, 0, 1, 'discount', 'gae_lambda')
+    _one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
+    _one_of(self, 'value_head', 'linear', 'mlp')
+    for name in ('episodes_per_problem', 'minibatches'):
+      if self.episodes % getattr(self, name):
+        raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
+    if self.advantage != 'gae' and self.group_size == 1:
+      raise ValueError(f'advantage: {self.advantage!r} compares episodes and needs 2 or more; got episodes=1.')
+
+  @property
+  def group_size(self) -> int:
+    """Number of episodes that are compared with one another."""
+    return self.episodes_per_problem if self.episodes_per_problem > 1 else self.episodes
+
+
+# Presets.
+
+_TINY = GPT2Config()
+
+PRETRAIN_PRESETS = {
+    'smoke': PretrainConfig(
+        model=GPT2Config(context_length=384, num_layers=2, num_heads=2, width=32), known_digits=1, batch_size=8,
+        num_steps=4, warmup_steps=1, save_every=2, eval_problems=4),
+    'tiny': PretrainConfig(model=_TINY),
+    'small': PretrainConfig(
+        model=GPT2Config(context_length=1152, num_layers=6, num_heads=4, width=256), known_digits=7, num_steps=6000),
+    'paper': PretrainConfig(
+        model=GPT2Config(context_length=1024, num_layers=12, num_heads=12, width=768, value_head='mlp'),
+        known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=6e-4, warmup_steps=1000,
+        weight_decay=0.1, save_every=1000, eval_problems=1000),
+    'gpt2': PretrainConfig(
+        model=GPT2Config(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, width=768),
+        known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=6e-4, warmup_steps=1000,
+        weight_decay=0.1, save_every=1000, eval_problems=1000),
+}
+
+FINETUNE_PRESETS = {
+    'smoke': FinetuneConfig(num_iterations=2, episodes=4, minibatches=2, save_every=1, eval_problems=4),
+    'tiny': FinetuneConfig(),
+    'small': FinetuneConfig(num_iterations=50),
+    # Section 5.3 of the paper: A2C with GAE and a critic, one pass over 50 episodes.
+    'paper': FinetuneConfig(
+        loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.0005, kl_coefficient=5.0),
+        num_iterations=100, episodes=50, minibatches=25, learning_rate=1e-6, advantage='gae', gae_lambda=0.95,
+        value_head='mlp', eval_problems=1000),
+    # The released code where it departs from the paper: temperatures, certainty, entropy coefficient.
+    'released': FinetuneConfig(
+        loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.001, kl_coefficient=5.0,
+                        temperature=2.0, certainty='min_entropy', certainty_temperature=4.0),
+        num_iterations=100, episodes=50, minibatches=25, learning_rate=1e-6, advantage='gae', gae_lambda=0.95,
+        value_head='mlp', eval_problems=1000),
+}
+
+
+# Flat views and JSON.
+
+
+def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
+  """Returns the fields of a config and of the configs in it, by name.
+
+  Raises:
+    ValueError: if two of them share a name.
+  """
+  fields = {}
+  for field in dataclasses.fields(config_class):
+    nested = flat_fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
+    shared = sorted(fields.keys() & nested.keys())
+    if shared:
+      raise ValueError(f'{config_class.__name__}: fields {shared} stand in more than one config.')
+    fields |= nested
+  return fields
+
+
+def replace(config: ConfigT, **values: Any) -> ConfigT:
+  """Returns the config with fields replaced by name, those of the configs in it too.
+
+  Raises:
+    ValueError: if no config has such a field, or a value is not allowed.
+  """
+  unknown = sorted(values.keys() - flat_fields(type(config)).keys())
+  if unknown:
+    raise ValueError(f'{type(config).__name__} has no fields {unknown}.')
+  changes = {}
+  for field in dataclasses.fields(config):
+    if dataclasses.is_dataclass(field.type):
+      inner = flat_fields(field.type)
+      changes[field.name] = replace(getattr(config, field.name), **{k: v for k, v in values.items() if k in inner})
+    elif field.name in values:
+      changes[field.name] = values[field.name]
+  return dataclasses.replace(config, **changes)
+
+
+def to_json(config: Any) -> str:
+  """Returns the config as JSON text."""
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
+  """Returns the config that `to_json` wrote.
+
+  Raises:
+    ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
+  """
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{config_class.__name__}: not JSON ({error}).') from error
+  return from_dict(config_class, values)
+
+
+def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
+  """Returns the config of a nested dict; raises as `from_json` does."""
+  name = config_class.__name__
+  if not isinstance(values, dict):
+    raise ValueError(f'{name}: expected a JSON object, got {type(values).__name__}.')
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', fields.keys() - values.keys())):
+    if names:
+      raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
+  return config_class(**{key: _read_field(name, fields[key], value) for key, value in values.items()})
+
+
+def _read_field(owner, field, value):
+  if dataclasses.is_dataclass(field.type):
+    return from_dict(field.type, value)
+  if field.type is float and type(value) is int:
+    return float(value)
+  if type(value) is not field.type:
+    raise ValueError(f'{owner}.{field.name}: expected {field.type.__name__}, got {value!r}.')
+  return value

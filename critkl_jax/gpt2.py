@@ -1,0 +1,200 @@
+"""GPT-2 with a value head, as a Linen module: one function from tokens to logits and values.
+
+Radford et al. (2019), "Language models are unsupervised multitask learners": learned positions, pre-layer-norm,
+tanh-GELU, tied embedding; parameters carry the names of the released model. Letters in names of arrays:
+B episodes, T new tokens, S cached and new tokens, D width, H heads, K width of a head, V vocabulary, L layers.
+"""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from critkl_jax.config import GPT2Config
+
+@struct.dataclass
+class KVCache:
+  """Keys and values of the tokens seen so far.
+
+  Attributes:
+    keys: L arrays `[B, S, H, K]`.
+    values: L arrays `[B, S, H, K]`.
+    mask: bool `[B, S]` true at slots that hold a real token.
+    index: int32 `[]` first free slot.
+  """
+
+  keys: tuple[chex.Array, ...]
+  values: tuple[chex.Array, ...]
+  mask: chex.Array
+  index: chex.Array
+
+
+@struct.dataclass
+class GPT2Output:
+  """What the model says after each token.
+
+  Attributes:
+    logits: float32 `[B, T, V]` of the next token.
+    values: float32 `[B, T]` value estimates.
+    hidden: `[B, T, D]` final hidden states, after the last layer norm, in the activations' type.
+    cache: the cache with the new tokens in it, or None if none was given.
+  """
+
+  logits: chex.Array
+  values: chex.Array
+  hidden: chex.Array
+  cache: KVCache | None
+
+
+def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
+  """Returns an empty cache with `length` slots (S) for each of `batch_size` (B) episodes."""
+  shape = (batch_size, length, config.num_heads, config.width // config.num_heads)
+  zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+  return KVCache(keys=zeros, values=zeros, mask=jnp.zeros((batch_size, length), bool), index=jnp.int32(0))
+
+
+class Attention(nn.Module):
+  """Causal self-attention over the cached and the new tokens."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x_BxTxD, mask_Bx1xTxS, cached, index):
+    config = self.config
+    dtype = jnp.dtype(config.dtype)
+    qkv = nn.Dense(3 * config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_attn')(x_BxTxD)
+    heads = (*x_BxTxD.shape[:-1], config.num_heads, -1)
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
+    if cached is None:
+      keys, values = k_BxTxHxK, v_BxTxHxK
+    else:
+      keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+                      for old, new in zip(cached, (k_BxTxHxK, v_BxTxHxK)))
+    implementation = None if config.attention == 'auto' else config.attention
+    out_BxTxHxK = jax.nn.dot_product_attention(
+        q_BxTxHxK, keys, values, mask=mask_Bx1xTxS, implementation=implementation)
+    projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
+    return projection(out_BxTxHxK.reshape(x_BxTxD.shape)), (keys, values)
+
+
+class MLP(nn.Module):
+  """The feed-forward part of a block."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    dtype = jnp.dtype(self.config.dtype)
+    x = nn.Dense(4 * self.config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_fc')(x_BxTxD)
+    x = nn.gelu(x, approximate=True)
+    return nn.Dense(self.config.width, dtype=dtype, kernel_init=_residual_init(self.config), name='c_proj')(x)
+
+
+class Block(nn.Module):
+  """A transformer block, layer norms first."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x_BxTxD, mask_Bx1xTxS, cached, index):
+    norm = {'epsilon': 1e-5, 'dtype': jnp.dtype(self.config.dtype)}
+    attended, cached = Attention(self.config, name='attn')(
+        nn.LayerNorm(**norm, name='ln_1')(x_BxTxD), mask_Bx1xTxS, cached, index)
+    x_BxTxD = x_BxTxD + attended
+    return x_BxTxD + MLP(self.config, name='mlp')(nn.LayerNorm(**norm, name='ln_2')(x_BxTxD)), cached
+
+
+class ValueHead(nn.Module):
+  """A scalar for each hidden state."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, h_BxTxD):
+    x = h_BxTxD.astype(jnp.float32)
+    if self.config.value_head_detached:
+      x = jax.lax.stop_gradient(x)
+    if self.config.value_head == 'mlp':
+      for i in range(2):
+        x = nn.relu(nn.Dense(128, name=f'c_fc_{i}')(x))
+    return nn.Dense(1, kernel_init=nn.initializers.zeros, name='c_proj')(x)[..., 0]
+
+
+class GPT2(nn.Module):
+  """GPT-2: `model.apply({'params': params}, tokens, ...) -> GPT2Output`.
+
+  Attributes:
+    config: sizes and numerics.
+  """
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, tokens: chex.Array, mask: chex.Array | None = None, cache: KVCache | None = None,
+               position_offset: chex.Array | int = 0) -> GPT2Output:
+    """Runs the model over new tokens, after those of the cache if one is given.
+
+    The position of a token is the number of real tokens before it in its episode plus the offset, so padding on the
+    left changes nothing. Positions past the context are clamped by the caller's choice of lengths, never here: they
+    raise where shapes show them.
+
+    Args:
+      tokens: int32 `[B, T]`.
+      mask: bool `[B, T]` false at padding; all true if None.
+      cache: keys and values of earlier tokens; the new ones are written at its index.
+      position_offset: int32 `[]` or `[B]` added to the positions.
+
+    Returns:
+      `GPT2Output`, its logits at `[b, t]` those of the token that follows `tokens[b, t]`.
+
+    Raises:
+      ValueError: if T, or the length of the cache's arrays, exceeds the context.
+    """
+    config = self.config
+    length = tokens.shape[1] if cache is None else cache.mask.shape[1]
+    if length > config.context_length:
+      raise ValueError(f'tokens: {length} positions do not fit into a context of {config.context_length}.')
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    attention_mask, positions, cache = _place(mask, cache)
+    positions = positions + jnp.reshape(jnp.asarray(position_offset, jnp.int32), (-1, 1))
+
+    wte = nn.Embed(config.vocab_size, config.width, embedding_init=nn.initializers.normal(0.02), name='wte')
+    wpe = nn.Embed(config.context_length, config.width, embedding_init=nn.initializers.normal(0.01), name='wpe')
+    x_BxTxD = (wte(tokens) + wpe(positions)).astype(config.dtype)
+    block = nn.remat(Block) if config.remat else Block
+    layers = []
+    for i in range(config.num_layers):
+      cached = None if cache is None else (cache.keys[i], cache.values[i])
+      index = None if cache is None else cache.index
+      x_BxTxD, new = block(config, name=f'h_{i}')(x_BxTxD, attention_mask, cached, index)
+      layers.append(new)
+    hidden = nn.LayerNorm(epsilon=1e-5, dtype=jnp.dtype(config.dtype), name='ln_f')(x_BxTxD)
+    embedding_VxD = wte.embedding.astype(config.dtype)
+    logits = jnp.einsum('btd,vd->btv', hidden, embedding_VxD, preferred_element_type=jnp.float32)
+    values = ValueHead(config, name='value_head')(hidden)
+    if cache is not None:
+      keys, vals = zip(*layers)
+      cache = cache.replace(keys=keys, values=vals, index=cache.index + tokens.shape[1])
+    return GPT2Output(logits=logits, values=values, hidden=hidden, cache=cache)
+
+
+def _place(mask, cache):
+  """Returns the attention mask `[B, 1, T, S]`, the positions `[B, T]` and the cache with its mask updated."""
+  num_new = mask.shape[1]
+  if cache is None:
+    start, all_mask, before = 0, mask, 0
+  else:
+    start, before = cache.index, jnp.sum(cache.mask, axis=1, keepdims=True)
+    all_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
+    cache = cache.replace(mask=all_mask)
+  query, key = start + jnp.arange(num_new)[:, None], jnp.arange(all_mask.shape[1])[None, :]
+  # A padded query sees itself, so that no row of the softmax is empty.
+  visible = (key <= query) & all_mask[:, None, :] | (key == query)
+  positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+  return visible[:, None], positions, cache
+
+
+def _residual_init(config: GPT2Config):
+  """Initialises projections into the residual stream at 0.02 / sqrt(2 L), as GPT-2 does."""
+  return nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)

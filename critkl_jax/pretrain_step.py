@@ -1,0 +1,97 @@
+"""The pre-training step: fresh problems drawn on the device, loss on the solution text only."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from critkl_jax.config import PretrainConfig
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import TrainState
+from critkl_jax.tasks.task import Task
+
+
+def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
+  """Returns Muon (Jordan 2024; matrices by Muon, the rest by Adam) or AdamW with warm-up and a cosine."""
+  schedule = optax.warmup_cosine_decay_schedule(
+      0.0, config.learning_rate, config.warmup_steps, max(config.num_steps, config.warmup_steps + 1),
+      config.learning_rate * config.final_learning_rate)
+  if config.optimizer == 'muon':
+    optimizer = optax.contrib.muon(schedule, weight_decay=config.weight_decay)
+  else:
+    optimizer = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+
+
+def pretraining_keys(config: PretrainConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]:
+  """Returns the key of the initial parameters and the key of the run, both functions of the seed."""
+  init_key, run_key = jax.random.split(jax.random.key(config.seed))
+  return init_key, run_key
+
+
+def draw_longest(config: PretrainConfig, step: int) -> int:
+  """Draws, on the host, the number of digits of the longer operand of a step's examples.
+
+  Both operands' lengths uniform in 1..N make the longer one n with probability (2n - 1) / N^2. A function of the seed
+  and the step.
+  """
+  n = np.arange(1, config.known_digits + 1)
+  rng = np.random.default_rng((config.seed, step))
+  return int(rng.choice(n, p=(2 * n - 1) / config.known_digits**2))
+
+
+def init_pretraining(model: GPT2, config: PretrainConfig) -> TrainState:
+  """Returns the state before the first step, a function of the config's seed."""
+  init_key, _ = pretraining_keys(config)
+  params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))['params']
+  return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0))
+
+
+def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Callable:
+  """Makes the step `(state, key) -> (state, metrics)`, to be jitted with the state donated.
+
+  The key of a step is `fold_in(key, state.step)`. Each example starts at a position drawn uniformly from those at which
+  the whole of it fits into the context, so that every position embedding is trained.
+
+  Args:
+    model: the policy network.
+    task: its problems and solutions are the data; all examples of a step have the task's one length.
+    config: optimizer and batch size.
+
+  Returns:
+    The step; its metrics are float32 `[]`: `loss` in nats a token, `accuracy` of the next token, `num_tokens`.
+
+  Raises:
+    ValueError: if the longest example does not fit into the context.
+  """
+  optimizer = make_optimizer(config)
+  length = task.prompt_length + task.response_length
+  if length > model.config.context_length:
+    raise ValueError(f'context_length: expected {length} or more for this task, got {model.config.context_length}.')
+
+  def loss_fn(params, prompt, solution, offset):
+    tokens = jnp.concatenate([prompt.tokens, solution.tokens], 1)
+    mask = jnp.concatenate([prompt.mask, solution.mask], 1)
+    logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits
+    logits = logits[:, task.prompt_length - 1:]
+    num_tokens = jnp.sum(solution.mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, solution.tokens)
+    right = jnp.argmax(logits, -1) == solution.tokens
+    loss = jnp.sum(losses * solution.mask) / num_tokens
+    return loss, {'loss': loss, 'accuracy': jnp.sum(right & solution.mask) / num_tokens, 'num_tokens': num_tokens}
+
+  def step(state: TrainState, key: chex.PRNGKey):
+    problem_key, offset_key = jax.random.split(jax.random.fold_in(key, state.step))
+    problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.batch_size))
+    prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+    used = jnp.sum(prompt.mask, 1) + jnp.sum(solution.mask, 1)
+    offset = jax.random.randint(offset_key, (config.batch_size,), 0, model.config.context_length + 1 - used)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, prompt, solution, offset)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+  return step

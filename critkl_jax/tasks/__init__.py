@@ -1,0 +1,1 @@
+"""Tasks: records of pure functions that draw problems, write solutions and reward responses."""
