@@ -11,8 +11,8 @@ def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: che
         gae_lambda: chex.Numeric = 0.95) -> tuple[chex.Array, chex.Array]:
   """Returns generalised advantage estimates and the critic's targets.
 
-  `delta_t = r_t + discount v_{t+1} - v_t`, `A_t = delta_t + discount lambda A_{t+1}` (Schulman et al., arXiv 1506.02438,
-  equation 16). The value after the last token of an episode is 0, whether the episode ended or was cut.
+  `delta_t = r_t + discount v_{t+1} - v_t`, `A_t = delta_t + discount lambda A_{t+1}` (Schulman et al., arXiv
+  1506.02438, equation 16). The value after the last token of an episode is 0, whether the episode ended or was cut.
 
   Args:
     rewards: float `[..., T]` reward of each action.

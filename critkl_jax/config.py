@@ -5,7 +5,6 @@ Every default stands here and nowhere else; command-line flags are generated fro
 
 import dataclasses
 import json
-import typing
 from typing import Any, TypeVar
 
 ConfigT = TypeVar('ConfigT')
@@ -293,6 +292,21 @@ def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
       raise ValueError(f'{config_class.__name__}: fields {shared} stand in more than one config.')
     fields |= nested
   return fields
+
+
+def nested_classes(config_class: type) -> list[type]:
+  """Returns a config class and the config classes of its fields, outermost first."""
+  inner = [nested_classes(f.type) for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(f.type)]
+  return [config_class, *(c for classes in inner for c in classes)]
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+  """Returns the values of a config's fields and of those of the configs in it, by name."""
+  values = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    values |= flat_values(value) if dataclasses.is_dataclass(field.type) else {field.name: value}
+  return values
 
 
 def replace(config: ConfigT, **values: Any) -> ConfigT:

@@ -13,6 +13,7 @@ from flax import struct
 
 from critkl_jax.config import GPT2Config
 
+
 @struct.dataclass
 class KVCache:
   """Keys and values of the tokens seen so far.

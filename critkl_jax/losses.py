@@ -57,8 +57,8 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
   """Returns KL(policy || reference) of each token in nats, exact or estimated from the sampled action.
 
   With `d = log pi(a) - log pi_ref(a)`: `k1 = d`, `k2 = d^2 / 2`, `k3 = exp(-d) - 1 + d` (Schulman, "Approximating KL
-  divergence", 2020); `exact = sum_a pi(a) d(a)`. As a loss, k2 has the expected gradient of KL(pi || pi_ref) and k3 that
-  of KL(pi_ref || pi); that of k1 is zero. A token that the reference rules out counts with log-probability -1e4.
+  divergence", 2020); `exact = sum_a pi(a) d(a)`. As a loss, k2 has the expected gradient of KL(pi || pi_ref) and k3
+  that of KL(pi_ref || pi); that of k1 is zero. A token that the reference rules out counts with log-probability -1e4.
 
   Args:
     logits: float `[..., V]` of the policy, at the temperature at which the actions were drawn.
@@ -159,8 +159,8 @@ def ppo_loss(logits: chex.Array, values: chex.Array, ref_logits: chex.Array, bat
   5), each a mean over the tokens where the batch's mask is true.
 
   Args:
-    logits: float `[B, T, V]`; `logits[b, t]` is the distribution from which `actions[b, t]` was drawn, before the division
-      by the config's temperature.
+    logits: float `[B, T, V]`; `logits[b, t]` is the distribution from which `actions[b, t]` was drawn, before the
+      division by the config's temperature.
     values: float `[B, T]` value of the state in which each action was taken.
     ref_logits: float `[B, T, V]` of the reference at the same places; no gradient flows into them.
     batch: actions, mask, behaviour log-probabilities, advantages and returns, `[B, T]` each.

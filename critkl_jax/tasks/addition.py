@@ -86,7 +86,7 @@ def pretraining_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
 
 
 def longest_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
-  """Draws lengths `[2]` as `pretraining_lengths` does, given that the longer operand has exactly `num_digits` digits."""
+  """Draws lengths `[2]` as `pretraining_lengths` does, given that the longer one is exactly `num_digits`."""
   index = jax.random.randint(key, (), 0, 2 * num_digits - 1)
   return jnp.where(index < num_digits, jnp.stack([jnp.int32(num_digits), index + 1]),
                    jnp.stack([index - num_digits + 1, jnp.int32(num_digits)]))

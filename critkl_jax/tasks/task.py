@@ -66,7 +66,7 @@ def stop_after(patterns: Sequence[Sequence[int]], stop_tokens: Sequence[int] = (
 
 
 def _match_automaton(pattern: list[int], num_columns: int) -> np.ndarray:
-  """Returns `[len(pattern), C]`: the longest prefix of the pattern that ends the text after each token (Knuth-Morris-Pratt)."""
+  """Returns `[len(pattern), C]`: how long a prefix of the pattern ends the text, by Knuth, Morris and Pratt."""
   table = np.zeros((len(pattern), num_columns), np.int64)
   for state, wanted in enumerate(pattern):
     for token in set(pattern):

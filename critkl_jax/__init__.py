@@ -1,0 +1,54 @@
+"""Certainty-weighted KL penalties for reinforcement learning of language models, in JAX."""
+
+from critkl_jax.advantages import gae, group_relative, leave_one_out, whiten
+from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from critkl_jax.confidence import certainty, kl_weight
+from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import Coefficients, masked_mean, ppo_loss, ppo_loss_jit, token_kl
+from critkl_jax.records import Batch, Problem, Rollout, Solution, Tokens, TrainState
+from critkl_jax.rollout import generate, gpt2_generate, score
+from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import Task, stop_after
+from critkl_jax.tokenizer import CharTokenizer
+from critkl_jax.train_step import Hyperparameters, init_finetuning, make_train_step
+
+__version__ = '0.1.0'
+
+__all__ = (
+    'Batch',
+    'CharTokenizer',
+    'Checkpoint',
+    'CheckpointError',
+    'Coefficients',
+    'FinetuneConfig',
+    'GPT2',
+    'GPT2Config',
+    'Hyperparameters',
+    'LossConfig',
+    'PretrainConfig',
+    'Problem',
+    'Rollout',
+    'Solution',
+    'Task',
+    'Tokens',
+    'TrainState',
+    'certainty',
+    'gae',
+    'generate',
+    'gpt2_generate',
+    'group_relative',
+    'init_finetuning',
+    'kl_weight',
+    'leave_one_out',
+    'load_checkpoint',
+    'make_train_step',
+    'masked_mean',
+    'plus_task',
+    'ppo_loss',
+    'ppo_loss_jit',
+    'score',
+    'stop_after',
+    'token_kl',
+    'whiten',
+)

@@ -1,0 +1,1 @@
+"""From metrics and checkpoints to tables and pictures; needs no trainer."""

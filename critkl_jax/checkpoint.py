@@ -1,0 +1,209 @@
+"""Orbax checkpoints: arrays, and beside them the config that says what they are.
+
+    DIR/STEP/params      the policy's parameters
+    DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
+    DIR/STEP/config      JSON: format, kind, known_digits, model, training
+
+A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import TrainState
+
+FORMAT = 1
+SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
+_ITEMS = ('params', 'opt_state', 'config')
+_TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be used; the message is one line that says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+  """What a checkpoint's arrays are.
+
+  Attributes:
+    model: sizes of the model.
+    known_digits: N of its pre-training.
+    training: the config of the run that made it.
+  """
+
+  model: GPT2Config
+  known_digits: int
+  training: PretrainConfig | FinetuneConfig
+
+  @property
+  def kind(self) -> str:
+    """`pretrain` or `finetune`."""
+    return next(kind for kind, config in _TRAINING.items() if isinstance(self.training, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """A checkpoint read for use: a model's parameters and what they are.
+
+  Attributes:
+    params: nested dict of float32 arrays, for `GPT2(info.model).apply({'params': params}, tokens)`.
+    info: the model's config, N and the training config.
+    step: number of finished steps.
+    path: the step directory it was read from.
+  """
+
+  params: Any
+  info: CheckpointInfo
+  step: int
+  path: pathlib.Path
+
+
+def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) -> ocp.CheckpointManager:
+  """Opens a directory for saving, making it if needed; close it at the end."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
+  return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS)
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True) -> None:
+  """Saves a state under its step number; the reference's parameters are not part of it.
+
+  Args:
+    manager: from `open_manager`.
+    state: `params`, `opt_state` and `step` are read.
+    info: what the arrays are.
+    with_optimizer: whether training can be taken up again from it.
+
+  A step that is there already is left as it is.
+  """
+  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training)}
+  items = {'params': ocp.args.StandardSave(state.params), 'config': ocp.args.JsonSave(config)}
+  if with_optimizer:
+    items['opt_state'] = ocp.args.StandardSave(state.opt_state)
+  if int(state.step) in manager.all_steps():
+    return
+  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+  manager.wait_until_finished()  # the next step is given these very arrays to write over
+
+
+def restore(path: pathlib.Path, state: TrainState) -> TrainState:
+  """Returns `state` with parameters, optimizer state and step of a step directory, placed as the arrays of `state` are.
+
+  Raises:
+    CheckpointError: if the directory lacks an item, is damaged, or holds arrays of another shape.
+  """
+  return state.replace(params=_read(path, 'params', state.params), opt_state=_read(path, 'opt_state', state.opt_state),
+                       step=jnp.int32(int(path.name)))
+
+
+def latest(directory: str | pathlib.Path) -> pathlib.Path | None:
+  """Returns the step directory with the greatest step in `directory`, or None if there is none."""
+  steps = steps_in(directory)
+  return pathlib.Path(directory) / str(steps[-1]) if steps else None
+
+
+def steps_in(directory: str | pathlib.Path) -> list[int]:
+  """Returns the steps of the complete checkpoints in a directory, in ascending order."""
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def read_info(path: str | pathlib.Path) -> CheckpointInfo:
+  """Reads the config of a step directory.
+
+  Raises:
+    CheckpointError: if it is missing, damaged, or of another version of the project; the message names the field.
+  """
+  file = pathlib.Path(path) / 'config' / 'metadata'
+  if not file.is_file():
+    raise CheckpointError(f'{path}: no config in it; it is half written or not a checkpoint of this project.')
+  try:
+    values = json.loads(file.read_text())
+    if values['format'] != FORMAT:
+      raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
+    return CheckpointInfo(model=from_dict(GPT2Config, values['model']), known_digits=int(values['known_digits']),
+                          training=from_dict(_TRAINING[values['kind']], values['training']))
+  except CheckpointError:
+    raise
+  except KeyError as error:
+    raise CheckpointError(f'{path}: its config lacks the field or has an unknown kind {error}.') from error
+  except (TypeError, ValueError) as error:
+    raise CheckpointError(f'{path}: its config cannot be read: {error}') from error
+
+
+def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None) -> Checkpoint:
+  """Reads a checkpoint's parameters and config, on any number of devices.
+
+  Args:
+    path: a directory of step directories, a workdir that holds one under `checkpoints`, or a step directory; the
+      reference that comes with the package if not given.
+    step: which step; the latest if None.
+
+  Returns:
+    A `Checkpoint`.
+
+  Raises:
+    CheckpointError: if there is nothing at the path, no such step, or what is there is damaged.
+  """
+  path = _find(pathlib.Path(path), step)
+  info = read_info(path)
+  shapes = jax.eval_shape(GPT2(info.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+  return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
+
+
+def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
+  if not path.is_dir():
+    raise CheckpointError(f'{path}: no such directory; give a checkpoint directory, or a workdir that holds one.')
+  if (path / 'params').is_dir() or (path / 'config').is_dir():
+    return path
+  path = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+  steps = steps_in(path)
+  if not steps:
+    raise CheckpointError(f'{path}: no complete checkpoint in it; the run was stopped before it saved one.')
+  if step is not None and step not in steps:
+    raise CheckpointError(f'{path}: no step {step} in it; it holds steps {steps}.')
+  return path / str(steps[-1] if step is None else step)
+
+
+def _read(path: pathlib.Path, item: str, target: Any) -> Any:
+  """Restores an item into arrays like `target`, after a look at the shapes that were stored."""
+  directory = (path / item).absolute()
+  if not directory.is_dir():
+    raise CheckpointError(f'{path}: no {item} in it; it is half written, or was saved without.')
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+  with ocp.StandardCheckpointer() as checkpointer:
+    try:
+      stored = checkpointer.metadata(directory).item_metadata.tree
+      _check_shapes(path, item, stored, abstract)
+      return checkpointer.restore(directory, abstract)
+    except CheckpointError:
+      raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+      logging.debug('restoring %s', directory, exc_info=True)
+      reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+      raise CheckpointError(f'{path}: {item} is damaged or half written ({reason}); remove this step directory or take '
+                            'another one.') from error
+
+
+def _check_shapes(path, item, stored, target):
+  stored, wanted = ({jax.tree_util.keystr(key, simple=True, separator='/'): tuple(leaf.shape)
+                     for key, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (stored, target))
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
+      raise CheckpointError(
+          f'{path}: {item} is of another shape: {name} has {stored.get(name, "nothing")}, expected '
+          f'{wanted.get(name, "nothing")}; it does not belong to this config.')

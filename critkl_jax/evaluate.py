@@ -1,0 +1,162 @@
+"""Accuracy by operand length, and what a model knows of the critical tokens."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from critkl_jax.confidence import certainty
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import action_log_probs
+from critkl_jax.records import Problem, Rollout
+from critkl_jax.rollout import gpt2_generate, score
+from critkl_jax.tasks import addition
+from critkl_jax.tasks.task import Task
+
+# (key, number of digits of the longer operand, N) -> lengths [2]
+DISTRIBUTIONS = {
+    'identical': lambda key, num_digits, known: addition.identical_lengths(key, num_digits),
+    'varying': lambda key, num_digits, known: addition.varying_lengths(key, num_digits),
+    'plus': lambda key, num_digits, known: addition.plus_lengths(
+        key, min(known, num_digits), max(num_digits - known, 0)),
+}
+
+
+def make_answer(model: GPT2, task: Task, greedy: bool = True, temperature: float = 1.0) -> Callable:
+  """Makes `(params, problems, key) -> (Rollout, rewards float32 [B])`, jitted: one response to each of B problems."""
+
+  @jax.jit
+  def answer(params, problems, key):
+    prompt = jax.vmap(task.prompt)(problems)
+    rollout = gpt2_generate(
+        model, params, prompt.tokens, prompt.mask, key, max_new_tokens=task.response_length, stop=task.stop,
+        temperature=temperature, greedy=greedy, pad_id=task.tokenizer.pad_id)
+    return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+
+  return answer
+
+
+def draw_problems(key: chex.PRNGKey, num_problems: int, distribution: str, num_digits: int, known_digits: int,
+                  max_digits: int) -> Problem:
+  """Draws addition problems for a test.
+
+  Args:
+    key: PRNG key, consumed.
+    num_problems: B.
+    distribution: `identical`, `varying` or `plus`; the last with up to N digits is `varying`.
+    num_digits: digits of the longer operand.
+    known_digits: N of pre-training.
+    max_digits: M, size of the digit arrays.
+
+  Returns:
+    A `Problem` with a leading axis B.
+
+  Raises:
+    ValueError: if the distribution is unknown or the digits do not fit.
+  """
+  if distribution not in DISTRIBUTIONS:
+    raise ValueError(f'distribution: expected one of {tuple(DISTRIBUTIONS)}, got {distribution!r}.')
+  if not 1 <= num_digits <= max_digits:
+    raise ValueError(f'num_digits: expected 1..{max_digits}, got {num_digits}.')
+  lengths = functools.partial(DISTRIBUTIONS[distribution], num_digits=num_digits, known=known_digits)
+  sample = addition.addition(known_digits, max_digits, lengths).sample
+  return jax.vmap(sample)(jax.random.split(key, num_problems))
+
+
+def answer_all(answer: Callable, params: Any, problems: Problem, key: chex.PRNGKey, batch_size: int = 100
+                 ) -> np.ndarray:
+  """Answers problems in batches of one size, so that one program serves all of them.
+
+  Args:
+    answer: what `make_answer` returns.
+    params: the model's parameters.
+    problems: with a leading axis B.
+    key: PRNG key, consumed.
+    batch_size: problems in a batch; the last batch is filled up with the first problems.
+
+  Returns:
+    float32 NumPy `[B]` rewards.
+  """
+  total = problems.lengths.shape[0]
+  batch_size = min(batch_size, total)
+  rewards = []
+  for start in range(0, total, batch_size):
+    indices = (start + np.arange(batch_size)) % total
+    batch = jax.tree.map(lambda x, i=indices: x[i], problems)
+    rewards.append(np.asarray(answer(params, batch, jax.random.fold_in(key, start))[1]))
+  return np.concatenate(rewards)[:total]
+
+
+def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+                       ) -> tuple[float, float]:
+  """Returns the percentile bootstrap interval of the mean of `samples` `[B]` (Efron 1979)."""
+  rng = np.random.default_rng(seed)
+  samples = np.asarray(samples)
+  means = samples[rng.integers(0, len(samples), (num_resamples, len(samples)))].mean(1)
+  low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+  return float(low), float(high)
+
+
+def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],
+                   num_problems: int, seed: int = 0, greedy: bool = True, temperature: float = 1.0
+                   ) -> list[dict[str, Any]]:
+  """Tests a model on every distribution at every number of digits.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    known_digits: N of pre-training.
+    digits: numbers of digits of the longer operand.
+    distributions: names out of `DISTRIBUTIONS`.
+    num_problems: problems in a cell.
+    seed: seed of problems and samples.
+    greedy: whether the most probable tokens are taken.
+    temperature: of the samples, where not greedy.
+
+  Returns:
+    A row for each cell: `digits`, `distribution`, `accuracy` 0..1, `low` and `high` of its 95% bootstrap interval,
+    `num_problems`.
+
+  Raises:
+    ValueError: if a distribution is unknown or the texts do not fit into the model's context.
+  """
+  rows = []
+  for num_digits in digits:
+    task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
+    answer = make_answer(model, task, greedy, temperature)
+    for distribution in distributions:
+      problem_key, answer_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), num_digits))
+      problems = draw_problems(problem_key, num_problems, distribution, num_digits, known_digits, num_digits)
+      rewards = answer_all(answer, params, problems, answer_key)
+      low, high = bootstrap_interval(rewards)
+      rows.append({'digits': num_digits, 'distribution': distribution, 'accuracy': float(rewards.mean()), 'low': low,
+                   'high': high, 'num_problems': num_problems})
+  return rows
+
+
+def solution_statistics(model: GPT2, task: Task, params: Any, problems: Problem) -> dict[str, float]:
+  """Reads right solutions to the model and compares critical tokens with the others.
+
+  Args:
+    model: the network.
+    task: writes the solutions and marks their critical tokens.
+    params: the model's parameters.
+    problems: with a leading axis B.
+
+  Returns:
+    `critical_probability` and `other_probability` of the right token, `critical_certainty` and `other_certainty` of the
+    prediction (negentropy), means over the tokens; NaN where there are none.
+  """
+  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+  blank = jnp.zeros(solution.mask.shape)
+  rollout = Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
+                    log_probs=blank, values=blank)
+  logits, _ = jax.jit(functools.partial(score, model))(params, rollout)
+  measured = {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits)}
+  places = {'critical': solution.critical, 'other': solution.mask & ~solution.critical}
+  return {f'{place}_{name}': float(jnp.sum(x * where) / jnp.sum(where))
+          for place, where in places.items() for name, x in measured.items()}

@@ -1,0 +1,215 @@
+"""One iteration of fine-tuning as one program: rollout, reward, reference pass, advantages, updates.
+
+The parts are functions of their own, so that they can be timed and replaced one by one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from critkl_jax import advantages
+from critkl_jax.config import FinetuneConfig
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import Coefficients, penalty_weight, ppo_loss, token_kl
+from critkl_jax.records import Batch, Rollout, TrainState
+from critkl_jax.rollout import gpt2_generate, score
+from critkl_jax.tasks.task import Task
+
+
+@struct.dataclass
+class Hyperparameters:
+  """The numbers that a study varies, float32 `[]` each; traced, so that a change of one compiles nothing anew.
+
+  Attributes:
+    learning_rate: of Adam.
+    discount: gamma of GAE.
+    gae_lambda: lambda of GAE.
+    loss: the numbers of the loss.
+  """
+
+  learning_rate: chex.Numeric
+  discount: chex.Numeric
+  gae_lambda: chex.Numeric
+  loss: Coefficients
+
+  @classmethod
+  def of(cls, config: FinetuneConfig) -> 'Hyperparameters':
+    """Returns the numbers of a config as float32 arrays."""
+    numbers = cls(learning_rate=config.learning_rate, discount=config.discount, gae_lambda=config.gae_lambda,
+                  loss=Coefficients.of(config.loss))
+    return jax.tree.map(jnp.float32, numbers)
+
+
+def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+  """Returns Adam behind a clip of the global norm, its learning rate a part of the state."""
+
+  def adam(learning_rate):
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate))
+
+  return optax.inject_hyperparams(adam)(learning_rate=config.learning_rate)
+
+
+def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any) -> TrainState:
+  """Returns the state before the first iteration: the policy is a copy of the reference.
+
+  A value head of another kind than the reference's starts anew, from a key that is a function of the config's seed.
+
+  Args:
+    model: the policy network, with the value head that the config asks for.
+    config: the fine-tuning config.
+    ref_params: parameters of the pre-trained model.
+
+  Returns:
+    A `TrainState`; none of its arrays is shared with the arguments, so it may be donated.
+  """
+  init_key, _ = finetuning_keys(config)
+  fresh = model.init(init_key, jnp.zeros((1, 1), jnp.int32))['params']
+  params = {**ref_params, 'value_head': _matching(ref_params.get('value_head'), fresh['value_head'])}
+  chex.assert_trees_all_equal_shapes(params, fresh)
+  params, ref_params = (jax.tree.map(lambda x: jnp.array(x, copy=True), params) for _ in range(2))
+  return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0),
+                    ref_params=ref_params)
+
+
+def finetuning_keys(config: FinetuneConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]:
+  """Returns the key of the initial critic and the key of the run, both functions of the seed."""
+  init_key, run_key = jax.random.split(jax.random.key(config.seed))
+  return init_key, run_key
+
+
+def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable:
+  """Makes one iteration of fine-tuning: `(state, key, hyperparameters) -> (state, metrics)`, jitted, the state donated.
+
+  Under `vmap` it advances several members at once; with `TrainState(..., ref_params=None)` as their axes they share one
+  reference.
+
+  Args:
+    model: the policy network.
+    task: problems and reward.
+    config: structure and estimators; its numbers are taken from the third argument of the step.
+
+  Returns:
+    The step. Its key is the run's: iteration i uses `fold_in(key, i)`, i being `state.step`. Its metrics are float32
+    `[]`: those of `ppo_loss` and `grad_norm` as means over the updates, and `accuracy`, the mean reward of the rollout,
+    `response_length`, tokens in an episode, and `num_tokens`, tokens sampled.
+  """
+
+  def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
+    rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
+    rollout, rewards = collect(model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
+    ref_logits, _ = score(model, state.ref_params, rollout)
+    batch = make_batch(model, config, state.params, rollout, rewards, ref_logits, hyperparameters)
+    state, metrics = update(model, config, state, rollout, ref_logits, batch, shuffle_key, hyperparameters)
+    num_tokens = jnp.sum(rollout.mask)
+    return state, metrics | {
+        'accuracy': jnp.mean(rewards), 'response_length': num_tokens / config.episodes,
+        'num_tokens': num_tokens.astype(jnp.float32)}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: chex.PRNGKey,
+            temperature: chex.Numeric) -> tuple[Rollout, chex.Array]:
+  """Draws problems and samples responses: returns the `Rollout` of B episodes and their rewards, float32 `[B]`."""
+  problem_key, sample_key = jax.random.split(key)
+  problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
+  problems = jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems)
+  prompt = jax.vmap(task.prompt)(problems)
+  rollout = gpt2_generate(
+      model, params, prompt.tokens, prompt.mask, sample_key, max_new_tokens=task.response_length, stop=task.stop,
+      temperature=temperature, pad_id=task.tokenizer.pad_id)
+  return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+
+
+def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollout, rewards: chex.Array,
+               ref_logits: chex.Array, hyperparameters: Hyperparameters) -> Batch:
+  """Turns a rollout and its rewards into what the loss needs.
+
+  Args:
+    model: the policy network; used only for a KL penalty in the reward, which needs its distributions.
+    config: names of the estimators.
+    params: the policy's parameters at the time of the rollout.
+    rollout: B episodes of T tokens.
+    rewards: float32 `[B]`, given at the last token of each episode.
+    ref_logits: float32 `[B, T, V]` of the reference.
+    hyperparameters: the numbers.
+
+  Returns:
+    A `Batch` `[B, T]`. Unless the advantages are GAE's, the returns are the sums of the rewards to come.
+  """
+  mask = rollout.mask
+  last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+  token_rewards = jnp.where(last, rewards[:, None], 0.0)
+  if config.loss.kl_placement == 'reward':
+    numbers, logits = hyperparameters.loss, score(model, params, rollout)[0]
+    kl = token_kl(logits / numbers.temperature, ref_logits / numbers.temperature, rollout.actions,
+                  config.loss.kl_estimator)
+    weight = penalty_weight(ref_logits, config.loss, numbers)
+    token_rewards -= jnp.where(mask, numbers.kl_coefficient * weight * kl, 0.0)
+  if config.advantage == 'gae':
+    token_advantages, returns = advantages.gae(
+        token_rewards, rollout.values, mask, hyperparameters.discount, hyperparameters.gae_lambda)
+    if config.whiten_advantages:
+      token_advantages = advantages.whiten(token_advantages, mask)
+  else:
+    estimator = getattr(advantages, config.advantage)
+    episode = estimator(jnp.sum(token_rewards, -1), config.group_size)
+    token_advantages = episode[:, None] * mask
+    returns = jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1] * mask
+  return Batch(actions=rollout.actions, mask=mask, log_probs=rollout.log_probs, values=rollout.values,
+               advantages=token_advantages, returns=returns)
+
+
+def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_logits: chex.Array,
+           batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters
+           ) -> tuple[TrainState, dict[str, chex.Array]]:
+  """Makes `epochs` x `minibatches` updates; each epoch shuffles the episodes anew.
+
+  Args:
+    model: the policy network.
+    config: structure and estimators.
+    state: the state at the time of the rollout.
+    rollout: B episodes.
+    ref_logits: float32 `[B, T, V]` of the reference.
+    batch: `[B, T]`.
+    key: PRNG key, consumed.
+    hyperparameters: the numbers.
+
+  Returns:
+    The state one step later, and the means of the loss's metrics over the updates.
+  """
+  optimizer = make_optimizer(config)
+  warming_up = state.step < config.critic_warmup
+
+  def loss_fn(params, minibatch):
+    rollout, ref_logits, batch = minibatch
+    logits, values = score(model, params, rollout)
+    loss, metrics = ppo_loss(logits, values, ref_logits, batch, config.loss, hyperparameters.loss)
+    critic_loss = hyperparameters.loss.value_coefficient * metrics['value_loss']
+    return jnp.where(warming_up, critic_loss, loss), metrics
+
+  def one_update(carry, indices):
+    params, opt_state = carry
+    minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_logits, batch))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), metrics | {'grad_norm': optax.global_norm(grads)}
+
+  shuffles = jax.vmap(lambda k: jax.random.permutation(k, config.episodes))(jax.random.split(key, config.epochs))
+  indices = shuffles.reshape(config.epochs * config.minibatches, -1)
+  opt_state = state.opt_state._replace(
+      hyperparams=state.opt_state.hyperparams | {'learning_rate': jnp.float32(hyperparameters.learning_rate)})
+  (params, opt_state), metrics = jax.lax.scan(one_update, (state.params, opt_state), indices)
+  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), jax.tree.map(jnp.mean, metrics)
+
+
+def _matching(old, fresh):
+  """Returns the old value head if its arrays have the fresh one's names and shapes, else the fresh one."""
+  if old is None or jax.tree.map(jnp.shape, old) != jax.tree.map(jnp.shape, fresh):
+    return fresh
+  return old

@@ -1,0 +1,1 @@
+"""Experiment binaries; run them from the repository's root, for example `python -m experiments.finetune`."""

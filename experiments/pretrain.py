@@ -1,0 +1,57 @@
+"""Pre-trains a GPT-2 from scratch on additions of up to N digits and tests it on N, N+1 and N+2.
+
+    python -m experiments.pretrain --preset=tiny --workdir=runs/pretrain
+
+The same command goes on where it was stopped.
+"""
+
+import json
+import pathlib
+
+import jax
+from absl import flags
+
+from critkl_jax import checkpoint, runner
+from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig
+from critkl_jax.evaluate import accuracy_table
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.tasks.addition import pretraining_task
+from experiments.flags import define_config, read_config, run
+from experiments.tables import accuracy_rows
+
+WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
+define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
+
+
+def main() -> None:
+  """Pre-trains, then prints and saves the accuracy table."""
+  config = read_config(PRETRAIN_PRESETS)
+  model = GPT2(config.model)
+  try:
+    steps = {n: jax.jit(make_pretrain_step(model, pretraining_task(config.known_digits, n), config), donate_argnums=0)
+             for n in range(1, config.known_digits + 1)}
+  except ValueError as error:
+    raise SystemExit(f'error: {error}') from error
+  _, key = pretraining_keys(config)
+  info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
+  workdir = pathlib.Path(WORKDIR.value)
+
+  state = runner.run(
+      lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config),
+      config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
+
+  if config.eval_problems:
+    table = accuracy_table(
+        model, state.params, config.known_digits, [config.known_digits + k for k in range(3)],
+        ['identical', 'varying', 'plus'], config.eval_problems)
+    print(accuracy_rows(table))
+    (workdir / 'summary.json').write_text(json.dumps({'accuracy': table}, indent=2) + '\n')
+  final = checkpoint.open_manager(workdir / 'reference')
+  checkpoint.save(final, state, info, with_optimizer=False)
+  final.close()
+  print(f'Parameters for --reference: {workdir / "reference"}')
+
+
+if __name__ == '__main__':
+  run(main)

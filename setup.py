@@ -1,0 +1,37 @@
+"""Installs critkl_jax; settings of the tools are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+TENSORBOARD = ['tensorboardX>=2.6']
+
+setuptools.setup(
+    name='critkl-jax',
+    version='0.1.0',
+    description='Certainty-weighted KL penalties for reinforcement learning of language models, in JAX.',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']),
+    package_data={'critkl_jax': ['checkpoints/**/*']},
+    install_requires=[
+        'absl-py>=2.1',
+        'chex>=0.1.90',
+        'flax>=0.10.4',
+        'jax>=0.6',
+        'matplotlib>=3.8',
+        'numpy>=1.26',
+        'optax>=0.2.5',
+        'orbax-checkpoint>=0.11.20',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'cuda12': ['jax[cuda12]'],
+        'tpu': ['jax[tpu]'],
+        'tensorboard': TENSORBOARD,
+        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', *TENSORBOARD],
+    },
+)
