@@ -158,5 +158,5 @@ def solution_statistics(model: GPT2, task: Task, params: Any, problems: Problem)
   logits, _ = jax.jit(functools.partial(score, model))(params, rollout)
   measured = {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits)}
   places = {'critical': solution.critical, 'other': solution.mask & ~solution.critical}
-  return {f'{place}_{name}': float(jnp.sum(x * where) / jnp.sum(where))
+  return {f'{place}_{name}': float(np.mean(np.asarray(x)[np.asarray(where)]))
           for place, where in places.items() for name, x in measured.items()}

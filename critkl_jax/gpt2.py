@@ -189,7 +189,7 @@ def _place(mask, cache):
     start, before = cache.index, jnp.sum(cache.mask, axis=1, keepdims=True)
     all_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
     cache = cache.replace(mask=all_mask)
-  query, key = start + jnp.arange(num_new)[:, None], jnp.arange(all_mask.shape[1])[None, :]
+  query, key = start + jnp.arange(num_new)[None, :, None], jnp.arange(all_mask.shape[1])[None, None, :]
   # A padded query sees itself, so that no row of the softmax is empty.
   visible = (key <= query) & all_mask[:, None, :] | (key == query)
   positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)

@@ -43,7 +43,7 @@ def masked_mean(x: chex.Array, mask: chex.Array) -> chex.Array:
   """Returns the mean `[]` of `x` `[...]` over the entries where `mask` `[...]` is true; 0 if there are none."""
   chex.assert_equal_shape([x, mask])
   mask = mask.astype(bool)
-  return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+  return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
 
 def action_log_probs(logits: chex.Array, actions: chex.Array) -> chex.Array:

@@ -10,6 +10,7 @@ import optax
 
 from critkl_jax.config import PretrainConfig
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import masked_mean
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
 
@@ -77,11 +78,11 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     mask = jnp.concatenate([prompt.mask, solution.mask], 1)
     logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits
     logits = logits[:, task.prompt_length - 1:]
-    num_tokens = jnp.sum(solution.mask)
+    num_tokens = jnp.sum(solution.mask, dtype=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, solution.tokens)
     right = jnp.argmax(logits, -1) == solution.tokens
-    loss = jnp.sum(losses * solution.mask) / num_tokens
-    return loss, {'loss': loss, 'accuracy': jnp.sum(right & solution.mask) / num_tokens, 'num_tokens': num_tokens}
+    loss, accuracy = masked_mean(losses, solution.mask), masked_mean(right.astype(jnp.float32), solution.mask)
+    return loss, {'loss': loss, 'accuracy': accuracy, 'num_tokens': num_tokens}
 
   def step(state: TrainState, key: chex.PRNGKey):
     problem_key, offset_key = jax.random.split(jax.random.fold_in(key, state.step))

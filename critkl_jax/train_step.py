@@ -105,10 +105,10 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
     ref_logits, _ = score(model, state.ref_params, rollout)
     batch = make_batch(model, config, state.params, rollout, rewards, ref_logits, hyperparameters)
     state, metrics = update(model, config, state, rollout, ref_logits, batch, shuffle_key, hyperparameters)
-    num_tokens = jnp.sum(rollout.mask)
+    num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     return state, metrics | {
         'accuracy': jnp.mean(rewards), 'response_length': num_tokens / config.episodes,
-        'num_tokens': num_tokens.astype(jnp.float32)}
+        'num_tokens': num_tokens}
 
   return jax.jit(step, donate_argnums=0)
 
@@ -159,8 +159,8 @@ def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollou
   else:
     estimator = getattr(advantages, config.advantage)
     episode = estimator(jnp.sum(token_rewards, -1), config.group_size)
-    token_advantages = episode[:, None] * mask
-    returns = jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1] * mask
+    token_advantages = jnp.where(mask, episode[:, None], 0.0)
+    returns = jnp.where(mask, jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1], 0.0)
   return Batch(actions=rollout.actions, mask=mask, log_probs=rollout.log_probs, values=rollout.values,
                advantages=token_advantages, returns=returns)
 

@@ -2,8 +2,8 @@
 
     python -m experiments.finetune --kl=prioritized --workdir=runs/finetune
 
-Without flags: the reference that comes with the package, N + 1 digits, PPO, the prioritized KL penalty. The same command
-goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.png and summary.json into the workdir.
+Without flags: the reference that comes with the package, N + 1 digits, PPO, the prioritized KL penalty. The same
+command goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.png and summary.json into the workdir.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ def main() -> None:
   task = plus_task(known, config.extra_digits)
   needed = task.prompt_length + task.response_length
   if needed > model.config.context_length:
-    raise SystemExit(f'error: --extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and the '
-                     f'reference has {model.config.context_length}; take fewer.')
+    raise SystemExit(f'error: --extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
+                     f'the reference has {model.config.context_length}; take fewer.')
 
   state = init_finetuning(model, config, reference.params)
   test = make_test(model, config, known)

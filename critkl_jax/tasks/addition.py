@@ -61,7 +61,7 @@ def sample_operands(key: chex.PRNGKey, lengths: chex.Array, max_digits: int) -> 
   Returns:
     A `Problem` with `[2, M]` digits.
   """
-  place = jnp.arange(max_digits)
+  place = jnp.arange(max_digits)[None]
   leading = (place == lengths[:, None] - 1) & (lengths[:, None] > 1)
   digits = jax.random.randint(key, (2, max_digits), leading.astype(jnp.int32), 10)
   return Problem(digits=jnp.where(place < lengths[:, None], digits, 0), lengths=lengths.astype(jnp.int32))

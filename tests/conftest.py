@@ -1,0 +1,28 @@
+"""Settings of all tests: strict types and ranks, several CPU devices, the PRNG that goldens are written for."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
+
+import jax
+import pytest
+
+from critkl_jax.config import GPT2Config
+from critkl_jax.gpt2 import GPT2
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_default_prng_impl', 'threefry2x32')
+jax.config.update('jax_threefry_partitionable', True)
+
+
+@pytest.fixture(scope='session')
+def small_model():
+  """A model of two blocks, and parameters whose value head is not the zeros it starts with."""
+  model = GPT2(GPT2Config(vocab_size=11, context_length=32, num_layers=2, num_heads=2, width=16))
+  params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), jax.numpy.int32))['params']
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+  return model, jax.tree.unflatten(structure, noisy)

@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from critkl_jax.rollout import generate, gpt2_generate, score
+from critkl_jax.tasks.task import stop_after
+
+STOP = stop_after([[3]])
+NEVER = stop_after([[99]])
+
+
+@pytest.fixture(scope='module')
+def prompts():
+  mask = jnp.arange(6)[None] >= jnp.array([0, 2, 5, 3])[:, None]
+  return jnp.where(mask, jax.random.randint(jax.random.key(2), (4, 6), 4, 11), 0), mask
+
+
+def sample(small_model, prompts, seed=0, params=None, **options):
+  model, own = small_model
+  options = {'max_new_tokens': 20, 'stop': STOP} | options
+  return gpt2_generate(model, own if params is None else params, *prompts, jax.random.key(seed), **options)
+
+
+def test_nothing_is_written_after_the_end(small_model, prompts):
+  for seed in range(5):
+    rollout = sample(small_model, prompts, seed)
+    lengths = rollout.mask.sum(1)
+    for b, length in enumerate(lengths.tolist()):
+      assert rollout.mask[b, :length].all()
+      assert not (rollout.actions[b, :length - 1] == 3).any()
+      assert length == 20 or rollout.actions[b, length - 1] == 3
+      for field in ('actions', 'log_probs', 'values'):
+        assert not getattr(rollout, field)[b, length:].any()
+    assert rollout.log_probs.max() <= 0
+  assert len(set(lengths.tolist())) > 1
+
+
+def test_same_key_same_tokens_other_key_other_tokens(small_model, prompts):
+  one, two, other = (sample(small_model, prompts, seed) for seed in (7, 7, 8))
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+  assert jnp.any(one.actions != other.actions)
+
+
+def test_an_episode_does_not_depend_on_the_length_of_the_others(small_model, prompts):
+  alone = sample(small_model, jax.tree.map(lambda x: x[:1], prompts), stop=STOP)
+  together = sample(small_model, prompts, stop=STOP)
+  np.testing.assert_array_equal(alone.actions[0], together.actions[0])
+
+
+@pytest.mark.parametrize('temperature', [0.7, 1.0, 2.0])
+def test_recorded_log_probabilities_and_values_are_the_rescored_ones(small_model, prompts, temperature):
+  model, params = small_model
+  rollout = sample(small_model, prompts, temperature=temperature)
+  logits, values = score(model, params, rollout)
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits / temperature), rollout.actions[..., None], -1)[..., 0]
+  np.testing.assert_allclose(rollout.log_probs, jnp.where(rollout.mask, log_probs, 0), atol=1e-5)
+  np.testing.assert_allclose(rollout.values, jnp.where(rollout.mask, values, 0), atol=1e-5)
+
+
+def test_greedy_takes_the_most_probable_token(small_model, prompts):
+  model, params = small_model
+  rollout = sample(small_model, prompts, greedy=True)
+  logits, _ = score(model, params, rollout)
+  assert jnp.all((jnp.argmax(logits, -1) == rollout.actions) | ~rollout.mask)
+
+
+def table_policy(logits):
+  """A policy that remembers nothing: it says the same at every step."""
+
+  def policy(tokens, mask, state):
+    del mask
+    shape = (*tokens.shape, logits.size)
+    return jnp.broadcast_to(logits[None, None], shape), jnp.full(tokens.shape, 0.5), state + 1
+
+  return policy
+
+
+def test_samples_follow_the_distribution_of_any_policy():
+  logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  prompt = jnp.ones((64, 1), jnp.int32)
+  for temperature in (1.0, 2.0):
+    rollout = generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0), max_new_tokens=200,
+                       stop=NEVER, temperature=temperature)
+    found = np.bincount(rollout.actions.reshape(-1), minlength=4) / rollout.actions.size
+    np.testing.assert_allclose(found, jax.nn.softmax(logits / temperature), atol=0.015)
+    assert jnp.all(rollout.values == 0.5)
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+  logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+  prompt = jnp.ones((32, 1), jnp.int32)
+  for top_p, kept in ((0.3, {3}), (0.39, {3}), (0.45, {2, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
+    rollout = generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0), max_new_tokens=40,
+                       stop=NEVER, top_p=top_p)
+    assert set(np.unique(rollout.actions).tolist()) == kept
+    np.testing.assert_allclose(rollout.log_probs, logits[rollout.actions], rtol=1e-6)
+
+
+def test_the_loop_ends_when_all_episodes_have_ended():
+  calls = []
+
+  def policy(tokens, mask, state):
+    del mask
+    jax.debug.callback(lambda: calls.append(1))
+    logits = jnp.where(jnp.arange(4) == 3, 0.0, -jnp.inf)  # always the token that ends the episode
+    return jnp.broadcast_to(logits[None, None], (*tokens.shape, 4)), jnp.zeros(tokens.shape), state
+
+  prompt = jnp.ones((2, 3), jnp.int32)
+  rollout = generate(policy, (), prompt, prompt > 0, jax.random.key(0), max_new_tokens=1000, stop=STOP)
+  jax.block_until_ready(rollout)
+  jax.effects_barrier()
+  assert rollout.mask.sum() == 2
+  assert len(calls) == 1
+
+
+def test_one_token(small_model, prompts):
+  rollout = sample(small_model, prompts, max_new_tokens=1)
+  assert rollout.actions.shape == (4, 1)
+  assert rollout.mask.all()
+
+
+def test_under_vmap_over_keys_and_parameters(small_model, prompts):
+  _, params = small_model
+  members = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+  keys = jax.random.split(jax.random.key(0), 2)
+  run = lambda params, key: gpt2_generate(small_model[0], params, *prompts, key, max_new_tokens=20, stop=STOP)
+  both = jax.vmap(run)(members, keys)
+  for i in range(2):
+    single = run(jax.tree.map(lambda x, i=i: x[i], members), keys[i])
+    np.testing.assert_array_equal(both.actions[i], single.actions)
+    np.testing.assert_allclose(both.log_probs[i], single.log_probs, atol=1e-5)
+
+
+def test_errors(small_model, prompts):
+  with pytest.raises(ValueError, match='top_p'):
+    sample(small_model, prompts, top_p=0.0)
+  with pytest.raises(ValueError, match='max_new_tokens'):
+    sample(small_model, prompts, max_new_tokens=0)
+  with pytest.raises(ValueError, match='context of 32'):
+    sample(small_model, prompts, max_new_tokens=27)
