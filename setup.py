@@ -24,7 +24,7 @@ setuptools.setup(
         'jax>=0.6',
         'matplotlib>=3.8',
         'numpy>=1.26',
-        'optax>=0.2.5',
+        'optax>=0.2.6',
         'orbax-checkpoint>=0.11.20',
         'tqdm>=4.66',
     ],

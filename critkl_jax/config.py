@@ -227,6 +227,8 @@ class FinetuneConfig:
     for name in ('episodes_per_problem', 'minibatches'):
       if self.episodes % getattr(self, name):
         raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
+    if self.loss.algorithm == 'a2c' and self.epochs > 1:
+      raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
     if self.advantage != 'gae' and self.group_size == 1:
       raise ValueError(f'advantage: {self.advantage!r} compares episodes and needs 2 or more; got episodes=1.')
 

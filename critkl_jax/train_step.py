@@ -198,7 +198,7 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_logits, batch))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), metrics | {'grad_norm': optax.global_norm(grads)}
+    return (optax.apply_updates(params, updates), opt_state), metrics | {'grad_norm': optax.tree.norm(grads)}
 
   shuffles = jax.vmap(lambda k: jax.random.permutation(k, config.episodes))(jax.random.split(key, config.epochs))
   indices = shuffles.reshape(config.epochs * config.minibatches, -1)

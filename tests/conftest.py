@@ -17,6 +17,13 @@ jax.config.update('jax_default_prng_impl', 'threefry2x32')
 jax.config.update('jax_threefry_partitionable', True)
 
 
+@pytest.fixture
+def standard_promotion():
+  """For tests that run an optimizer or a bfloat16 layer norm: Optax and Flax rely on implicit type promotion."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
 @pytest.fixture(scope='session')
 def small_model():
   """A model of two blocks, and parameters whose value head is not the zeros it starts with."""

@@ -164,17 +164,18 @@ def test_remat_changes_no_gradient(small_model):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
 
 
+@pytest.mark.usefixtures('standard_promotion')
 def test_bfloat16_activations_float32_everything_else(small_model):
   model, params = small_model
   tokens = tokens_of(model)
   half = GPT2(dataclasses.replace(model.config, dtype='bfloat16'))
   output = half.apply({'params': params}, tokens)
+  fresh = half.init(jax.random.key(0), tokens)['params']
   assert output.hidden.dtype == jnp.bfloat16
   assert output.logits.dtype == output.values.dtype == jnp.float32
   full = model.apply({'params': params}, tokens)
   error = jnp.abs(output.logits - full.logits)
   assert 1e-5 < jnp.max(error) < 0.05 * jnp.max(jnp.abs(full.logits))
-  fresh = half.init(jax.random.key(0), tokens)['params']
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
   assert init_cache(half.config, 2, 4).keys[0].dtype == jnp.bfloat16
 

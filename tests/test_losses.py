@@ -129,7 +129,7 @@ def test_weighted_gradient_is_the_weighted_sum_of_gradients():
   found = jax.grad(lambda z: ppo_loss(z, zero.values, ref_logits, zero, config)[0])(logits)
   expected = jnp.where(batch.mask[..., None], 0.5 * weights[..., None] * per_token, 0.0) / float(jnp.sum(batch.mask))
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
-  assert jnp.std(weights) > 0.05
+  assert jnp.std(weights) > 0.02
 
 
 def test_masked_places_change_nothing_and_may_hold_anything():

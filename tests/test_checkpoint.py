@@ -1,0 +1,168 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from critkl_jax import checkpoint
+from critkl_jax.checkpoint import CheckpointError, load_checkpoint
+from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.train_step import init_finetuning
+
+MODEL = PRETRAIN_PRESETS['smoke'].model
+INFO = checkpoint.CheckpointInfo(model=MODEL, known_digits=1, training=FINETUNE_PRESETS['smoke'])
+
+
+@pytest.fixture(scope='module')
+def state():
+  params = GPT2(MODEL).init(jax.random.key(3), jnp.zeros((1, 1), jnp.int32))['params']
+  return init_finetuning(GPT2(MODEL), FINETUNE_PRESETS['smoke'], params)
+
+
+@pytest.fixture
+def saved(tmp_path, state):
+  with checkpoint.open_manager(tmp_path / 'run' / 'checkpoints') as manager:
+    for step in (2, 10):
+      checkpoint.save(manager, state.replace(step=jnp.int32(step)), INFO)
+  return tmp_path / 'run' / 'checkpoints'
+
+
+def assert_trees_equal(one, two):
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_what_is_loaded_is_what_was_saved(saved, state):
+  for path, step in ((saved, None), (saved.parent, None), (saved / '10', None), (saved, 2)):
+    loaded = load_checkpoint(path, step)
+    assert_trees_equal(loaded.params, state.params)
+    assert loaded.info == INFO
+    assert loaded.info.kind == 'finetune'
+    assert loaded.step == (step or 10)
+  assert checkpoint.steps_in(saved) == [2, 10]
+
+
+def test_restore_gives_the_whole_state_back(saved, state):
+  blank = jax.tree.map(jnp.zeros_like, state)
+  restored = checkpoint.restore(checkpoint.latest(saved), blank)
+  assert restored.step == 10
+  assert_trees_equal(restored.params, state.params)
+  assert_trees_equal(restored.opt_state, state.opt_state)
+
+
+def test_saved_on_four_devices_loaded_on_one(tmp_path, state):
+  mesh = jax.make_mesh((4,), ('data',))
+
+  def spread(x):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec('data' if x.shape[0] % 4 == 0 else None)))
+
+  sharded = jax.tree.map(spread, state.params)
+  assert len(sharded['h_0']['attn']['c_attn']['kernel'].sharding.device_set) == 4
+  with checkpoint.open_manager(tmp_path) as manager:
+    checkpoint.save(manager, state.replace(params=sharded), INFO, with_optimizer=False)
+  loaded = load_checkpoint(tmp_path)
+  assert_trees_equal(loaded.params, state.params)
+  assert len(loaded.params['wte']['embedding'].sharding.device_set) == 1
+
+
+def test_the_shipped_reference_loads():
+  loaded = load_checkpoint()
+  assert loaded.info.kind == 'pretrain'
+  size = sum(file.stat().st_size for file in checkpoint.SHIPPED_REFERENCE.rglob('*') if file.is_file())
+  assert size <= 8e6
+  model = GPT2(loaded.info.model)
+  assert model.apply({'params': loaded.params}, jnp.zeros((1, 3), jnp.int32)).logits.shape == (1, 3, 41)
+
+
+# Errors: one line each, that says what is wrong.
+
+
+def error_of(path, step=None):
+  with pytest.raises(CheckpointError) as caught:
+    load_checkpoint(path, step)
+  message = str(caught.value)
+  assert '\n' not in message
+  assert str(path).split('/')[-1] in message
+  return message
+
+
+def test_no_such_directory(tmp_path):
+  assert 'no such directory' in error_of(tmp_path / 'nowhere')
+
+
+def test_empty_directory(tmp_path):
+  assert 'no complete checkpoint' in error_of(tmp_path)
+
+
+def test_no_such_step(saved):
+  assert 'no step 3 in it; it holds steps [2, 10]' in error_of(saved, 3)
+
+
+def test_half_written_directories_are_not_taken_for_checkpoints(saved):
+  shutil.copytree(saved / '10', saved / '11.orbax-checkpoint-tmp')
+  assert load_checkpoint(saved).step == 10
+
+
+@pytest.mark.parametrize('item', ['params', 'config'])
+def test_a_missing_item(saved, item):
+  shutil.rmtree(saved / '10' / item)
+  assert f'no {item} in it' in error_of(saved / '10')
+
+
+def test_truncated_files(saved):
+  for file in (saved / '10' / 'params').rglob('*'):
+    if file.is_file() and file.stat().st_size > 500:
+      file.write_bytes(file.read_bytes()[:100])
+  assert 'damaged or half written' in error_of(saved / '10')
+
+
+def test_missing_files(saved):
+  shutil.rmtree(saved / '10' / 'params' / 'd')
+  shutil.rmtree(saved / '10' / 'params' / 'ocdbt.process_0')
+  assert 'damaged or half written' in error_of(saved / '10')
+
+
+def change_config(path, change):
+  file = path / 'config' / 'metadata'
+  values = json.loads(file.read_text())
+  change(values)
+  file.write_text(json.dumps(values))
+
+
+def test_arrays_of_another_shape(saved):
+  change_config(saved / '10', lambda values: values['model'].update(width=64))
+  message = error_of(saved / '10')
+  assert 'of another shape' in message
+  assert 'h_0/attn/c_attn/bias has (96,), expected (192,)' in message
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (lambda values: values['model'].update(colour='red'), "unknown fields ['colour']"),
+    (lambda values: values['training']['loss'].pop('kl'), "missing fields ['kl']"),
+    (lambda values: values.pop('known_digits'), 'known_digits'),
+    (lambda values: values.update(kind='distil'), 'distil'),
+    (lambda values: values.update(format=99), 'format 99'),
+])
+def test_configs_of_other_versions(saved, change, words):
+  change_config(saved / '10', change)
+  assert words in error_of(saved / '10')
+
+
+def test_a_config_that_is_not_json(saved):
+  (saved / '10' / 'config' / 'metadata').write_text('{')
+  assert 'cannot be read' in error_of(saved / '10')
+
+
+def test_without_the_optimizer_there_is_nothing_to_go_on_from(tmp_path, state):
+  with checkpoint.open_manager(tmp_path) as manager:
+    checkpoint.save(manager, state, INFO, with_optimizer=False)
+  with pytest.raises(CheckpointError, match='no opt_state in it'):
+    checkpoint.restore(tmp_path / '0', state)
+
+
+def test_info_knows_its_kind():
+  assert dataclasses.replace(INFO, training=PRETRAIN_PRESETS['smoke']).kind == 'pretrain'

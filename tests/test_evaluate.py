@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from critkl_jax import evaluate
+from critkl_jax.config import GPT2Config
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.tasks.addition import plus_task
+
+
+@pytest.mark.parametrize(('distribution', 'digits', 'longest', 'shortest'), [
+    ('identical', 4, {4}, {4}), ('varying', 3, {3}, {1, 2, 3}), ('plus', 5, {5}, {1, 2, 3, 4, 5}),
+    ('plus', 3, {3}, {1, 2, 3})])
+def test_drawn_problems(distribution, digits, longest, shortest):
+  problems = evaluate.draw_problems(jax.random.key(0), 200, distribution, digits, 3, 5)
+  lengths = np.asarray(problems.lengths)
+  assert problems.digits.shape == (200, 2, 5)
+  assert set(lengths.max(1)) == longest
+  assert set(lengths.min(1)) == shortest
+
+
+def test_answer_all_gives_each_problem_its_own_reward():
+  problems = evaluate.draw_problems(jax.random.key(0), 23, 'varying', 3, 3, 3)
+  calls = []
+
+  def answer(params, batch, key):
+    del params, key
+    calls.append(batch.lengths.shape)
+    return None, batch.digits[:, 0, 0].astype(jnp.float32)
+
+  rewards = evaluate.answer_all(answer, None, problems, jax.random.key(0), batch_size=10)
+  np.testing.assert_array_equal(rewards, problems.digits[:, 0, 0])
+  assert set(calls) == {(10, 2)}
+
+
+def test_bootstrap_interval():
+  samples = np.array([0.0] * 80 + [1.0] * 20)
+  low, high = evaluate.bootstrap_interval(samples)
+  assert abs(low - (0.2 - 1.96 * 0.04)) < 0.02
+  assert abs(high - (0.2 + 1.96 * 0.04)) < 0.02
+  assert evaluate.bootstrap_interval(np.ones(50)) == (1.0, 1.0)
+
+
+def test_errors():
+  with pytest.raises(ValueError, match='distribution'):
+    evaluate.draw_problems(jax.random.key(0), 2, 'equal', 3, 3, 3)
+  with pytest.raises(ValueError, match=r'num_digits: expected 1\.\.3, got 4'):
+    evaluate.draw_problems(jax.random.key(0), 2, 'plus', 4, 3, 3)
+
+
+def test_statistics_of_solutions_under_a_uniform_model():
+  task = plus_task(2, 1)
+  model = GPT2(GPT2Config(context_length=512, num_layers=1, num_heads=1, width=8))
+  params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
+  problems = evaluate.draw_problems(jax.random.key(0), 4, 'plus', 3, 2, 3)
+  found = evaluate.solution_statistics(model, task, params, problems)
+  for place in ('critical', 'other'):
+    np.testing.assert_allclose(found[f'{place}_probability'], 1 / 41, rtol=1e-5)
+    np.testing.assert_allclose(found[f'{place}_certainty'], 0, atol=1e-6)

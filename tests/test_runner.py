@@ -1,0 +1,127 @@
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from critkl_jax import checkpoint, runner
+from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
+from critkl_jax.records import TrainState
+
+CONFIG = FINETUNE_PRESETS['smoke']
+INFO = checkpoint.CheckpointInfo(model=PRETRAIN_PRESETS['smoke'].model, known_digits=1, training=CONFIG)
+
+
+@pytest.fixture(autouse=True)
+def no_events(monkeypatch):
+  monkeypatch.setattr(runner, 'tensorboardX', None)
+
+
+def start():
+  return TrainState(params={'w': jnp.zeros(3)}, opt_state={'m': jnp.ones(3)}, step=jnp.int32(0))
+
+
+@jax.jit
+def draw(state):
+  noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), state.step), (3,))
+  moved = {'w': 0.9 * state.params['w'] + noise}
+  return state.replace(params=moved, step=state.step + 1), {'loss': noise[0], 'num_tokens': jnp.float32(7)}
+
+
+def run(workdir, num_steps, step=lambda state, _: draw(state), info=INFO, save_every=2):
+  return runner.run(step, start(), num_steps, info, workdir, save_every)
+
+
+def logged(workdir):
+  return [(row['step'], row['loss']) for row in runner.read_metrics(workdir / 'metrics.jsonl')]
+
+
+def test_one_line_a_step_and_checkpoints(tmp_path):
+  state = run(tmp_path, 5)
+  assert state.step == 5
+  rows = runner.read_metrics(tmp_path / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2, 3, 4, 5]
+  assert all(row['tokens_per_second'] == pytest.approx(7 / row['seconds']) for row in rows)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4, 5]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
+  whole = run(tmp_path / 'whole', 7)
+
+  def dies(state, number):
+    if number == 5:
+      raise KeyboardInterrupt
+    return draw(state)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path / 'parts', 7, dies)
+  assert checkpoint.steps_in(tmp_path / 'parts' / 'checkpoints') == [2, 4]
+  resumed = run(tmp_path / 'parts', 7)
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert logged(tmp_path / 'parts') == logged(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(tmp_path, number):
+  def signalled(state, done):
+    if done == 2:
+      os.kill(os.getpid(), number)
+    return draw(state)
+
+  with pytest.raises(runner.Interrupted, match=f'{number.name} after step 3 of 9; it is saved'):
+    run(tmp_path, 9, signalled, save_every=100)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [3]
+  assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+  jax.tree.map(np.testing.assert_array_equal, run(tmp_path, 9).params, run(tmp_path / 'whole', 9).params)
+
+
+def test_lines_after_the_checkpoint_are_dropped_and_an_unfinished_one_too(tmp_path):
+  run(tmp_path, 2)
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write(json.dumps({'step': 3, 'loss': 99.0}) + '\n{"step": 4, "lo')
+  run(tmp_path, 4)
+  assert logged(tmp_path) == logged_of_whole(tmp_path)
+
+
+def logged_of_whole(tmp_path):
+  run(tmp_path / 'whole', 4)
+  return logged(tmp_path / 'whole')
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+  run(tmp_path, 3)
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  state = run(tmp_path, 3, step=None)
+  assert state.step == 3
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+  run(tmp_path, 2)
+  other = checkpoint.CheckpointInfo(INFO.model, 1, replace(CONFIG, kl_coefficient=9.0))
+  with pytest.raises(checkpoint.CheckpointError, match=r'kl_coefficient: 0\.5 then, 9\.0 now'):
+    run(tmp_path, 4, info=other)
+  longer = checkpoint.CheckpointInfo(INFO.model, 1, replace(CONFIG, num_iterations=9, save_every=7))
+  assert run(tmp_path, 4, info=longer).step == 4
+
+
+def test_the_host_looks_at_metrics_one_step_late(tmp_path, monkeypatch):
+  order = []
+  monkeypatch.setattr(runner.MetricsWriter, 'write', lambda self, step, metrics: order.append(f'log {step}'))
+
+  def step(state, number):
+    order.append(f'step {number + 1}')
+    return draw(state)
+
+  run(tmp_path, 3, step, save_every=100)
+  assert order == ['step 1', 'step 2', 'log 1', 'step 3', 'log 2', 'log 3']
+
+
+def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, monkeypatch):
+  tensorboard = pytest.importorskip('tensorboardX')
+  monkeypatch.setattr(runner, 'tensorboardX', tensorboard)
+  run(tmp_path, 2)
+  assert list(tmp_path.glob('events.out.tfevents.*'))

@@ -1,0 +1,217 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from critkl_jax import config as config_lib
+from critkl_jax.config import FinetuneConfig, GPT2Config
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import Solution, Tokens, TrainState
+from critkl_jax.rollout import score
+from critkl_jax.tasks.task import Task, stop_after
+from critkl_jax.tokenizer import CharTokenizer
+from critkl_jax.train_step import Hyperparameters, collect, init_finetuning, make_batch, make_train_step
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+TOKENIZER = CharTokenizer('%abcd;')
+KEY = jax.random.key(11)
+SMALL = FinetuneConfig(episodes=8, minibatches=2, learning_rate=1e-2)
+
+
+def letter_task():
+  """A task of our own: the prompt is a letter, and it is right to answer with that letter alone."""
+  end = TOKENIZER.vocab_size - 1
+
+  def prompt(problem):
+    return Tokens(tokens=jnp.stack([jnp.int32(0), problem]), mask=jnp.array([False, True]))
+
+  def solution(problem):
+    tokens = jnp.stack([problem, jnp.int32(end), jnp.int32(0), jnp.int32(0)])
+    return Solution(tokens=tokens, mask=jnp.arange(4) < 2, critical=jnp.arange(4) < 1)
+
+  def reward(problem, actions, mask):
+    return ((actions[0] == problem) & mask[0]).astype(jnp.float32)
+
+  return Task(tokenizer=TOKENIZER, prompt_length=2, response_length=4, stop=stop_after([[end]]),
+              sample=lambda key: jax.random.randint(key, (), 1, 5), prompt=prompt, solution=solution, reward=reward)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=1, num_heads=2, width=16))
+
+
+@pytest.fixture(scope='module')
+def reference(model):
+  return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def advance(model, reference, config, iterations, hyperparameters=None):
+  step = make_train_step(model, letter_task(), config)
+  state, history = init_finetuning(model, config, reference), []
+  for _ in range(iterations):
+    state, metrics = step(state, KEY, hyperparameters or Hyperparameters.of(config))
+    history.append({name: float(value) for name, value in metrics.items()})
+  return state, history
+
+
+def assert_trees_close(one, two, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), one, two)
+
+
+VARIANTS = {
+    'default': SMALL,
+    'a2c with gae': config_lib.replace(
+        SMALL, algorithm='a2c', advantage='gae', gae_lambda=0.95, whiten_advantages=True),
+    'ppo, epochs': config_lib.replace(SMALL, epochs=3, advantage='leave_one_out', kl='standard', kl_estimator='exact'),
+    'kl in the reward': config_lib.replace(SMALL, kl_placement='reward', kl_estimator='k1', kl_coefficient=0.1),
+    'groups': config_lib.replace(SMALL, episodes_per_problem=4, kl='none'),
+}
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_learns(model, reference, name):
+  config = config_lib.replace(VARIANTS[name], episodes=64, kl_coefficient=0.01)
+  _, history = advance(model, reference, config, 40)
+  accuracy = [metrics['accuracy'] for metrics in history]
+  assert np.mean(accuracy[:3]) < 0.5
+  assert np.mean(accuracy[-5:]) > 0.75
+  assert all(np.isfinite(value) for metrics in history for value in metrics.values())
+
+
+def test_a_strong_penalty_keeps_the_policy_at_the_reference(model, reference):
+  free, held = (advance(model, reference, config_lib.replace(
+      SMALL, kl='standard', kl_estimator='exact', kl_coefficient=coefficient), 10)[1][-1]['kl']
+                for coefficient in (0.0, 100.0))
+  assert held < free / 10
+
+
+def test_is_a_function_of_state_and_key(model, reference):
+  one, two = (advance(model, reference, SMALL, 3) for _ in range(2))
+  assert_trees_close(one[0].params, two[0].params, rtol=0)
+  assert one[1] == two[1]
+
+
+def test_is_traced_once_for_all_hyperparameters(model, reference):
+  step = make_train_step(model, letter_task(), SMALL)
+  state = init_finetuning(model, SMALL, reference)
+  for exponent in (0.0, 1.0, 2.0):
+    config = config_lib.replace(SMALL, certainty_exponent=exponent, learning_rate=1e-3 * (1 + exponent))
+    state, _ = step(state, KEY, Hyperparameters.of(config))
+  assert step._cache_size() == 1
+
+
+def test_the_state_is_donated(model, reference):
+  state = init_finetuning(model, SMALL, reference)
+  make_train_step(model, letter_task(), SMALL)(state, KEY, Hyperparameters.of(SMALL))
+  assert state.params['wte']['embedding'].is_deleted()
+  assert not reference['wte']['embedding'].is_deleted()
+
+
+def test_traced_numbers_take_the_place_of_the_config(model, reference):
+  other = config_lib.replace(SMALL, learning_rate=1e-4, kl_coefficient=3.0, certainty_exponent=1.0,
+                             entropy_coefficient=0.1, temperature=1.3)
+  traced, _ = advance(model, reference, SMALL, 2, Hyperparameters.of(other))
+  plain, _ = advance(model, reference, other, 2)
+  assert_trees_close(traced.params, plain.params, rtol=1e-6, atol=1e-7)
+
+
+def test_four_members_under_vmap_are_four_single_runs(model, reference):
+  config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0)
+  seeds, exponents = [0, 0, 1, 1], [0.0, 50.0, 0.0, 5.0]
+  members = [config_lib.replace(config, seed=seed, certainty_exponent=exponent)
+             for seed, exponent in zip(seeds, exponents)]
+  keys = [jax.random.key(100 + member.seed) for member in members]
+  step = make_train_step(model, letter_task(), config)
+
+  stack = lambda *x: jnp.stack(x)
+  states = [init_finetuning(model, member, reference) for member in members]
+  together = jax.tree.map(stack, *states).replace(ref_params=states[0].ref_params)
+  axes = TrainState(params=0, opt_state=0, step=0, ref_params=None)
+  study = jax.jit(jax.vmap(step, in_axes=(axes, 0, 0), out_axes=(axes, 0)))
+  numbers = jax.tree.map(stack, *map(Hyperparameters.of, members))
+  for _ in range(3):
+    together, metrics = study(together, jnp.stack(keys), numbers)
+
+  for i, member in enumerate(members):
+    state = init_finetuning(model, member, reference)
+    for _ in range(3):
+      state, single = step(state, keys[i], Hyperparameters.of(member))
+    assert_trees_close(jax.tree.map(lambda x, i=i: x[i], together.params), state.params, rtol=1e-5, atol=1e-5)
+    assert_trees_close(jax.tree.map(lambda x, i=i: x[i], metrics), single, rtol=1e-4, atol=1e-5)
+  embeddings = together.params['wte']['embedding']
+  assert jnp.max(jnp.abs(embeddings[0] - embeddings[1])) > 1e-4  # the exponent matters
+  assert jnp.max(jnp.abs(embeddings[0] - embeddings[2])) > 1e-4  # the seed matters
+
+
+def test_the_key_of_an_iteration_depends_on_its_number_alone(model, reference):
+  step = make_train_step(model, letter_task(), SMALL)
+  frozen = Hyperparameters.of(SMALL).replace(learning_rate=jnp.float32(0))
+  state = init_finetuning(model, SMALL, reference)
+  lengths = []
+  for number in (0, 5, 5):
+    at = state.replace(step=jnp.int32(number), **jax.tree.map(jnp.copy, {
+        'params': reference, 'opt_state': state.opt_state, 'ref_params': reference}))
+    lengths.append(jax.tree.map(float, step(at, KEY, frozen)[1]))
+  assert lengths[1] == lengths[2] != lengths[0]
+
+
+def test_during_the_critics_warm_up_only_the_critic_learns(model, reference):
+  config = config_lib.replace(SMALL, advantage='gae', critic_warmup=2)
+  state, _ = advance(model, reference, config, 2)
+  changed = {name: any(jnp.any(x != y) for x, y in zip(jax.tree.leaves(state.params[name]), jax.tree.leaves(old)))
+             for name, old in reference.items()}
+  assert changed.pop('value_head')
+  assert not any(changed.values())
+  later, _ = advance(model, reference, config, 3)
+  assert jnp.any(later.params['wte']['embedding'] != reference['wte']['embedding'])
+
+
+def test_another_value_head_starts_anew(reference, model):
+  mlp = GPT2(dataclasses.replace(model.config, value_head='mlp'))
+  state = init_finetuning(mlp, SMALL, reference)
+  assert set(state.params['value_head']) == {'c_fc_0', 'c_fc_1', 'c_proj'}
+  same = init_finetuning(model, SMALL, reference)
+  assert_trees_close(same.params, reference, rtol=0)
+
+
+def make_inputs(model, reference, config):
+  numbers = Hyperparameters.of(config)
+  rollout, rewards = collect(model, letter_task(), config, reference, KEY, numbers.loss.temperature)
+  other = jax.tree.map(lambda x: 1.3 * x, reference)
+  ref_logits, _ = score(model, other, rollout)
+  return rollout, rewards, ref_logits, make_batch(model, config, reference, rollout, rewards, ref_logits, numbers)
+
+
+def test_the_reward_stands_at_the_last_token(model, reference):
+  config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0)
+  rollout, rewards, _, batch = make_inputs(model, reference, config)
+  assert len(set(np.asarray(rewards).tolist())) == 2
+  np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, rewards[:, None], 0), atol=1e-6)
+
+
+def test_group_relative_advantages_are_the_episodes(model, reference):
+  rollout, rewards, _, batch = make_inputs(model, reference, SMALL)
+  expected = (rewards - rewards.mean()) / rewards.std()
+  np.testing.assert_allclose(batch.advantages, jnp.where(rollout.mask, expected[:, None], 0), atol=1e-4)
+
+
+def test_episodes_of_a_group_answer_one_problem(model, reference):
+  config = config_lib.replace(SMALL, episodes_per_problem=4)
+  rollout, *_ = make_inputs(model, reference, config)
+  groups = np.asarray(rollout.prompt).reshape(2, 4, -1)
+  assert np.all(groups == groups[:, :1])
+
+
+def test_kl_in_the_reward_lowers_the_returns_by_the_weighted_kl(model, reference):
+  config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0, kl='standard', kl_estimator='exact',
+                              kl_coefficient=0.7)
+  plain = make_inputs(model, reference, config)[-1]
+  rollout, _, ref_logits, batch = make_inputs(model, reference, config_lib.replace(config, kl_placement='reward'))
+  logits, _ = score(model, reference, rollout)
+  log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
+  kl = jnp.where(rollout.mask, jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1), 0)
+  assert kl.sum() > 1e-4
+  np.testing.assert_allclose((plain.returns - batch.returns)[:, 0], 0.7 * kl.sum(-1), rtol=1e-3, atol=1e-6)
