@@ -7,6 +7,7 @@
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2
@@ -117,7 +119,7 @@ def steps_in(directory: str | pathlib.Path) -> list[int]:
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     return []
-  return sorted(int(path.name) for path in directory.iterdir() if path.is_dir() and path.name.isdigit())
+  return sorted(ocp.utils.checkpoint_steps(directory))
 
 
 def read_info(path: str | pathlib.Path) -> CheckpointInfo:
@@ -181,15 +183,14 @@ def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
 
 def _read(path: pathlib.Path, item: str, target: Any) -> Any:
   """Restores an item into arrays like `target`, after a look at the shapes that were stored."""
-  directory = (path / item).absolute()
+  directory = epath.Path(path / item).absolute()
   if not directory.is_dir():
     raise CheckpointError(f'{path}: no {item} in it; it is half written, or was saved without.')
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
     try:
-      stored = checkpointer.metadata(directory).item_metadata.tree
-      _check_shapes(path, item, stored, abstract)
-      return checkpointer.restore(directory, abstract)
+      _check_shapes(path, item, handler.metadata(directory).tree, abstract)
+      return handler.restore(directory, args=ocp.args.StandardRestore(abstract))
     except CheckpointError:
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.

@@ -19,8 +19,8 @@ class KVCache:
   """Keys and values of the tokens seen so far.
 
   Attributes:
-    keys: L arrays `[B, S, H, K]`.
-    values: L arrays `[B, S, H, K]`.
+    keys: L arrays `[B, H, S, K]`; heads stand before slots, so that a decoding step multiplies without a transposition.
+    values: L arrays `[B, H, S, K]`.
     mask: bool `[B, S]` true at slots that hold a real token.
     index: int32 `[]` first free slot.
   """
@@ -50,7 +50,7 @@ class GPT2Output:
 
 def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
   """Returns an empty cache with `length` slots (S) for each of `batch_size` (B) episodes."""
-  shape = (batch_size, length, config.num_heads, config.width // config.num_heads)
+  shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
   zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
   return KVCache(keys=zeros, values=zeros, mask=jnp.zeros((batch_size, length), bool), index=jnp.int32(0))
 
@@ -67,16 +67,15 @@ class Attention(nn.Module):
     qkv = nn.Dense(3 * config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_attn')(x_BxTxD)
     heads = (*x_BxTxD.shape[:-1], config.num_heads, -1)
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
-    if cached is None:
-      keys, values = k_BxTxHxK, v_BxTxHxK
-    else:
-      keys, values = (jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
-                      for old, new in zip(cached, (k_BxTxHxK, v_BxTxHxK)))
+    if cached is not None:
+      cached = tuple(jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), index, axis=2)
+                     for old, new in zip(cached, (k_BxTxHxK, v_BxTxHxK)))
+      k_BxTxHxK, v_BxTxHxK = (jnp.swapaxes(x, 1, 2) for x in cached)  # of all slots
     implementation = None if config.attention == 'auto' else config.attention
     out_BxTxHxK = jax.nn.dot_product_attention(
-        q_BxTxHxK, keys, values, mask=mask_Bx1xTxS, implementation=implementation)
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=mask_Bx1xTxS, implementation=implementation)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
-    return projection(out_BxTxHxK.reshape(x_BxTxD.shape)), (keys, values)
+    return projection(out_BxTxHxK.reshape(x_BxTxD.shape)), cached
 
 
 class MLP(nn.Module):

@@ -1,0 +1,135 @@
+"""The binaries as a user starts them: in processes of their own, at the smoke preset."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(binary, *flags):
+  return subprocess.Popen(
+      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})
+
+
+def finish(process):
+  out, err = process.communicate(timeout=400)
+  return process.returncode, out, err
+
+
+def run(binary, *flags):
+  code, out, err = finish(start(binary, *flags))
+  assert code == 0, err
+  return out
+
+
+def refused(binary, *flags):
+  """Returns the one line that a binary says before it ends with status 1."""
+  code, out, err = finish(start(binary, *flags))
+  lines = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert code == 1, (out, err)
+  assert len(lines) == 1
+  assert 'Traceback' not in err
+  return lines[0]
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('pretrain')
+  out = run('pretrain', '--preset=smoke', f'--workdir={workdir}')
+  assert str(workdir / 'reference') in out
+  return workdir / 'reference'
+
+
+def finetune(reference, workdir, *flags):
+  return '--preset=smoke', f'--reference={reference}', f'--workdir={workdir}', *flags
+
+
+def metrics(workdir):
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{name: value for name, value in row.items() if name not in ('seconds', 'tokens_per_second')} for row in rows]
+
+
+def test_pretrain_writes_what_the_others_read(reference):
+  rows = metrics(reference.parent)
+  assert [row['step'] for row in rows] == [1, 2, 3, 4]
+  summary = json.loads((reference.parent / 'summary.json').read_text())
+  assert {(row['digits'], row['distribution']) for row in summary['accuracy']} == {
+      (n, d) for n in (1, 2, 3) for d in ('identical', 'varying', 'plus')}
+
+
+def test_finetune_writes_everything_and_evaluate_reads_it(reference, tmp_path):
+  out = run('finetune', *finetune(reference, tmp_path / 'run', '--kl=standard'))
+  assert 'before' in out
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert set(summary['accuracy']) == {'before', 'after'}
+  for when in ('before', 'after'):
+    assert set(summary['accuracy'][when]) == {'N', 'N+1'}
+    assert all(0 <= value <= 1 for value in summary['accuracy'][when].values())
+  assert summary['wall_seconds'] > summary['training_seconds'] > 0
+  assert summary['config']['kl'] == 'standard'
+  assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  assert [row['step'] for row in metrics(tmp_path / 'run')] == [1, 2]
+  assert list((tmp_path / 'run').glob('events.out.tfevents.*'))
+
+  out = run('evaluate', f'--checkpoint={tmp_path / "run"}', '--digits=1,2', '--distribution=varying',
+            '--num_problems=3', f'--json={tmp_path / "table.json"}')
+  assert 'step 2, pre-trained on 1..1 digits' in out
+  table = json.loads((tmp_path / 'table.json').read_text())
+  assert [(row['digits'], row['num_problems']) for row in table['accuracy']] == [(1, 3), (2, 3)]
+
+
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
+  flags = ('--num_iterations=6', '--eval_problems=0', '--save_every=100')
+  run('finetune', *finetune(reference, tmp_path / 'whole', *flags))
+  process = start('finetune', *finetune(reference, tmp_path / 'parts', *flags))
+  log = tmp_path / 'parts' / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while not (log.is_file() and log.read_text()) and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.001)
+  process.send_signal(signal.SIGTERM)
+  code, _, err = finish(process)
+  stopped = len(metrics(tmp_path / 'parts'))
+  if stopped < 6:  # else the signal came after the last step
+    assert code == 1
+    assert f'stopped by SIGTERM after step {stopped} of 6' in err
+  run('finetune', *finetune(reference, tmp_path / 'parts', *flags))
+  assert metrics(tmp_path / 'parts') == metrics(tmp_path / 'whole')
+  assert len(metrics(tmp_path / 'whole')) == 6
+
+
+def test_what_a_user_can_mend_is_said_in_one_line(reference, tmp_path):
+  processes = {
+      'no such directory': start('evaluate', f'--checkpoint={tmp_path / "nowhere"}'),
+      'no complete checkpoint': start('evaluate', f'--checkpoint={tmp_path}'),
+  }
+  for words, process in processes.items():
+    code, _, err = finish(process)
+    assert code == 1
+    assert 'Traceback' not in err
+    assert err.splitlines()[-1].startswith('error: ')
+    assert words in err
+  assert 'no such directory' in refused('finetune', *finetune(tmp_path / 'nowhere', tmp_path / 'a'))
+  assert 'minibatches' in refused('finetune', *finetune(reference, tmp_path / 'b', '--minibatches=3'))
+  assert '--extra_digits' in refused('finetune', *finetune(reference, tmp_path / 'c', '--extra_digits=30'))
+
+
+def test_another_config_in_the_same_workdir_is_refused(reference, tmp_path):
+  flags = finetune(reference, tmp_path, '--num_iterations=1', '--eval_problems=0')
+  run('finetune', *flags)
+  line = refused('finetune', *flags, '--num_iterations=2', '--kl=none')
+  assert "kl: 'prioritized' then, 'none' now" in line
+
+
+def test_help_names_every_field_with_its_default():
+  process = start('finetune', '--help')
+  out, _ = process.communicate(timeout=200)
+  for words in ('--kl_coefficient', 'alpha, weight of the penalty. (tiny: 0.5)', '--certainty_exponent', '--preset'):
+    assert words in ' '.join(out.split())

@@ -1,0 +1,72 @@
+"""The package keeps the order that its structure promises."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import critkl_jax
+
+PACKAGE = pathlib.Path(critkl_jax.__file__).parent
+# Data flow one way: a module imports only from those before it.
+ORDER = [
+    'config', 'tokenizer', 'records', 'tasks.task', 'tasks.addition', 'gpt2', 'confidence', 'rollout', 'advantages',
+    'losses', 'pretrain_step', 'train_step', 'evaluate', 'checkpoint', 'runner', 'analysis.curves',
+]
+
+
+def module_name(path):
+  return '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+
+
+def imports_of(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'critkl_jax':
+      base = node.module.removeprefix('critkl_jax').lstrip('.')
+      for alias in node.names:
+        joined = f'{base}.{alias.name}'.lstrip('.')
+        yield joined if joined in ORDER else base
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py'}
+
+
+def test_every_module_has_its_place():
+  assert sorted(MODULES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_imports_flow_one_way(name):
+  for imported in imports_of(MODULES[name]):
+    assert ORDER.index(imported) < ORDER.index(name), f'{name} imports {imported}'
+
+
+def test_analysis_needs_no_trainer():
+  for name, path in MODULES.items():
+    if name.startswith('analysis'):
+      assert not {'runner', 'train_step', 'pretrain_step'} & set(imports_of(path))
+
+
+def test_public_names_are_there_described_and_hide_no_module():
+  assert len(set(critkl_jax.__all__)) == len(critkl_jax.__all__)
+  for name in critkl_jax.__all__:
+    assert getattr(critkl_jax, name).__doc__, name
+    assert name not in ORDER
+  wanted = {'certainty', 'kl_weight', 'token_kl', 'gae', 'ppo_loss', 'ppo_loss_jit', 'GPT2', 'generate',
+            'make_train_step', 'load_checkpoint'}
+  assert wanted <= set(critkl_jax.__all__)
+
+
+def test_public_functions_have_docstrings():
+  for path in MODULES.values():
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith('_'):
+        assert ast.get_docstring(node), f'{path.name}: {node.name}'
+
+
+def test_importing_the_package_draws_no_pictures_and_starts_no_device():
+  code = ("import sys, critkl_jax; from jax._src import xla_bridge; assert 'matplotlib' not in sys.modules; "
+          'assert not xla_bridge.backends_are_initialized()')
+  subprocess.run([sys.executable, '-c', code], check=True)
