@@ -20,6 +20,7 @@ setuptools.setup(
     install_requires=[
         'absl-py>=2.1',
         'chex>=0.1.90',
+        'etils[epath]>=1.6',
         'flax>=0.10.4',
         'jax>=0.6',
         'matplotlib>=3.8',

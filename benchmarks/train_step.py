@@ -3,21 +3,22 @@
     python -m benchmarks.train_step --json=train_step.json
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
+import resource
 import statistics
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from critkl_jax import checkpoint, train_step
 from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.rollout import score
 from critkl_jax.tasks.addition import plus_task
+from experiments.flags import run
 
 PRESET = flags.DEFINE_enum('preset', 'tiny', list(FINETUNE_PRESETS), 'Settings of the iteration.')
 REFERENCE = flags.DEFINE_string('reference', str(checkpoint.SHIPPED_REFERENCE), 'Checkpoint of the model.')
@@ -36,11 +37,10 @@ def median_seconds(call, repeats: int) -> float:
   return statistics.median(times)
 
 
-def main(argv) -> None:
+def main() -> None:
   """Times the parts and prints their shares."""
-  del argv
   config, reference = FINETUNE_PRESETS[PRESET.value], checkpoint.load_checkpoint(REFERENCE.value)
-  model = GPT2(dataclasses.replace(reference.info.model, value_head=config.value_head))
+  model = GPT2(config.model_of(reference.info.model))
   task = plus_task(reference.info.known_digits, config.extra_digits)
   state = train_step.init_finetuning(model, config, reference.params)
   _, key = train_step.finetuning_keys(config)
@@ -69,11 +69,13 @@ def main(argv) -> None:
   for name, value in seconds.items():
     share = f'{100 * value / total:5.1f}%' if name in parts else ''
     print(f'{name:>12} {value:8.2f} s {share:>7} {num_tokens / value:10.0f} tokens/s')
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+  print(f'peak memory of the process {peak:.0f} MiB')
   if JSON.value:
-    result = {'device': jax.devices()[0].device_kind, 'preset': PRESET.value, 'tokens': num_tokens, 'seconds': seconds,
-              'share': {name: seconds[name] / total for name in parts}}
+    result = {'device': jax.devices()[0].device_kind, 'preset': PRESET.value, 'tokens': num_tokens,
+              'peak_memory_mib': peak, 'seconds': seconds, 'share': {name: seconds[name] / total for name in parts}}
     pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  run(main)

@@ -29,10 +29,10 @@ def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: che
     AssertionError: if the shapes differ.
   """
   chex.assert_equal_shape([rewards, values, mask])
-  mask = mask.astype(jnp.float32)
-  rewards, values = rewards * mask, jax.lax.stop_gradient(values) * mask
+  mask = mask.astype(bool)
+  rewards, values = (jnp.where(mask, jax.lax.stop_gradient(x), 0.0).astype(jnp.float32) for x in (rewards, values))
   next_values = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
-  deltas = (rewards + discount * next_values - values) * mask
+  deltas = jnp.where(mask, rewards + discount * next_values - values, 0.0)
 
   def backward(advantage, delta):
     advantage = delta + discount * gae_lambda * advantage
@@ -40,8 +40,8 @@ def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: che
 
   start = jnp.zeros(rewards.shape[:-1], jnp.float32)
   _, advantages = jax.lax.scan(backward, start, jnp.moveaxis(deltas, -1, 0), reverse=True)
-  advantages = jnp.moveaxis(advantages, 0, -1) * mask
-  return advantages, (advantages + values) * mask
+  advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
+  return advantages, advantages + values
 
 
 def group_relative(returns: chex.Array, group_size: int) -> chex.Array:
@@ -85,11 +85,10 @@ def whiten(x: chex.Array, mask: chex.Array) -> chex.Array:
   Returns:
     float32 `[...]`.
   """
-  mask = mask.astype(jnp.float32)
-  count = jnp.maximum(jnp.sum(mask), 1.0)
-  mean = jnp.sum(x * mask) / count
-  variance = jnp.sum(jnp.square(x - mean) * mask) / count
-  return (x - mean) * jax.lax.rsqrt(variance + _EPSILON) * mask
+  mask = mask.astype(bool)
+  count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+  centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0.0)) / count, 0.0)
+  return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred)) / count + _EPSILON)
 
 
 def _groups(returns, group_size):

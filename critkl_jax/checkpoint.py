@@ -9,6 +9,7 @@ A step directory gets its name when all of it is written; what a killed process 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -20,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
 
 FORMAT = 1
@@ -77,15 +78,13 @@ def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) 
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True) -> None:
-  """Saves a state under its step number; the reference's parameters are not part of it.
+  """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
 
   Args:
     manager: from `open_manager`.
     state: `params`, `opt_state` and `step` are read.
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
-
-  A step that is there already is left as it is.
   """
   config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training)}
@@ -119,7 +118,8 @@ def steps_in(directory: str | pathlib.Path) -> list[int]:
   directory = pathlib.Path(directory)
   if not directory.is_dir():
     return []
-  return sorted(ocp.utils.checkpoint_steps(directory))
+  return sorted(int(path.name) for path in directory.iterdir()
+                if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(epath.Path(path.absolute())))
 
 
 def read_info(path: str | pathlib.Path) -> CheckpointInfo:
@@ -161,7 +161,7 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
   """
   path = _find(pathlib.Path(path), step)
   info = read_info(path)
-  shapes = jax.eval_shape(GPT2(info.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  shapes = jax.eval_shape(functools.partial(init_params, GPT2(info.model)), jax.random.key(0))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
   return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
@@ -170,7 +170,12 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
 def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
   if not path.is_dir():
     raise CheckpointError(f'{path}: no such directory; give a checkpoint directory, or a workdir that holds one.')
+  path = path.resolve()
   if (path / 'params').is_dir() or (path / 'config').is_dir():
+    if not path.name.isdigit():
+      raise CheckpointError(f'{path}: a half-written checkpoint, or a renamed one: the name should be its step.')
+    if step is not None and step != int(path.name):
+      raise CheckpointError(f'{path}: no step {step} in it; it is the checkpoint of step {path.name}.')
     return path
   path = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
   steps = steps_in(path)

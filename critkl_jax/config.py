@@ -52,7 +52,8 @@ class GPT2Config:
     value_head: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
     value_head_detached: whether the gradient of the values stops before the trunk.
     dtype: type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
-    attention: implementation of `jax.nn.dot_product_attention`: `xla`, `cudnn`, or `auto` for its own choice.
+    attention: implementation of `jax.nn.dot_product_attention`: `xla`, `cudnn` (NVIDIA GPUs, bfloat16), or `auto` for
+      its own choice.
     remat: whether blocks are recomputed in the backward pass, to save memory.
   """
 
@@ -74,6 +75,8 @@ class GPT2Config:
     _one_of(self, 'attention', 'auto', 'xla', 'cudnn')
     if self.width % self.num_heads:
       raise ValueError(f'num_heads: expected a divisor of width={self.width}, got {self.num_heads}.')
+    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
+      raise ValueError(f"attention: 'cudnn' needs dtype='bfloat16', got {self.dtype!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +166,7 @@ class LossConfig:
     _positive(self, 'clip_ratio', 'temperature', 'certainty_temperature')
     _at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
               'certainty_exponent')
-    if self.certainty_intercept > 1:
+    if not self.certainty_intercept <= 1:
       raise ValueError(f'certainty_intercept: expected at most 1, got {self.certainty_intercept}.')
 
 
@@ -188,9 +191,12 @@ class FinetuneConfig:
     whiten_advantages: whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
     discount: gamma of GAE.
     gae_lambda: lambda of GAE.
-    critic_warmup: first iterations in which the critic alone learns.
+    critic_warmup: first iterations in which the critic alone learns; only `gae` has a critic to train.
     value_head: the critic, `linear` or `mlp`.
     value_head_detached: whether the critic's gradient stops before the trunk.
+    dtype: type of activations; empty for the reference's.
+    attention: implementation of attention; empty for the reference's.
+    remat: whether blocks are recomputed in the backward pass, to save memory.
     seed: seed of problems and samples.
     save_every: iterations between checkpoints.
     eval_problems: problems in each accuracy before and after.
@@ -213,6 +219,9 @@ class FinetuneConfig:
   critic_warmup: int = 0
   value_head: str = 'linear'
   value_head_detached: bool = True
+  dtype: str = ''
+  attention: str = ''
+  remat: bool = False
   seed: int = 0
   save_every: int = 5
   eval_problems: int = 200
@@ -224,13 +233,24 @@ class FinetuneConfig:
     _between(self, 0, 1, 'discount', 'gae_lambda')
     _one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
     _one_of(self, 'value_head', 'linear', 'mlp')
+    _one_of(self, 'dtype', '', 'float32', 'bfloat16')
+    _one_of(self, 'attention', '', 'auto', 'xla', 'cudnn')
     for name in ('episodes_per_problem', 'minibatches'):
       if self.episodes % getattr(self, name):
         raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
     if self.loss.algorithm == 'a2c' and self.epochs > 1:
       raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
+    for name in ('whiten_advantages', 'critic_warmup'):
+      if getattr(self, name) and self.advantage != 'gae':
+        raise ValueError(f"{name}: only advantage='gae' uses it, got {self.advantage!r}.")
     if self.advantage != 'gae' and self.group_size == 1:
       raise ValueError(f'advantage: {self.advantage!r} compares episodes and needs 2 or more; got episodes=1.')
+
+  def model_of(self, reference: GPT2Config) -> GPT2Config:
+    """Returns the policy's config: the reference's, with the critic and the numerics of this one."""
+    return dataclasses.replace(
+        reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
+        dtype=self.dtype or reference.dtype, attention=self.attention or reference.attention)
 
   @property
   def group_size(self) -> int:
@@ -248,7 +268,7 @@ PRETRAIN_PRESETS = {
         num_steps=4, warmup_steps=1, save_every=2, eval_problems=4),
     'tiny': PretrainConfig(model=_TINY),
     'small': PretrainConfig(
-        model=GPT2Config(context_length=1152, num_layers=6, num_heads=4, width=256), known_digits=7, num_steps=6000),
+        model=GPT2Config(context_length=1024, num_layers=6, num_heads=3, width=192), known_digits=6, num_steps=3000),
     'paper': PretrainConfig(
         model=GPT2Config(context_length=1024, num_layers=12, num_heads=12, width=768, value_head='mlp'),
         known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=6e-4, warmup_steps=1000,
@@ -262,7 +282,7 @@ PRETRAIN_PRESETS = {
 FINETUNE_PRESETS = {
     'smoke': FinetuneConfig(num_iterations=2, episodes=4, minibatches=2, save_every=1, eval_problems=4),
     'tiny': FinetuneConfig(),
-    'small': FinetuneConfig(num_iterations=50),
+    'small': FinetuneConfig(num_iterations=30),
     # Section 5.3 of the paper: A2C with GAE and a critic, one pass over 50 episodes.
     'paper': FinetuneConfig(
         loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.0005, kl_coefficient=5.0),

@@ -138,25 +138,45 @@ def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int
   return rows
 
 
-def solution_statistics(model: GPT2, task: Task, params: Any, problems: Problem) -> dict[str, float]:
-  """Reads right solutions to the model and compares critical tokens with the others.
+def make_reader(model: GPT2, task: Task) -> Callable:
+  """Makes `(params, problems) -> dict`, jitted: what a model says of the right solutions of B problems.
+
+  The dict holds arrays `[B, T]`: float32 `probability` of the right token given what stands before it and `certainty`
+  of the prediction (negentropy), bool `mask` and `critical`.
+  """
+
+  @jax.jit
+  def read(params, problems):
+    prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+    blank = jnp.zeros(solution.mask.shape)
+    rollout = Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
+                      log_probs=blank, values=blank)
+    logits, _ = score(model, params, rollout)
+    return {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits),
+            'mask': solution.mask, 'critical': solution.critical}
+
+  return read
+
+
+def solution_statistics(read: Callable, params: Any, problems: Problem, batch_size: int = 50
+                        ) -> dict[str, float | None]:
+  """Reads right solutions to a model and compares critical tokens with the others.
 
   Args:
-    model: the network.
-    task: writes the solutions and marks their critical tokens.
+    read: what `make_reader` returns.
     params: the model's parameters.
     problems: with a leading axis B.
+    batch_size: problems read at a time; those that do not fill a last batch are read in a smaller one.
 
   Returns:
     `critical_probability` and `other_probability` of the right token, `critical_certainty` and `other_certainty` of the
-    prediction (negentropy), means over the tokens; NaN where there are none.
+    prediction (negentropy), means over the tokens; None where there are none.
   """
-  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
-  blank = jnp.zeros(solution.mask.shape)
-  rollout = Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
-                    log_probs=blank, values=blank)
-  logits, _ = jax.jit(functools.partial(score, model))(params, rollout)
-  measured = {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits)}
-  places = {'critical': solution.critical, 'other': solution.mask & ~solution.critical}
-  return {f'{place}_{name}': float(np.mean(np.asarray(x)[np.asarray(where)]))
-          for place, where in places.items() for name, x in measured.items()}
+  parts = []
+  for start in range(0, problems.lengths.shape[0], batch_size):
+    batch = jax.tree.map(lambda x, i=start: x[i:i + batch_size], problems)
+    parts.append(jax.device_get(read(params, batch)))
+  found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  places = {'critical': found['critical'], 'other': found['mask'] & ~found['critical']}
+  return {f'{place}_{name}': float(found[name][where].mean()) if where.any() else None
+          for place, where in places.items() for name in ('probability', 'certainty')}

@@ -48,6 +48,11 @@ class GPT2Output:
   cache: KVCache | None
 
 
+def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
+  """Returns fresh parameters, a nested dict of float32 arrays; the key is consumed."""
+  return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+
 def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
   """Returns an empty cache with `length` slots (S) for each of `batch_size` (B) episodes."""
   shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
@@ -136,8 +141,8 @@ class GPT2(nn.Module):
     """Runs the model over new tokens, after those of the cache if one is given.
 
     The position of a token is the number of real tokens before it in its episode plus the offset, so padding on the
-    left changes nothing. Positions past the context are clamped by the caller's choice of lengths, never here: they
-    raise where shapes show them.
+    left changes nothing. What shapes do not show is the caller's care: offsets that keep positions inside the context,
+    and no more tokens than the cache has free slots.
 
     Args:
       tokens: int32 `[B, T]`.

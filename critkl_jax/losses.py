@@ -87,7 +87,8 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
   if estimator == 'k2':
     return 0.5 * jnp.square(log_ratio)
   if estimator == 'k3':
-    return jnp.expm1(jnp.minimum(-log_ratio, _MAX_LOG_RATIO)) + log_ratio
+    log_ratio = jnp.maximum(log_ratio, -_MAX_LOG_RATIO)  # in both terms, or the sign of the gradient would turn
+    return jnp.expm1(-log_ratio) + log_ratio
   raise ValueError(f"estimator: expected 'exact', 'k1', 'k2' or 'k3', got {estimator!r}.")
 
 
@@ -119,6 +120,9 @@ def policy_loss(log_probs: chex.Array, old_log_probs: chex.Array, advantages: ch
 
   Returns:
     `(loss, clipped)`, float32 and bool `[...]`.
+
+  Raises:
+    ValueError: if the algorithm is unknown.
   """
   advantages = jax.lax.stop_gradient(advantages)
   log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
@@ -126,6 +130,8 @@ def policy_loss(log_probs: chex.Array, old_log_probs: chex.Array, advantages: ch
   clipped_ratio = jnp.clip(ratio, 1.0 - clip_ratio, 1.0 + clip_ratio)
   if algorithm == 'a2c':
     return -log_probs * advantages, jnp.zeros(ratio.shape, bool)
+  if algorithm != 'ppo':
+    raise ValueError(f"algorithm: expected 'ppo' or 'a2c', got {algorithm!r}.")
   return -jnp.minimum(ratio * advantages, clipped_ratio * advantages), ratio * advantages > clipped_ratio * advantages
 
 

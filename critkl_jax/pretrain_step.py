@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from critkl_jax.config import PretrainConfig
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import masked_mean
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
@@ -47,7 +47,7 @@ def draw_longest(config: PretrainConfig, step: int) -> int:
 def init_pretraining(model: GPT2, config: PretrainConfig) -> TrainState:
   """Returns the state before the first step, a function of the config's seed."""
   init_key, _ = pretraining_keys(config)
-  params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))['params']
+  params = init_params(model, init_key)
   return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0))
 
 

@@ -1,6 +1,6 @@
 """Records that travel between the parts; a shape stands on every field.
 
-Letters: B episodes, P prompt tokens, T response tokens, V vocabulary.
+Letters: B episodes, Q prompt tokens, T response tokens, V vocabulary.
 """
 
 from typing import Any
@@ -55,8 +55,8 @@ class Rollout:
   """Sampled responses and what was known when they were sampled.
 
   Attributes:
-    prompt: int32 `[B, P]` prompt tokens, padded on the left.
-    prompt_mask: bool `[B, P]` true at the tokens of the prompt.
+    prompt: int32 `[B, Q]` prompt tokens, padded on the left.
+    prompt_mask: bool `[B, Q]` true at the tokens of the prompt.
     actions: int32 `[B, T]` sampled tokens; the padding id after the end of the episode.
     mask: bool `[B, T]` true up to and including the last sampled token.
     log_probs: float32 `[B, T]` natural log-probability of each action under the policy at the sampling temperature;

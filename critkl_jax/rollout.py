@@ -27,8 +27,8 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
       (logits [B, T, V], values [B, T], state)`; what it must remember it keeps in its state, a PyTree of arrays whose
       shapes do not change. Of the first call only the outputs at the last column are used.
     policy_state: the state before the prompt, for example an empty `KVCache`.
-    prompt: int32 `[B, P]` prompts, padded on the left.
-    prompt_mask: bool `[B, P]` true at the tokens of the prompts.
+    prompt: int32 `[B, Q]` prompts, padded on the left.
+    prompt_mask: bool `[B, Q]` true at the tokens of the prompts.
     key: PRNG key, consumed.
     max_new_tokens: T, at which an episode is cut.
     stop: int32 `[S, C]` automaton that ends an episode, see `tasks.task.stop_after`.
@@ -44,8 +44,10 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
     ValueError: if max_new_tokens is less than 1 or top_p is not in (0, 1].
     AssertionError: if the shapes of prompt and mask differ.
   """
-  if max_new_tokens < 1 or not 0 < top_p <= 1:
-    raise ValueError(f'expected max_new_tokens >= 1 and 0 < top_p <= 1, got {max_new_tokens} and {top_p}.')
+  if max_new_tokens < 1:
+    raise ValueError(f'max_new_tokens: expected 1 or more, got {max_new_tokens}.')
+  if not 0 < top_p <= 1:
+    raise ValueError(f'top_p: expected more than 0 and at most 1, got {top_p}.')
   chex.assert_rank([prompt, prompt_mask], 2)
   chex.assert_equal_shape([prompt, prompt_mask])
   batch_size, stop = prompt.shape[0], jnp.asarray(stop)
@@ -62,8 +64,8 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
 
   def write(t, logits, values, active, stop_state, rollout):
     action, log_prob = choose(t, logits)
-    column = {'actions': jnp.where(active, action, pad_id), 'mask': active,
-              'log_probs': jnp.where(active, log_prob, 0.0), 'values': jnp.where(active, values, 0.0)}
+    log_prob, values = (jnp.where(active, x.astype(jnp.float32), 0.0) for x in (log_prob, values))
+    column = {'actions': jnp.where(active, action, pad_id), 'mask': active, 'log_probs': log_prob, 'values': values}
     rollout = rollout.replace(**{
         name: jax.lax.dynamic_update_slice_in_dim(getattr(rollout, name), value[:, None], t, axis=1)
         for name, value in column.items()})
@@ -88,7 +90,15 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
 
 
 def gpt2_policy(model: GPT2, params: Any) -> Policy:
-  """Returns a GPT-2 as a policy for `generate`; its state is a `KVCache` as long as prompt and response together."""
+  """Returns a GPT-2 as a policy for `generate`.
+
+  Args:
+    model: the network.
+    params: its parameters.
+
+  Returns:
+    A `Policy` whose state is a `KVCache` with a slot for each token of prompt and response.
+  """
 
   def policy(tokens, mask, cache):
     output = model.apply({'params': params}, tokens, mask, cache)
@@ -115,7 +125,7 @@ def score(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array, chex.
   Args:
     model: the network.
     params: its parameters.
-    rollout: prompts `[B, P]` and actions `[B, T]`.
+    rollout: prompts `[B, Q]` and actions `[B, T]`.
 
   Returns:
     `(logits, values)`, float32 `[B, T, V]` and `[B, T]`: `logits[b, t]` is the distribution of `actions[b, t]`, before

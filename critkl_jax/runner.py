@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import time
@@ -37,7 +38,7 @@ class MetricsWriter:
     workdir.mkdir(parents=True, exist_ok=True)
     self._path = workdir / 'metrics.jsonl'
     rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    self._path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    write_text(self._path, ''.join(json.dumps(row) + '\n' for row in rows))
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1) if tensorboardX else None
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -52,6 +53,13 @@ class MetricsWriter:
     """Finishes the event file."""
     if self._events:
       self._events.close()
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all, whenever the process ends."""
+  unfinished = path.with_name(f'{path.name}.unfinished')
+  unfinished.write_text(text)
+  os.replace(unfinished, path)
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
@@ -95,22 +103,21 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   first = int(state.step)
   if first >= num_steps:
     return state
-  writer, manager = MetricsWriter(workdir, first), checkpoint.open_manager(workdir / 'checkpoints')
-  try:
-    with _caught_signals() as caught, tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True) as bar:
-      log = _Log(writer, bar, show)
-      for number in range(first + 1, num_steps + 1):
-        state, metrics = step(state, number - 1)
-        log.add(number, metrics)
-        if number % save_every == 0 or number == num_steps or caught:
-          log.flush()  # before the save, so that a resumed run has a line for every step
-          checkpoint.save(manager, state, info)
-        if caught and number < num_steps:
-          raise Interrupted(f'stopped by {signal.Signals(caught[0]).name} after step {number} of {num_steps}; it is '
-                            f'saved in {workdir}, and the same command goes on from there.')
-  finally:
-    manager.close()
-    writer.close()
+  with (contextlib.closing(MetricsWriter(workdir, first)) as writer,
+        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager,
+        _caught_signals() as caught,
+        tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True) as bar):
+    log = _Log(writer, bar, show)
+    for number in range(first + 1, num_steps + 1):
+      state, metrics = step(state, number - 1)
+      log.add(number, metrics)
+      stop = bool(caught)
+      if stop or number % save_every == 0 or number == num_steps:
+        log.flush()  # before the save, so that a resumed run has a line for every step
+        checkpoint.save(manager, state, info)
+      if stop and number < num_steps:
+        raise Interrupted(f'stopped by {signal.Signals(caught[0]).name} after step {number} of {num_steps}; it is '
+                          f'saved in {workdir}, and the same command goes on from there.')
   return state
 
 
@@ -123,10 +130,12 @@ class _Log:
     self._time = time.monotonic()
 
   def add(self, number: int, metrics: dict[str, chex.Array]) -> None:
+    """Logs what was held back, and holds back these metrics of a step that has been dispatched."""
     self.flush()
     self._pending = (number, metrics)
 
   def flush(self) -> None:
+    """Waits for the metrics held back, and logs them."""
     if self._pending is None:
       return
     number, metrics = self._pending
@@ -159,7 +168,7 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
 
 
 # Fields that may differ between a run and its continuation: they change no update.
-_FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'eval_problems', 'reference'})
+_FREE_FIELDS = frozenset({'num_iterations', 'save_every'})
 
 
 def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> list[str]:

@@ -14,7 +14,7 @@ from flax import struct
 
 from critkl_jax import advantages
 from critkl_jax.config import FinetuneConfig
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import Coefficients, penalty_weight, ppo_loss, token_kl
 from critkl_jax.records import Batch, Rollout, TrainState
 from critkl_jax.rollout import gpt2_generate, score
@@ -68,7 +68,7 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any) -> Tra
     A `TrainState`; none of its arrays is shared with the arguments, so it may be donated.
   """
   init_key, _ = finetuning_keys(config)
-  fresh = model.init(init_key, jnp.zeros((1, 1), jnp.int32))['params']
+  fresh = init_params(model, init_key)
   params = {**ref_params, 'value_head': _matching(ref_params.get('value_head'), fresh['value_head'])}
   chex.assert_trees_all_equal_shapes(params, fresh)
   params, ref_params = (jax.tree.map(lambda x: jnp.array(x, copy=True), params) for _ in range(2))
@@ -115,7 +115,19 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
 
 def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: chex.PRNGKey,
             temperature: chex.Numeric) -> tuple[Rollout, chex.Array]:
-  """Draws problems and samples responses: returns the `Rollout` of B episodes and their rewards, float32 `[B]`."""
+  """Draws problems, samples a response to each and rewards it.
+
+  Args:
+    model: the policy network.
+    task: problems and reward.
+    config: number of episodes, and how many of them share a problem.
+    params: the policy's parameters.
+    key: PRNG key, consumed.
+    temperature: of the samples; may be traced.
+
+  Returns:
+    The `Rollout` of B episodes and their rewards, float32 `[B]`.
+  """
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
   problems = jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems)
@@ -157,8 +169,8 @@ def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollou
     if config.whiten_advantages:
       token_advantages = advantages.whiten(token_advantages, mask)
   else:
-    estimator = getattr(advantages, config.advantage)
-    episode = estimator(jnp.sum(token_rewards, -1), config.group_size)
+    estimate = {'group_relative': advantages.group_relative, 'leave_one_out': advantages.leave_one_out}
+    episode = estimate[config.advantage](jnp.sum(token_rewards, -1), config.group_size)
     token_advantages = jnp.where(mask, episode[:, None], 0.0)
     returns = jnp.where(mask, jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1], 0.0)
   return Batch(actions=rollout.actions, mask=mask, log_probs=rollout.log_probs, values=rollout.values,
@@ -183,20 +195,22 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
   Returns:
     The state one step later, and the means of the loss's metrics over the updates.
   """
-  optimizer = make_optimizer(config)
+  optimizer, numbers = make_optimizer(config), hyperparameters.loss
   warming_up = state.step < config.critic_warmup
+  if config.advantage != 'gae':  # nothing asks for values: their gradient would only take its share of the norm
+    numbers = numbers.replace(value_coefficient=0.0)
 
   def loss_fn(params, minibatch):
     rollout, ref_logits, batch = minibatch
     logits, values = score(model, params, rollout)
-    loss, metrics = ppo_loss(logits, values, ref_logits, batch, config.loss, hyperparameters.loss)
-    critic_loss = hyperparameters.loss.value_coefficient * metrics['value_loss']
-    return jnp.where(warming_up, critic_loss, loss), metrics
+    return ppo_loss(logits, values, ref_logits, batch, config.loss, numbers)
 
   def one_update(carry, indices):
     params, opt_state = carry
     minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_logits, batch))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
+    grads = {name: grad if name == 'value_head' else jax.tree.map(lambda x: jnp.where(warming_up, 0.0, x), grad)
+             for name, grad in grads.items()}
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), metrics | {'grad_norm': optax.tree.norm(grads)}
 

@@ -6,9 +6,9 @@ Without flags: the reference that comes with the package, N + 1 digits, PPO, the
 command goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.png and summary.json into the workdir.
 """
 
-import dataclasses
 import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -17,7 +17,7 @@ from absl import flags
 
 from critkl_jax import checkpoint, evaluate, runner
 from critkl_jax.analysis.curves import plot_learning_curves
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, GPT2Config, flat_values
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.addition import plus_task
@@ -35,8 +35,7 @@ def main() -> None:
   config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
   reference = keep_reference(config, workdir)
   known = reference.info.known_digits
-  model = GPT2(dataclasses.replace(
-      reference.info.model, value_head=config.value_head, value_head_detached=config.value_head_detached))
+  model = GPT2(model_config(config, reference))
   task = plus_task(known, config.extra_digits)
   needed = task.prompt_length + task.response_length
   if needed > model.config.context_length:
@@ -46,7 +45,7 @@ def main() -> None:
   state = init_finetuning(model, config, reference.params)
   test = make_test(model, config, known)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
-  before = tested_before(test, state, config, workdir)
+  before = tested_before(test, state, workdir)
   _, key = finetuning_keys(config)
   step, hyperparameters = make_train_step(model, task, config), Hyperparameters.of(config)
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
@@ -57,8 +56,10 @@ def main() -> None:
 def keep_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.Checkpoint:
   """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
   kept = workdir / 'reference'
-  if checkpoint.latest(kept):
+  if checkpoint.latest(workdir / 'checkpoints'):
     return checkpoint.load_checkpoint(kept)
+  shutil.rmtree(kept, ignore_errors=True)  # of a run that was stopped before it saved anything
+  before_file(workdir).unlink(missing_ok=True)
   reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE)
   manager = checkpoint.open_manager(kept)
   state = TrainState(params=reference.params, opt_state=None, step=reference.step)
@@ -67,10 +68,18 @@ def keep_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.
   return reference
 
 
+def model_config(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> GPT2Config:
+  """Returns the policy's config, or exits with one line if the reference does not allow it."""
+  try:
+    return config.model_of(reference.info.model)
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
+
+
 def make_test(model: GPT2, config: FinetuneConfig, known: int):
   """Makes `params -> {'N': accuracy, 'N+k': accuracy, critical-token statistics}`, always on the same problems."""
   task = plus_task(known, config.extra_digits)
-  answer = evaluate.make_answer(model, task)
+  answer, read = evaluate.make_answer(model, task), evaluate.make_reader(model, task)
   longest = known + config.extra_digits
   problem_key, answer_key = jax.random.split(jax.random.key(1_000_003))
   digits = {'N': known, f'N+{config.extra_digits}': longest}
@@ -81,18 +90,23 @@ def make_test(model: GPT2, config: FinetuneConfig, known: int):
     result = {name: float(evaluate.answer_all(answer, params, drawn, answer_key).mean())
               for name, drawn in problems.items()}
     if problems:
-      result['tokens'] = evaluate.solution_statistics(model, task, params, problems[f'N+{config.extra_digits}'])
+      result['tokens'] = evaluate.solution_statistics(read, params, problems[f'N+{config.extra_digits}'])
     return result
 
   return test
 
 
-def tested_before(test, state: TrainState, config: FinetuneConfig, workdir: pathlib.Path) -> dict[str, Any]:
+def tested_before(test, state: TrainState, workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
-  file = workdir / f'before_{config.eval_problems}.json'
+  file = before_file(workdir)
   if not file.is_file():
-    file.write_text(json.dumps(test(state.ref_params)) + '\n')
+    runner.write_text(file, json.dumps(test(state.ref_params)) + '\n')
   return json.loads(file.read_text())
+
+
+def before_file(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns where the reference's test is kept."""
+  return workdir / 'before.json'
 
 
 def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
@@ -117,7 +131,7 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
       'config': flat_values(config),
       'device': jax.devices()[0].device_kind,
   }
-  (workdir / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
+  runner.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   if config.eval_problems:
     print(before_after_rows(accuracy, {'N': f'{known} digits', longer: f'{known + config.extra_digits} digits'}))
   print(f'{seconds:.0f} s. In {workdir}: summary.json, curves.png, metrics.jsonl, checkpoints/, reference/.')

@@ -16,7 +16,7 @@ from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig
 from critkl_jax.evaluate import accuracy_table
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
-from critkl_jax.tasks.addition import pretraining_task
+from critkl_jax.tasks.addition import LENGTH_MARGIN, pretraining_task, prompt_length, solution_length
 from experiments.flags import define_config, read_config, run
 from experiments.tables import accuracy_rows
 
@@ -28,11 +28,13 @@ def main() -> None:
   """Pre-trains, then prints and saves the accuracy table."""
   config = read_config(PRETRAIN_PRESETS)
   model = GPT2(config.model)
-  try:
-    steps = {n: jax.jit(make_pretrain_step(model, pretraining_task(config.known_digits, n), config), donate_argnums=0)
-             for n in range(1, config.known_digits + 1)}
-  except ValueError as error:
-    raise SystemExit(f'error: {error}') from error
+  tested = [config.known_digits + k for k in range(3)]
+  needed = prompt_length(tested[-1]) + solution_length(tested[-1]) + LENGTH_MARGIN
+  if needed > config.model.context_length:
+    raise SystemExit(f'error: --context_length: N+2 = {tested[-1]} digits need {needed}, got '
+                     f'{config.model.context_length}.')
+  steps = {n: jax.jit(make_pretrain_step(model, pretraining_task(config.known_digits, n), config), donate_argnums=0)
+           for n in range(1, config.known_digits + 1)}
   _, key = pretraining_keys(config)
   info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
   workdir = pathlib.Path(WORKDIR.value)
@@ -41,16 +43,15 @@ def main() -> None:
       lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config),
       config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
 
-  if config.eval_problems:
-    table = accuracy_table(
-        model, state.params, config.known_digits, [config.known_digits + k for k in range(3)],
-        ['identical', 'varying', 'plus'], config.eval_problems)
-    print(accuracy_rows(table))
-    (workdir / 'summary.json').write_text(json.dumps({'accuracy': table}, indent=2) + '\n')
   final = checkpoint.open_manager(workdir / 'reference')
   checkpoint.save(final, state, info, with_optimizer=False)
   final.close()
   print(f'Parameters for --reference: {workdir / "reference"}')
+  if config.eval_problems:
+    table = accuracy_table(
+        model, state.params, config.known_digits, tested, ['identical', 'varying', 'plus'], config.eval_problems)
+    print(accuracy_rows(table))
+    runner.write_text(workdir / 'summary.json', json.dumps({'accuracy': table}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -107,6 +107,20 @@ def test_half_written_directories_are_not_taken_for_checkpoints(saved):
   assert load_checkpoint(saved).step == 10
 
 
+def test_a_half_written_directory_itself(saved):
+  (saved / '10').rename(saved / '10.orbax-checkpoint-tmp')
+  assert 'half-written' in error_of(saved / '10.orbax-checkpoint-tmp')
+
+
+def test_a_step_of_a_step_directory(saved):
+  assert 'no step 2 in it' in error_of(saved / '10', 2)
+
+
+def test_other_directories_are_no_steps(saved, tmp_path):
+  (tmp_path / 'runs' / 'seed_1').mkdir(parents=True)
+  assert 'no complete checkpoint' in error_of(tmp_path / 'runs')
+
+
 @pytest.mark.parametrize('item', ['params', 'config'])
 def test_a_missing_item(saved, item):
   shutil.rmtree(saved / '10' / item)

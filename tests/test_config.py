@@ -32,6 +32,13 @@ def test_replace_reaches_the_inner_config():
     config_lib.replace(FinetuneConfig(), kl_cofficient=2.0)
 
 
+def test_the_policy_is_the_reference_with_other_numerics():
+  reference = GPT2Config(width=64)
+  assert FinetuneConfig().model_of(reference) == reference
+  changed = FinetuneConfig(dtype='bfloat16', attention='cudnn', value_head='mlp', remat=True).model_of(reference)
+  assert changed == GPT2Config(width=64, dtype='bfloat16', attention='cudnn', value_head='mlp', remat=True)
+
+
 def test_flat_views_name_every_field_once():
   fields = config_lib.flat_fields(FinetuneConfig)
   expected = {f.name for c in (FinetuneConfig, LossConfig) for f in dataclasses.fields(c)} - {'loss'}
@@ -57,6 +64,10 @@ def test_flat_views_name_every_field_once():
     (lambda: LossConfig(kl_coefficient=-1.0), 'kl_coefficient.*-1'),
     (lambda: LossConfig(kl_coefficient=float('nan')), 'kl_coefficient.*nan'),
     (lambda: LossConfig(certainty_intercept=1.5), 'certainty_intercept.*1.5'),
+    (lambda: LossConfig(certainty_intercept=float('nan')), 'certainty_intercept.*nan'),
+    (lambda: GPT2Config(attention='cudnn'), "attention: 'cudnn' needs dtype='bfloat16'"),
+    (lambda: FinetuneConfig(whiten_advantages=True), "whiten_advantages.*'group_relative'"),
+    (lambda: FinetuneConfig(critic_warmup=3), 'critic_warmup.*gae'),
     (lambda: FinetuneConfig(minibatches=5), 'minibatches.*96.*5'),
     (lambda: FinetuneConfig(episodes=1, minibatches=1), 'advantage.*episodes=1'),
     (lambda: FinetuneConfig(gae_lambda=1.01), 'gae_lambda.*1.01'),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from critkl_jax import evaluate
+from critkl_jax.checkpoint import load_checkpoint
 from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import plus_task
@@ -54,7 +55,29 @@ def test_statistics_of_solutions_under_a_uniform_model():
   model = GPT2(GPT2Config(context_length=512, num_layers=1, num_heads=1, width=8))
   params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
   problems = evaluate.draw_problems(jax.random.key(0), 4, 'plus', 3, 2, 3)
-  found = evaluate.solution_statistics(model, task, params, problems)
+  found = evaluate.solution_statistics(evaluate.make_reader(model, task), params, problems, batch_size=3)
   for place in ('critical', 'other'):
     np.testing.assert_allclose(found[f'{place}_probability'], 1 / 41, rtol=1e-5)
     np.testing.assert_allclose(found[f'{place}_certainty'], 0, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def shipped():
+  loaded = load_checkpoint()
+  return GPT2(loaded.info.model), loaded.params, loaded.info.known_digits
+
+
+def test_the_shipped_reference_knows_what_it_was_taught(shipped):
+  model, params, known = shipped
+  table = evaluate.accuracy_table(model, params, known, [known], ['varying'], 20)
+  assert table[0]['accuracy'] >= 0.9
+  assert table[0]['low'] <= table[0]['accuracy'] <= table[0]['high']
+
+
+def test_the_shipped_reference_is_less_certain_at_critical_tokens(shipped):
+  model, params, known = shipped
+  problems = evaluate.draw_problems(jax.random.key(0), 30, 'plus', known + 1, known, known + 1)
+  found = evaluate.solution_statistics(evaluate.make_reader(model, plus_task(known, 1)), params, problems)
+  assert found['critical_certainty'] < found['other_certainty'] - 0.05
+  assert found['critical_probability'] < found['other_probability'] - 0.1
+  assert found['other_probability'] > 0.9

@@ -168,7 +168,7 @@ def test_kl_against_float64():
   logp, logq = log_softmax(logits), log_softmax(ref_logits)
   d = np.take_along_axis(logp - logq, np.asarray(batch.actions)[..., None], -1)[..., 0]
   expected = {'exact': np.sum(np.exp(logp) * (logp - logq), -1), 'k1': d, 'k2': d * d / 2,
-              'k3': np.exp(np.minimum(-d, 20)) - 1 + d}
+              'k3': np.expm1(-np.maximum(d, -20)) + np.maximum(d, -20)}
   for estimator, value in expected.items():
     np.testing.assert_allclose(token_kl(logits, ref_logits, batch.actions, estimator), value, rtol=1e-5, atol=1e-5)
 
@@ -235,6 +235,15 @@ def test_very_different_policies_keep_k3_finite():
       lambda z: token_kl(z, -logits, jnp.array([1]), 'k3')[0])(logits)
   assert jnp.isfinite(value)
   assert jnp.all(jnp.isfinite(gradient))
+
+
+def test_k3_never_pushes_away_from_the_reference():
+  ref_logits, actions = jnp.zeros((1, 3)), jnp.array([0])
+  for gap in (1.0, 15.0, 19.0, 21.0, 60.0):
+    logits = jnp.array([[-gap, 0.0, 0.0]])  # the policy gives the action far less than the reference does
+    gradient = jax.grad(lambda z: token_kl(z, ref_logits, actions, 'k3')[0])(logits)
+    assert gradient[0, 0] <= 0  # a step down the gradient makes it more probable, or stays
+    assert gradient[0, 0] < 0 or gap > 20
 
 
 @pytest.mark.parametrize('exponent', [0.0, 1.0, 150.0, 10000.0])

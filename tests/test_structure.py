@@ -23,6 +23,10 @@ def module_name(path):
 
 def imports_of(path):
   for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path.name}: relative imports hide where data come from'
+    if isinstance(node, ast.Import):
+      assert not any(alias.name.startswith('critkl_jax') for alias in node.names), path.name
     if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'critkl_jax':
       base = node.module.removeprefix('critkl_jax').lstrip('.')
       for alias in node.names:

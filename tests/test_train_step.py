@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from critkl_jax import checkpoint, runner
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -158,7 +159,9 @@ def test_the_key_of_an_iteration_depends_on_its_number_alone(model, reference):
   assert lengths[1] == lengths[2] != lengths[0]
 
 
-def test_during_the_critics_warm_up_only_the_critic_learns(model, reference):
+@pytest.mark.parametrize('detached', [True, False])
+def test_during_the_critics_warm_up_only_the_critic_learns(model, reference, detached):
+  model = GPT2(dataclasses.replace(model.config, value_head_detached=detached))
   config = config_lib.replace(SMALL, advantage='gae', critic_warmup=2)
   state, _ = advance(model, reference, config, 2)
   changed = {name: any(jnp.any(x != y) for x, y in zip(jax.tree.leaves(state.params[name]), jax.tree.leaves(old)))
@@ -167,6 +170,29 @@ def test_during_the_critics_warm_up_only_the_critic_learns(model, reference):
   assert not any(changed.values())
   later, _ = advance(model, reference, config, 3)
   assert jnp.any(later.params['wte']['embedding'] != reference['wte']['embedding'])
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(model, reference, tmp_path):
+  config = config_lib.replace(SMALL, kl_coefficient=0.01, certainty_exponent=1.0)
+  info = checkpoint.CheckpointInfo(model=model.config, known_digits=1, training=config)
+  step, numbers = make_train_step(model, letter_task(), config), Hyperparameters.of(config)
+
+  def run(workdir, iterations):
+    start = init_finetuning(model, config, reference)
+    return runner.run(lambda state, _: step(state, KEY, numbers), start, iterations, info, workdir, save_every=2)
+
+  whole = run(tmp_path / 'whole', 6)
+  run(tmp_path / 'parts', 3)
+  resumed = run(tmp_path / 'parts', 6)
+  jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+  assert jnp.any(whole.params['wte']['embedding'] != reference['wte']['embedding'])
+  assert step._cache_size() == 1
+
+
+def test_the_critic_is_trained_only_where_it_is_asked(model, reference):
+  for advantage, trained in (('gae', True), ('group_relative', False), ('leave_one_out', False)):
+    state, _ = advance(model, reference, config_lib.replace(SMALL, advantage=advantage), 2)
+    assert jnp.any(state.params['value_head']['c_proj']['kernel'] != 0) == trained
 
 
 def test_another_value_head_starts_anew(reference, model):

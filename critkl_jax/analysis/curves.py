@@ -3,10 +3,8 @@
 import pathlib
 from collections.abc import Sequence
 
-import matplotlib
-from matplotlib import pyplot as plt
-
-matplotlib.use('agg')  # files only; no screen is needed
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PANELS = {
     'accuracy': 'accuracy of the rollouts',
@@ -27,17 +25,16 @@ def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.P
     panels: metric -> label of its panel; those of a fine-tuning run if None. A metric that no row has is left out.
   """
   panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
-  figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(3.6 * max(len(panels), 1), 3.0), layout='constrained')
-  for axis, (name, label) in zip(figure.axes, panels.items()):
+  figure = Figure(figsize=(3.6 * max(len(panels), 1), 3.0), layout='constrained')
+  for number, (name, label) in enumerate(panels.items(), start=1):
+    axis = figure.add_subplot(1, len(panels), number)
     points = [(row['step'], row[name]) for row in rows if name in row]
     axis.plot(*zip(*points), marker='o', markersize=3, color='#2a6f97')
     axis.set_xlabel('iteration')
     axis.set_title(label, fontsize=10)
     axis.grid(alpha=0.3)
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if name == 'accuracy':
       axis.set_ylim(0, 1.02)
-  del axes
   figure.suptitle(title, fontsize=11)
   figure.savefig(path, dpi=150)
-  plt.close(figure)

@@ -17,11 +17,11 @@ class Task:
 
   Attributes:
     tokenizer: the vocabulary in which prompts and responses are written.
-    prompt_length: P, the fixed length of prompts.
+    prompt_length: Q, the fixed length of prompts.
     response_length: T, the fixed length of responses: the limit at which an episode is cut.
     stop: int32 `[S, V]` automaton that ends an episode, see `stop_after`.
     sample: key -> problem (any PyTree of arrays); the key is consumed.
-    prompt: problem -> `Tokens` `[P]`, padded on the left.
+    prompt: problem -> `Tokens` `[Q]`, padded on the left.
     solution: problem -> `Solution` `[T]`, padded on the right.
     reward: (problem, actions `[T]`, mask `[T]`) -> float32 `[]`, 1 for a right response and 0 for any other.
   """
