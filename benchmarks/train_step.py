@@ -16,7 +16,6 @@ from absl import flags
 from critkl_jax import checkpoint, train_step
 from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.rollout import score
 from critkl_jax.tasks.addition import plus_task
 from experiments.flags import run
 
@@ -47,7 +46,7 @@ def main() -> None:
   numbers = train_step.Hyperparameters.of(config)
 
   collect = jax.jit(functools.partial(train_step.collect, model, task, config))
-  reference_pass = jax.jit(lambda params, rollout: score(model, params, rollout)[0])
+  reference_pass = jax.jit(functools.partial(train_step.reference_logits, model, config))
   make_batch = jax.jit(functools.partial(train_step.make_batch, model, config))
   update = jax.jit(functools.partial(train_step.update, model, config))
   rollout, rewards = collect(state.params, key, numbers.loss.temperature)

@@ -205,7 +205,7 @@ class FinetuneConfig:
   loss: LossConfig = LossConfig()
   reference: str = ''
   extra_digits: int = 1
-  num_iterations: int = 10
+  num_iterations: int = 8
   episodes: int = 96
   episodes_per_problem: int = 1
   epochs: int = 1
@@ -223,8 +223,8 @@ class FinetuneConfig:
   attention: str = ''
   remat: bool = False
   seed: int = 0
-  save_every: int = 5
-  eval_problems: int = 200
+  save_every: int = 4
+  eval_problems: int = 128
 
   def __post_init__(self):
     _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')

@@ -67,7 +67,7 @@ def draw_problems(key: chex.PRNGKey, num_problems: int, distribution: str, num_d
   return jax.vmap(sample)(jax.random.split(key, num_problems))
 
 
-def answer_all(answer: Callable, params: Any, problems: Problem, key: chex.PRNGKey, batch_size: int = 100
+def answer_all(answer: Callable, params: Any, problems: Problem, key: chex.PRNGKey, batch_size: int = 128
                  ) -> np.ndarray:
   """Answers problems in batches of one size, so that one program serves all of them.
 

@@ -102,7 +102,7 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
     rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
     rollout, rewards = collect(model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
-    ref_logits, _ = score(model, state.ref_params, rollout)
+    ref_logits = reference_logits(model, config, state.ref_params, rollout)
     batch = make_batch(model, config, state.params, rollout, rewards, ref_logits, hyperparameters)
     state, metrics = update(model, config, state, rollout, ref_logits, batch, shuffle_key, hyperparameters)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
@@ -136,6 +136,24 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
       model, params, prompt.tokens, prompt.mask, sample_key, max_new_tokens=task.response_length, stop=task.stop,
       temperature=temperature, pad_id=task.tokenizer.pad_id)
   return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+
+
+def reference_logits(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout) -> chex.Array:
+  """Returns the reference's logits at each action, a minibatch at a time, so that no pass needs more memory than an
+  update.
+
+  Args:
+    model: the network.
+    config: number of episodes and minibatches.
+    ref_params: the reference's parameters.
+    rollout: B episodes of T tokens.
+
+  Returns:
+    float32 `[B, T, V]`, before any temperature.
+  """
+  minibatches = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), rollout)
+  logits = jax.lax.map(lambda minibatch: score(model, ref_params, minibatch)[0], minibatches)
+  return logits.reshape(*rollout.actions.shape, -1)
 
 
 def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollout, rewards: chex.Array,
