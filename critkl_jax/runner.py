@@ -100,6 +100,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   """
   workdir = pathlib.Path(workdir)
   state = resume(state, info, workdir)
+  # Bind the arrays to their devices: a restored state is bound, a fresh one is not, and to jit the two differ.
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
   first = int(state.step)
   if first >= num_steps:
     return state

@@ -14,6 +14,7 @@ from critkl_jax.runner import Interrupted
 
 ConfigT = TypeVar('ConfigT')
 
+flags.disclaim_key_flags()  # the flags belong to the binary that calls `define_config`: its --help lists them
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
 
 

@@ -120,7 +120,8 @@ def test_traced_numbers_take_the_place_of_the_config(model, reference):
 
 
 def test_four_members_under_vmap_are_four_single_runs(model, reference):
-  config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0)
+  # Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate: 1e-3 keeps it under 1e-5.
+  config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0, learning_rate=1e-3)
   seeds, exponents = [0, 0, 1, 1], [0.0, 50.0, 0.0, 5.0]
   members = [config_lib.replace(config, seed=seed, certainty_exponent=exponent)
              for seed, exponent in zip(seeds, exponents)]
