@@ -205,12 +205,12 @@ class FinetuneConfig:
   loss: LossConfig = LossConfig()
   reference: str = ''
   extra_digits: int = 1
-  num_iterations: int = 8
+  num_iterations: int = 12
   episodes: int = 96
   episodes_per_problem: int = 1
   epochs: int = 1
   minibatches: int = 3
-  learning_rate: float = 2e-5
+  learning_rate: float = 4e-5
   max_grad_norm: float = 1.0
   advantage: str = 'group_relative'
   whiten_advantages: bool = False
