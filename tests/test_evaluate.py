@@ -79,5 +79,5 @@ def test_the_shipped_reference_is_less_certain_at_critical_tokens(shipped):
   problems = evaluate.draw_problems(jax.random.key(0), 30, 'plus', known + 1, known, known + 1)
   found = evaluate.solution_statistics(evaluate.make_reader(model, plus_task(known, 1)), params, problems)
   assert 1 - found['critical_certainty'] > 5 * (1 - found['other_certainty']) > 0
-  assert found['critical_probability'] < found['other_probability'] - 0.1
+  assert 1 - found['critical_probability'] > 5 * (1 - found['other_probability'])
   assert found['other_probability'] > 0.9
