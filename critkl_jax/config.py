@@ -268,7 +268,7 @@ PRETRAIN_PRESETS = {
         num_steps=4, warmup_steps=1, save_every=2, eval_problems=4),
     'tiny': PretrainConfig(model=_TINY),
     'small': PretrainConfig(
-        model=GPT2Config(context_length=1024, num_layers=6, num_heads=3, width=192), known_digits=6, num_steps=3000),
+        model=GPT2Config(context_length=1024, num_layers=6, num_heads=3, width=192), known_digits=6, num_steps=1600),
     'paper': PretrainConfig(
         model=GPT2Config(context_length=1024, num_layers=12, num_heads=12, width=768, value_head='mlp'),
         known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=6e-4, warmup_steps=1000,
