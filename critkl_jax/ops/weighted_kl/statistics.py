@@ -1,0 +1,268 @@
+"""The arithmetic that every implementation shares: what is summed over the vocabulary, and what follows from the sums.
+
+For one token with policy logits z, reference logits v (both divided by the temperature) and d = z - v; with m = max z,
+e_i = exp(z_i - m), t_i = d_i - c for a centre c, and phi(t) = exp(-t) - 1 + t:
+
+    sum_e = sum e        sum_ez = sum e (z - m)        sum_t = sum e t        sum_phi = sum e phi(t)
+
+Divergence and difference of the log-partition functions follow without the difference of two large numbers,
+
+    Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum_t) / sum_e
+    KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
+
+so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far apart
+that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough.
+
+A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with the
+right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
+
+Everything here is plain jnp on `[N, vocabulary block]` and `[N, 1]`, so that the bodies of Pallas kernels call it too.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+# Log-probability that a ruled-out token (logit -inf) is taken to have when two policies are compared. A finite number
+# keeps losses and gradients finite; no token that a float32 softmax can produce is as unlikely.
+LOG_PROB_FLOOR = -1e4
+MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
+RULED_OUT = -1e20  # logits below count as -inf
+_LOWEST = -20.0  # of t: below it exp(-t) says nothing in float32
+
+
+@struct.dataclass
+class WeightedKL:
+  """What a policy and its reference say of each token, float32 `[...]` each, in nats; 0 where masked.
+
+  Gradients flow from `log_prob`, `entropy` and `kl` to the policy; the other fields carry none.
+
+  Attributes:
+    log_prob: log pi(a) of the token's action.
+    ref_log_prob: log pi_ref(a), at least `LOG_PROB_FLOOR`.
+    entropy: of the policy.
+    kl: exact KL(pi || pi_ref).
+    certainty: J of the reference, between 0 and 1.
+    weight: (1 - c) J^beta + c.
+  """
+
+  log_prob: chex.Array
+  ref_log_prob: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+  certainty: chex.Array
+  weight: chex.Array
+
+
+@struct.dataclass
+class Sums:
+  """Sums over a part of the vocabulary, float32 `[N, 1]` each; `merge` joins those of two parts.
+
+  Attributes:
+    peak: m, the largest policy logit.
+    sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
+    centre: c.
+    lowest: the smallest t.
+    ref_peak: the largest reference logit, at the temperature of the policy.
+    ref_sum_e: sum exp(v - ref_peak).
+    sure_peak: the largest reference logit at the temperature of the certainty.
+    sure_sum_e: sum exp(v - sure_peak) at that temperature.
+    sure_sum_ez: sum exp(v - sure_peak) (v - sure_peak) at that temperature.
+    action_logit: z of the action, 0 if it is in another part.
+    ref_action_logit: v of the action, 0 if it is in another part.
+  """
+
+  peak: chex.Array
+  sum_e: chex.Array
+  sum_ez: chex.Array
+  centre: chex.Array
+  sum_t: chex.Array
+  sum_phi: chex.Array
+  lowest: chex.Array
+  sum_ruled: chex.Array
+  sum_ruled_z: chex.Array
+  ref_peak: chex.Array
+  ref_sum_e: chex.Array
+  sure_peak: chex.Array
+  sure_sum_e: chex.Array
+  sure_sum_ez: chex.Array
+  action_logit: chex.Array
+  ref_action_logit: chex.Array
+
+  @classmethod
+  def zeros(cls, num_tokens: int) -> 'Sums':
+    """Returns a record of zeros."""
+    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
+class Row:
+  """What the sums over the whole vocabulary amount to, float32 `[N, 1]` each; enough to take gradients again.
+
+  Attributes:
+    log_partition: logsumexp of the policy's logits.
+    shift: Delta, `log_partition` minus that of the reference.
+    entropy: of the policy.
+    kl: KL(pi || pi_ref).
+    log_prob: of the action.
+    ref_log_prob: of the action under the reference, at least `LOG_PROB_FLOOR`.
+    sure_entropy: of the reference at the temperature of the certainty.
+    sure_log_max: log of the reference's largest probability there.
+  """
+
+  log_partition: chex.Array
+  shift: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+  log_prob: chex.Array
+  ref_log_prob: chex.Array
+  sure_entropy: chex.Array
+  sure_log_max: chex.Array
+
+
+  @classmethod
+  def zeros(cls, num_tokens: int) -> 'Row':
+    """Returns a record of zeros."""
+    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
+class Cotangents:
+  """Gradients of the loss with respect to `log_prob`, `entropy` and `kl` of each token, float32 `[N, 1]`."""
+
+  log_prob: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+
+  @classmethod
+  def of(cls, row: Row) -> 'Cotangents':
+    """Returns those of a `Row` of gradients; the other fields carry none."""
+    return cls(log_prob=row.log_prob, entropy=row.entropy, kl=row.kl)
+
+
+def finite(logits: chex.Array) -> chex.Array:
+  """Returns float32 logits with `MINUS_INFINITY` in place of -inf."""
+  return jnp.maximum(logits, MINUS_INFINITY)
+
+
+def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_action: chex.Array,
+               valid: chex.Array | None = None) -> Sums:
+  """Returns the sums over one block of the vocabulary.
+
+  Args:
+    z: float32 `[N, K]` policy logits, out of `finite`.
+    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
+    v_sure: float32 `[N, K]` reference logits at the temperature of the certainty; None if it is the same.
+    is_action: bool `[N, K]`, true at the action of each row.
+    valid: bool `[N, K]` or `[1, K]`, false past the end of the vocabulary, where the logits may be anything, NaN
+      included; None if all of the block is valid. One column at least is.
+  """
+  total = lambda x: jnp.sum(x, -1, keepdims=True)
+  largest = lambda x: jnp.max(x, -1, keepdims=True)
+  inside = (lambda x, other: x) if valid is None else (lambda x, other: jnp.where(valid, x, other))
+  z, v = inside(z, MINUS_INFINITY), inside(v, MINUS_INFINITY)
+  peak, ref_peak = largest(z), largest(v)
+  above, ref_above = z - peak, v - ref_peak
+  e, ref_e = inside(jnp.exp(above), 0.0), inside(jnp.exp(ref_above), 0.0)
+  ruled = v <= RULED_OUT
+  centre = jnp.where(jnp.minimum(peak, ref_peak) > RULED_OUT, peak - ref_peak, 0.0)
+  t = jnp.where(ruled, 0.0, z - v - centre)
+  if v_sure is None:
+    sure_peak, sure_sum_e, sure_sum_ez = ref_peak, total(ref_e), total(ref_e * ref_above)
+  else:
+    v_sure = inside(v_sure, MINUS_INFINITY)
+    sure_peak = largest(v_sure)
+    sure_e = inside(jnp.exp(v_sure - sure_peak), 0.0)
+    sure_sum_e, sure_sum_ez = total(sure_e), total(sure_e * (v_sure - sure_peak))
+  ruled_e = jnp.where(ruled, e, 0.0)
+  return Sums(
+      peak=peak, sum_e=total(e), sum_ez=total(e * above), centre=centre, sum_t=total(e * t),
+      sum_phi=total(e * jnp.where(ruled, -1.0, phi(t))), lowest=-largest(-t), sum_ruled=total(ruled_e),
+      sum_ruled_z=total(ruled_e * above), ref_peak=ref_peak, ref_sum_e=total(ref_e), sure_peak=sure_peak,
+      sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez, action_logit=total(jnp.where(is_action, z, 0.0)),
+      ref_action_logit=total(jnp.where(is_action, v, 0.0)))
+
+
+def phi(t: chex.Array) -> chex.Array:
+  """Returns `exp(-t) - 1 + t`, to a relative 1e-6 near 0 too; t below -20 counts as -20 in the exponential."""
+  series = jnp.float32(1 / 362880)
+  for k in (40320, 5040, 720, 120, 24, 6, 2):
+    series = 1.0 / k - t * series
+  return jnp.where(jnp.abs(t) < 0.5, t * t * series, jnp.exp(-jnp.maximum(t, _LOWEST)) - 1.0 + t)
+
+
+def merge(one: Sums, two: Sums) -> Sums:
+  """Returns the sums over two parts of the vocabulary together."""
+  peak, ref_peak = jnp.maximum(one.peak, two.peak), jnp.maximum(one.ref_peak, two.ref_peak)
+  sure_peak = jnp.maximum(one.sure_peak, two.sure_peak)
+  masses = [(part.sum_e - part.sum_ruled) * jnp.exp(part.peak - peak) for part in (one, two)]
+  share = masses[1] / jnp.maximum(masses[0] + masses[1], 1e-30)
+  centre = one.centre + share * (two.centre - one.centre)
+  one, two = (_moved(part, peak, centre, ref_peak, sure_peak) for part in (one, two))
+  joined = jax.tree.map(jnp.add, one, two)
+  return joined.replace(peak=peak, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak,
+                        lowest=jnp.minimum(one.lowest, two.lowest))
+
+
+def _moved(sums, peak, centre, ref_peak, sure_peak):
+  """Returns the sums with respect to other peaks and another centre."""
+  down = sums.peak - peak
+  scale = jnp.exp(down)
+  step = centre - sums.centre
+  growth = phi(-step)  # exp(step) - 1 - step; step above 20 leaves `lowest` below -20, and the sums are not used
+  allowed = sums.sum_e - sums.sum_ruled
+  sum_t = sums.sum_t - step * allowed
+  sum_phi = (sums.sum_phi + (growth + step) * (sums.sum_phi - sums.sum_t) + growth * sums.sum_e + step * sums.sum_ruled)
+  ref_scale, sure_down = jnp.exp(sums.ref_peak - ref_peak), sums.sure_peak - sure_peak
+  sure_scale = jnp.exp(sure_down)
+  return sums.replace(
+      sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * sum_t,
+      sum_phi=scale * sum_phi, lowest=sums.lowest - step, sum_ruled=scale * sums.sum_ruled,
+      sum_ruled_z=scale * (sums.sum_ruled_z + down * sums.sum_ruled), ref_sum_e=ref_scale * sums.ref_sum_e,
+      sure_sum_e=sure_scale * sums.sure_sum_e,
+      sure_sum_ez=sure_scale * (sums.sure_sum_ez + sure_down * sums.sure_sum_e))
+
+
+def finish(sums: Sums) -> Row:
+  """Returns what the sums over the whole vocabulary amount to."""
+  log_sum = jnp.log(sums.sum_e)
+  log_partition, ref_log_partition = sums.peak + log_sum, sums.ref_peak + jnp.log(sums.ref_sum_e)
+  ruled = sums.sum_ruled / sums.sum_e
+  ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
+
+  x = (sums.sum_phi - sums.sum_t) / sums.sum_e
+  near = (sums.lowest >= _LOWEST) & (jnp.abs(x) < 0.5)
+  x = jnp.where(near, x, 0.0)
+  shift = jnp.where(near, sums.centre - jnp.log1p(x), log_partition - ref_log_partition)
+  near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
+  far_kl = sums.sum_t / sums.sum_e + (1.0 - ruled) * (sums.centre - shift)
+  kl = jnp.maximum(jnp.where(near, near_kl, far_kl) + ruled_kl, 0.0)
+
+  return Row(
+      log_partition=log_partition, shift=shift, entropy=log_sum - sums.sum_ez / sums.sum_e, kl=kl,
+      log_prob=sums.action_logit - log_partition,
+      ref_log_prob=jnp.maximum(sums.ref_action_logit - ref_log_partition, LOG_PROB_FLOOR),
+      sure_entropy=jnp.log(sums.sure_sum_e) - sums.sure_sum_ez / sums.sure_sum_e,
+      sure_log_max=-jnp.log(sums.sure_sum_e))
+
+
+def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Row, g: Cotangents) -> chex.Array:
+  """Returns the gradient of `sum_n g.log_prob log_prob + g.entropy H + g.kl KL` with respect to the policy's logits z.
+
+  `g_a (1[i = a] - p_i) - g_H p_i (log p_i + H) + g_KL p_i (log p_i - log q_i - KL)`
+
+  Args:
+    z: float32 `[N, K]` policy logits of any block of the vocabulary, out of `finite`.
+    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
+    is_action: bool `[N, K]`.
+    row: of the whole vocabulary.
+    g: the cotangents.
+
+  Returns:
+    float32 `[N, K]`.
+  """
+  log_p = z - row.log_partition
+  log_ratio = jnp.where(v <= RULED_OUT, log_p - LOG_PROB_FLOOR, z - v - row.shift)
+  inner = -g.log_prob - g.entropy * (log_p + row.entropy) + g.kl * (log_ratio - row.kl)
+  return jnp.exp(log_p) * inner + jnp.where(is_action, g.log_prob, 0.0)
