@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from critkl_jax.confidence import certainty_of_statistics, kl_weight
 from critkl_jax.ops.weighted_kl import chunked, linear, reference
 from critkl_jax.ops.weighted_kl.logits import fused_row
-from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, block_logits, scaled
+from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, block_logits, scaled, varying_axes
 from critkl_jax.ops.weighted_kl.statistics import Row, WeightedKL
 
 LOGIT_IMPLEMENTATIONS = ('reference', 'fused')
@@ -67,8 +67,8 @@ def weighted_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array,
   vocab_size = logits.shape[-1]
   chosen = _chosen(implementation, LOGIT_IMPLEMENTATIONS, pick_implementation(vocab_size, from_logits=True))
   keep = _flat_mask(mask, actions.shape)
-  arrays = (_masked(logits.reshape(-1, vocab_size), keep),
-            jax.lax.stop_gradient(_masked(ref_logits.reshape(-1, vocab_size), keep)), _masked(actions.reshape(-1), keep))
+  flat, ref_flat = (_masked(x.reshape(-1, vocab_size), keep) for x in (logits, jax.lax.stop_gradient(ref_logits)))
+  arrays = flat, ref_flat, _masked(actions.reshape(-1), keep)
   one_temperature, *temperatures = _temperatures(temperature, certainty_temperature)
   if chosen == 'fused':
     row = fused_row(one_temperature, *arrays, *temperatures)
@@ -100,13 +100,13 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
     temperature: of policy and reference, more than 0.
     certainty: `negentropy`, `min_entropy` or `max_prob`.
     certainty_temperature: temperature at which the reference's certainty is taken.
-    bias: float `[V]` added to the policy's logits; -inf rules a token out.
+    bias: float `[V]` added to the policy's logits before the soft cap; -inf rules a token out.
     ref_bias: float `[V]` added to the reference's logits.
     soft_cap: logits u become `soft_cap * tanh(u / soft_cap)`, before the temperature; None leaves them.
     mask: bool `[...]`; where it is false hidden states may hold anything, NaN included, results are 0, and there is no
       gradient. All true if None.
-    axis_name: inside `shard_map`, the mesh axis over which the vocabulary is spread: embeddings and biases are then this
-      device's equal part of it; hidden states are the same on all its devices, and so are the results.
+    axis_name: inside `shard_map`, the mesh axis over which the vocabulary is spread: embeddings and biases are then
+      this device's equal part of it; hidden states are the same on all its devices, and so are the results.
     implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), or None for the one that
       `pick_implementation` names.
     memory_budget: bytes of the largest float32 array of logits that `chunked` holds.
@@ -136,8 +136,8 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
 
   Args:
     token_loss: `(record, *extra) -> losses`, for any number K of tokens: the fields of the record are float32 `[K]`, so
-      are the losses, and that of a token depends on this token alone. It may close over traced values; no gradient flows
-      into them.
+      are the losses, and that of a token depends on this token alone. It may close over traced values; no gradient
+      flows into them.
     hidden: float `[..., D]`; this and the others up to the actions as in `linear_weighted_kl`.
     embedding: float `[V, D]`.
     ref_hidden: float `[..., D_ref]`.
@@ -161,7 +161,8 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
   def row_loss(row, keep, *extra):
     return jnp.where(keep, token_loss(_shaped(_record(row, weighting), keep, keep.shape), *extra), 0.0)
 
-  if plan.implementation == 'chunked' and plan.tile.vocabulary == embedding.shape[0] and plan.settings.axis_name is None:
+  whole_rows = plan.tile.vocabulary == embedding.shape[0] and plan.settings.axis_name is None
+  if plan.implementation == 'chunked' and whole_rows:
     some = [x[:plan.tile.tokens] for x in extra]
     row_loss, closed_over = jax.closure_convert(row_loss, Row.zeros(some[0].shape[0]), *some)
     loss, row = linear.accumulated(plan, row_loss, operands.policy, operands, extra, closed_over)
@@ -190,29 +191,32 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
              axis_name=None, implementation=None, memory_budget=chunked.MEMORY_BUDGET):
   """Checks and flattens the arguments of an operation on hidden states."""
   vocab_size = embedding.shape[0]
-  for name, states, table, offset in (('', hidden, embedding, bias), ('ref_', ref_hidden, ref_embedding, ref_bias)):
-    _check(f'{name}hidden', states.shape[:-1], actions.shape)
-    _check(f'{name}embedding', table.shape, (vocab_size, states.shape[-1]))
+  for name, given, table, offset in (('', hidden, embedding, bias), ('ref_', ref_hidden, ref_embedding, ref_bias)):
+    _check(f'{name}hidden', given.shape[:-1], actions.shape)
+    _check(f'{name}embedding', table.shape, (vocab_size, given.shape[-1]))
     if offset is not None:
       _check(f'{name}bias', offset.shape, (vocab_size,))
   if soft_cap is not None and not soft_cap > 0:
     raise ValueError(f'soft_cap: expected a positive number or None, got {soft_cap}.')
   usual = pick_implementation(vocab_size, from_logits=False)
-  if axis_name is not None and usual == 'reference':
-    usual = 'chunked'
+  if axis_name is not None:
+    usual = 'chunked' if usual == 'reference' else usual
+    if axis_name not in varying_axes(embedding):
+      raise ValueError(f'axis_name: expected an embedding spread over {axis_name!r}, in a shard_map that checks it '
+                       '(check_vma=True).')
   chosen = _chosen(implementation, LINEAR_IMPLEMENTATIONS, usual)
   if axis_name is not None and chosen == 'reference':
     raise ValueError("implementation: 'reference' needs the whole vocabulary, got an axis_name.")
 
   keep = _flat_mask(mask, actions.shape)
-  flat = lambda x: _masked(x.reshape(-1, x.shape[-1]), keep)
+  states, ref_states = (_masked(x.reshape(-1, x.shape[-1]), keep) for x in (hidden, ref_hidden))
   all_vocab, actions = vocab_size, _masked(actions.reshape(-1), keep)
   if axis_name is not None:
     all_vocab = vocab_size * jax.lax.axis_size(axis_name)
     actions = actions - vocab_size * jax.lax.axis_index(axis_name)
   one_temperature, temperature, certainty_temperature = _temperatures(temperature, certainty_temperature)
-  reference = jax.lax.stop_gradient(Side(flat(ref_hidden), ref_embedding, ref_bias))
-  operands = Operands(Side(flat(hidden), embedding, bias), reference, actions, temperature, certainty_temperature)
+  ref_side = jax.lax.stop_gradient(Side(ref_states, ref_embedding, ref_bias))
+  operands = Operands(Side(states, embedding, bias), ref_side, actions, temperature, certainty_temperature)
   plan = linear.Plan(chosen, Settings(soft_cap, one_temperature, axis_name),
                      chunked.pick_tile(actions.shape[0], vocab_size, memory_budget))
   return plan, operands, _Weighting(certainty, exponent, intercept, all_vocab), keep
@@ -245,7 +249,7 @@ def _flat_mask(mask, shape):
 
 
 def _masked(x, keep):
-  return x if keep is None else jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+  return x if keep is None else jnp.where(keep.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
 
 def _temperatures(temperature, certainty_temperature):

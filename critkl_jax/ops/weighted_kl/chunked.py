@@ -1,8 +1,9 @@
 """The operation in plain JAX, a tile of tokens and vocabulary at a time: any backend, no `[N, V]` array.
 
-A tile is (tokens, vocabulary). Tiles that hold the whole vocabulary make the fewest passes (token mode); tiles that hold
-all tokens need the least memory (vocabulary mode). Gradients compute the logits of each tile again, so that a call costs
-12 N D V operations in all; `accumulate`, which is told the loss of a token, takes them in the forward pass, for 8 N D V.
+A tile is (tokens, vocabulary). Tiles that hold the whole vocabulary make the fewest passes (token mode); tiles that
+hold all tokens need the least memory (vocabulary mode). Gradients compute the logits of each tile again, so that a call
+costs 12 N D V operations in all; `accumulate`, which is told the loss of a token, takes them in the forward pass, for
+8 N D V.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,19 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, block_logits, dot, through_scaling
+from critkl_jax.ops.weighted_kl.operands import (
+    Operands,
+    Settings,
+    Side,
+    block_logits,
+    dot,
+    spread_like,
+    through_scaling,
+)
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, block_sums, finish, logit_gradients, merge
 
-MEMORY_BUDGET = 64 * 2**20  # bytes of one float32 tile
-VOCAB_BLOCK = 512  # in vocabulary mode
+MEMORY_BUDGET = 64 * 2**20
+LANES = 128  # blocks of the vocabulary are multiples of it
 FEWEST_TOKENS = 64  # in token mode
 
 
@@ -28,17 +37,22 @@ class Tile(NamedTuple):
 
 
 def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET) -> Tile:
-  """Returns the tile of a memory budget in bytes for one float32 tile.
+  """Returns the tile that a memory budget allows.
 
-  The whole vocabulary with `FEWEST_TOKENS` or more where that fits (token mode), all tokens with a block of the vocabulary
-  else (vocabulary mode), and where that does not fit either, as many tokens as do.
+  The whole vocabulary with `FEWEST_TOKENS` or more, where those fit (token mode); else all tokens with as much of the
+  vocabulary as fits (vocabulary mode); and where not even `LANES` of it do, as many tokens as fit with those.
+
+  Args:
+    num_tokens: N.
+    vocab_size: V.
+    memory_budget: bytes of one float32 array of logits of a tile; a few of them are held at a time.
   """
-  num_tokens, entries = max(num_tokens, 1), max(memory_budget // 4, VOCAB_BLOCK)
+  num_tokens, entries = max(num_tokens, 1), max(memory_budget // 4, LANES)
   tokens = entries // vocab_size
   if tokens >= min(FEWEST_TOKENS, num_tokens):
     return Tile(min(num_tokens, tokens), vocab_size)
-  block = min(VOCAB_BLOCK, vocab_size)
-  return Tile(min(num_tokens, entries // block), block)
+  block = max(entries // num_tokens // LANES, 1) * LANES
+  return Tile(min(num_tokens, entries // LANES), min(block, vocab_size))
 
 
 def forward(operands: Operands, settings: Settings, tile: Tile) -> Sums:
@@ -50,7 +64,7 @@ def forward(operands: Operands, settings: Settings, tile: Tile) -> Sums:
     found = _token_sums(_tokens_of(operands, start, tile.tokens), settings, tile.vocabulary)
     return jax.tree.map(lambda x, new: _set(x, new, start), sums, found)
 
-  return _loop(_count(num_tokens, tile.tokens), of_tokens, Sums.zeros(num_tokens))
+  return _loop(_count(num_tokens, tile.tokens), of_tokens, spread_like(operands, Sums.zeros(num_tokens)))
 
 
 def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotangents: Cotangents) -> Side:
@@ -75,7 +89,7 @@ def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotan
     return _add_token_grads(grads, start, _tokens_of(operands, start, tile.tokens), settings, tile.vocabulary,
                             some_row, some_cotangents)
 
-  return _loop(_count(num_tokens, tile.tokens), of_tokens, _no_grads(operands.policy, tile.tokens >= num_tokens))
+  return _loop(_count(num_tokens, tile.tokens), of_tokens, _no_grads(operands, tile.tokens >= num_tokens))
 
 
 def accumulate(operands: Operands, settings: Settings, num_held: int, row_loss: Callable[..., chex.Array],
@@ -113,16 +127,16 @@ def accumulate(operands: Operands, settings: Settings, num_held: int, row_loss: 
                    bias=None if policy.bias is None else grads.bias + jnp.sum(gradient, 0))
     return loss + jnp.sum(losses), jax.tree.map(lambda x, new: _set(x, new, start), rows, row), grads
 
-  grads = _no_grads(policy, num_held >= num_tokens) if with_grads else None
-  blank = jnp.float32(0), Row.zeros(num_tokens), grads
+  grads = _no_grads(operands, num_held >= num_tokens) if with_grads else None
+  blank = *spread_like(operands, (jnp.float32(0), Row.zeros(num_tokens))), grads
   return _loop(_count(num_tokens, num_held), of_tokens, blank)
 
 
-def _no_grads(policy: Side, summed_once: bool) -> Side:
+def _no_grads(operands: Operands, summed_once: bool) -> Side:
   """Returns gradients of 0, in float32 where more than one tile of tokens is summed."""
-  blank = lambda x: jnp.zeros(x.shape, x.dtype if summed_once else jnp.float32)
-  return Side(hidden=jnp.zeros_like(policy.hidden), embedding=blank(policy.embedding),
-              bias=None if policy.bias is None else blank(policy.bias))
+  policy = operands.policy
+  grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if summed_once else jnp.float32), policy)
+  return spread_like(operands, grads.replace(hidden=jnp.zeros(policy.hidden.shape, policy.hidden.dtype)))
 
 
 def _token_sums(operands: Operands, settings: Settings, block: int) -> Sums:
@@ -156,7 +170,8 @@ def _add_token_grads(grads: Side, start: chex.Array, operands: Operands, setting
         bias=None if policy.bias is None else _add(grads.bias, jnp.sum(gradient, 0), first),
     ), hidden + dot(gradient, part.policy.embedding, (1, 0))
 
-  grads, hidden = _loop(_count(vocab_size, block), of_block, (grads, jnp.zeros(policy.hidden.shape, jnp.float32)))
+  hidden = spread_like(operands, jnp.zeros(policy.hidden.shape, jnp.float32))
+  grads, hidden = _loop(_count(vocab_size, block), of_block, (grads, hidden))
   return grads.replace(hidden=_add(grads.hidden, hidden, start))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from critkl_jax.ops.weighted_kl import chunked
-from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side
+from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, varying_axes
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, finish, merge
 
 
@@ -38,7 +38,7 @@ BACKWARD = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def row_of(plan: Plan, policy: Side, operands: Operands) -> Row:
-  """Returns what the hidden states say of each token; gradients go to `policy`, which takes the place of the operands'."""
+  """Returns what the hidden states say of each token; gradients go to `policy`, which replaces the operands' own."""
   sums = FORWARD[plan.implementation](plan)(operands.replace(policy=policy))
   return finish(_of_all_parts(sums, plan.settings.axis_name))
 
@@ -52,8 +52,6 @@ def _row_backward(plan, saved, gradients):
   policy, operands, row = saved
   grads = BACKWARD[plan.implementation](plan)(
       operands.replace(policy=policy), row=row, cotangents=Cotangents.of(gradients))
-  if plan.settings.axis_name is not None:  # each part of the vocabulary adds its share
-    grads = grads.replace(hidden=jax.lax.psum(grads.hidden, plan.settings.axis_name))
   return _like(grads, policy), None
 
 
@@ -90,7 +88,13 @@ accumulated.defvjp(_accumulated_forward, _accumulated_backward)
 
 
 def _like(grads, policy):
-  return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, policy)
+  """Returns gradients in the types of the arrays, summed over the devices that hold the same array in `shard_map`."""
+
+  def one(grad, x):
+    shared = tuple(varying_axes(grad) - varying_axes(x))
+    return (jax.lax.psum(grad, shared) if shared else grad).astype(x.dtype)
+
+  return jax.tree.map(one, grads, policy)
 
 
 def _of_all_parts(sums: Sums, axis_name: str | None) -> Sums:

@@ -13,7 +13,7 @@ from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, block_sums, f
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused_row(one_temperature: bool, logits: chex.Array, ref_logits: chex.Array, actions: chex.Array,
               temperature: chex.Array, certainty_temperature: chex.Array) -> Row:
-  """Returns what logits `[N, V]` say of each token; only the arguments and `[N, 1]` arrays are kept for the gradient."""
+  """Returns what logits `[N, V]` say of each token; the arguments and `[N, 1]` arrays are all that a gradient keeps."""
   z, v, v_sure = scaled(logits, ref_logits, temperature, certainty_temperature, one_temperature)
   return finish(block_sums(z, v, v_sure, _is_action(actions, z)))
 

@@ -1,13 +1,13 @@
 """What the linear operation is given, in the form in which implementations take it, and the logits that follow."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from critkl_jax.ops.weighted_kl.statistics import finite
+from critkl_jax.ops.weighted_kl.statistics import RULED_OUT, finite
 
 
 class Settings(NamedTuple):
@@ -69,7 +69,7 @@ def raw_logits(side: Side, soft_cap: float | None) -> chex.Array:
   """Returns float32 logits `[N, V]` before any temperature."""
   logits = dot(side.hidden, side.embedding, (1, 1))
   if side.bias is not None:
-    logits = logits + side.bias.astype(jnp.float32)[None]
+    logits += side.bias.astype(jnp.float32)[None]
   if soft_cap is None:
     return logits
   return jnp.where(logits > -jnp.inf, soft_cap * jnp.tanh(logits / soft_cap), -jnp.inf)
@@ -92,5 +92,23 @@ def block_logits(operands: Operands, settings: Settings) -> tuple[chex.Array, ch
 def through_scaling(gradient: chex.Array, z: chex.Array, operands: Operands, settings: Settings) -> chex.Array:
   """Returns the gradient with respect to the logits before soft cap and temperature, of that with respect to z."""
   if settings.soft_cap is not None:
-    gradient = gradient * (1.0 - jnp.square(z * operands.temperature / settings.soft_cap))
+    share = jnp.where(z > RULED_OUT, z * operands.temperature / settings.soft_cap, 0.0)
+    gradient = gradient * (1.0 - jnp.square(share))
   return gradient / operands.temperature
+
+
+def varying_axes(x: chex.Array) -> frozenset[str]:
+  """Returns the mesh axes over which an array varies inside `shard_map`; none outside."""
+  kind = jax.typeof(x)
+  return kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying  # before and since jax 0.10
+
+
+def spread_like(operands: Operands, tree: Any) -> Any:
+  """Returns arrays that vary over the mesh axes over which any operand does; the same arrays outside `shard_map`."""
+  axes = frozenset().union(*map(varying_axes, jax.tree.leaves(operands)))
+
+  def one(x):
+    missing = tuple(axes - varying_axes(x))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return jax.tree.map(one, tree)

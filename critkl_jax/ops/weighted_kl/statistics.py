@@ -10,14 +10,16 @@ Divergence and difference of the log-partition functions follow without the diff
     Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum_t) / sum_e
     KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
 
-so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far apart
-that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough.
+so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far
+apart that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough.
 
-A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with the
-right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
+A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
+the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
 
 Everything here is plain jnp on `[N, vocabulary block]` and `[N, 1]`, so that the bodies of Pallas kernels call it too.
 """
+
+import functools
 
 import chex
 import jax
@@ -101,8 +103,10 @@ class Row:
   """What the sums over the whole vocabulary amount to, float32 `[N, 1]` each; enough to take gradients again.
 
   Attributes:
-    log_partition: logsumexp of the policy's logits.
-    shift: Delta, `log_partition` minus that of the reference.
+    peak: the largest policy logit.
+    log_sum: `log sum_e`; with `peak` the log-partition function of the policy, in two parts that keep its digits.
+    centre: c.
+    shift: Delta - c.
     entropy: of the policy.
     kl: KL(pi || pi_ref).
     log_prob: of the action.
@@ -111,7 +115,9 @@ class Row:
     sure_log_max: log of the reference's largest probability there.
   """
 
-  log_partition: chex.Array
+  peak: chex.Array
+  log_sum: chex.Array
+  centre: chex.Array
   shift: chex.Array
   entropy: chex.Array
   kl: chex.Array
@@ -158,16 +164,18 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
     valid: bool `[N, K]` or `[1, K]`, false past the end of the vocabulary, where the logits may be anything, NaN
       included; None if all of the block is valid. One column at least is.
   """
-  total = lambda x: jnp.sum(x, -1, keepdims=True)
-  largest = lambda x: jnp.max(x, -1, keepdims=True)
-  inside = (lambda x, other: x) if valid is None else (lambda x, other: jnp.where(valid, x, other))
+
+  def inside(x, other):
+    return x if valid is None else jnp.where(valid, x, other)
+
+  total, largest = (functools.partial(reduce, axis=-1, keepdims=True) for reduce in (jnp.sum, jnp.max))
   z, v = inside(z, MINUS_INFINITY), inside(v, MINUS_INFINITY)
   peak, ref_peak = largest(z), largest(v)
   above, ref_above = z - peak, v - ref_peak
   e, ref_e = inside(jnp.exp(above), 0.0), inside(jnp.exp(ref_above), 0.0)
   ruled = v <= RULED_OUT
   centre = jnp.where(jnp.minimum(peak, ref_peak) > RULED_OUT, peak - ref_peak, 0.0)
-  t = jnp.where(ruled, 0.0, z - v - centre)
+  t = jnp.where(ruled, 0.0, centred_difference(z, v, centre))
   if v_sure is None:
     sure_peak, sure_sum_e, sure_sum_ez = ref_peak, total(ref_e), total(ref_e * ref_above)
   else:
@@ -182,6 +190,17 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
       sum_ruled_z=total(ruled_e * above), ref_peak=ref_peak, ref_sum_e=total(ref_e), sure_peak=sure_peak,
       sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez, action_logit=total(jnp.where(is_action, z, 0.0)),
       ref_action_logit=total(jnp.where(is_action, v, 0.0)))
+
+
+def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex.Array:
+  """Returns `(z - v) - centre`, correct to the last digit where the centre is near z - v.
+
+  The rounding error of the first difference is itself a float32 number (Knuth, TAOCP 4.2.2, theorem B), and added back.
+  """
+  difference = z - v
+  part = difference - z
+  lost = (z - (difference - part)) - (v + part)
+  return (difference - centre) + lost
 
 
 def phi(t: chex.Array) -> chex.Array:
@@ -226,23 +245,22 @@ def _moved(sums, peak, centre, ref_peak, sure_peak):
 
 def finish(sums: Sums) -> Row:
   """Returns what the sums over the whole vocabulary amount to."""
-  log_sum = jnp.log(sums.sum_e)
-  log_partition, ref_log_partition = sums.peak + log_sum, sums.ref_peak + jnp.log(sums.ref_sum_e)
+  log_sum, ref_log_sum = jnp.log(sums.sum_e), jnp.log(sums.ref_sum_e)
   ruled = sums.sum_ruled / sums.sum_e
   ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
 
   x = (sums.sum_phi - sums.sum_t) / sums.sum_e
   near = (sums.lowest >= _LOWEST) & (jnp.abs(x) < 0.5)
   x = jnp.where(near, x, 0.0)
-  shift = jnp.where(near, sums.centre - jnp.log1p(x), log_partition - ref_log_partition)
+  shift = jnp.where(near, -jnp.log1p(x), (sums.peak - sums.ref_peak - sums.centre) + (log_sum - ref_log_sum))
   near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
-  far_kl = sums.sum_t / sums.sum_e + (1.0 - ruled) * (sums.centre - shift)
+  far_kl = sums.sum_t / sums.sum_e - (1.0 - ruled) * shift
   kl = jnp.maximum(jnp.where(near, near_kl, far_kl) + ruled_kl, 0.0)
 
   return Row(
-      log_partition=log_partition, shift=shift, entropy=log_sum - sums.sum_ez / sums.sum_e, kl=kl,
-      log_prob=sums.action_logit - log_partition,
-      ref_log_prob=jnp.maximum(sums.ref_action_logit - ref_log_partition, LOG_PROB_FLOOR),
+      peak=sums.peak, log_sum=log_sum, centre=sums.centre, shift=shift, kl=kl,
+      entropy=log_sum - sums.sum_ez / sums.sum_e, log_prob=sums.action_logit - sums.peak - log_sum,
+      ref_log_prob=jnp.maximum(sums.ref_action_logit - sums.ref_peak - ref_log_sum, LOG_PROB_FLOOR),
       sure_entropy=jnp.log(sums.sure_sum_e) - sums.sure_sum_ez / sums.sure_sum_e,
       sure_log_max=-jnp.log(sums.sure_sum_e))
 
@@ -262,7 +280,7 @@ def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Ro
   Returns:
     float32 `[N, K]`.
   """
-  log_p = z - row.log_partition
-  log_ratio = jnp.where(v <= RULED_OUT, log_p - LOG_PROB_FLOOR, z - v - row.shift)
+  log_p = z - row.peak - row.log_sum
+  log_ratio = jnp.where(v <= RULED_OUT, log_p - LOG_PROB_FLOOR, centred_difference(z, v, row.centre) - row.shift)
   inner = -g.log_prob - g.entropy * (log_p + row.entropy) + g.kl * (log_ratio - row.kl)
   return jnp.exp(log_p) * inner + jnp.where(is_action, g.log_prob, 0.0)
