@@ -247,6 +247,7 @@ OPTIONS = {
 @pytest.mark.parametrize('option', OPTIONS)
 def test_options_mean_the_same_everywhere(option, way):
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((100, 300, 31), 1, 'apart')
+  actions -= actions % 5 == 1  # no policy draws what it rules out
   options = OPTIONS[option]
   budget = {'chunked, token mode': 4 * 300 * 64, 'chunked, vocabulary mode': 4 * 128 * 100}.get(way, 2**20)
 
@@ -270,7 +271,7 @@ def test_options_mean_the_same_everywhere(option, way):
                                        implementation='chunked', memory_budget=budget, **options), cotangents)
 
   for one, two in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, embedding)) for f in (plain, fused))):
-    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    assert error(one, two) <= TOLERANCE
 
 
 def test_tiles_follow_the_budget():
