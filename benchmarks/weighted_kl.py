@@ -27,6 +27,7 @@ from experiments.flags import run
 SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'N, D and V of the operation on hidden states.')
 SMALL = flags.DEFINE_list('small', ['40000', '40'], 'N and V of the operation on logits.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds, after one to warm up.', lower_bound=1)
+HELD = flags.DEFINE_integer('held', 64, 'Tokens that token mode holds at a time.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
 EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
@@ -69,13 +70,12 @@ def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[
   def one_pass(*arrays, **options):
     return linear_weighted_kl_loss(token_loss, *arrays, exponent=EXPONENT, **options)[0]
 
-  token = {'implementation': 'chunked', 'memory_budget': 4 * vocab_size * 128}
-  vocabulary = {'implementation': 'chunked', 'memory_budget': 4 * num_tokens * 512}
+  token = {'implementation': 'chunked', 'memory_budget': 8 * vocab_size * HELD.value}
+  vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 512}
   losses = {
       'naive': naive,
       'reference': functools.partial(record, implementation='reference'),
       'token mode': functools.partial(one_pass, **token),
-      'token mode, recomputed': functools.partial(record, **token),
       'vocabulary mode': functools.partial(record, **vocabulary),
       'picked': one_pass,
   }

@@ -109,7 +109,7 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
       this device's equal part of it; hidden states are the same on all its devices, and so are the results.
     implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), or None for the one that
       `pick_implementation` names.
-    memory_budget: bytes of the largest float32 array of logits that `chunked` holds.
+    memory_budget: bytes of the logits that `chunked` holds at a time.
 
   Returns:
     `WeightedKL`, float32 `[...]` each.
@@ -131,8 +131,9 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
                             **options: Any) -> tuple[chex.Array, WeightedKL]:
   """Returns the sum over tokens of a loss of each token, its gradient taken while the logits are at hand.
 
-  The same as `jnp.sum(token_loss(linear_weighted_kl(...), *extra))` over the unmasked tokens. Where `chunked` holds the
-  whole vocabulary at a time (`chunked.pick_tile`) no logit is computed twice: 8 N D V operations instead of 12.
+  The same as `jnp.sum(token_loss(linear_weighted_kl(...), *extra))` over the unmasked tokens. Where the
+  memory budget allows `chunked` its token mode (`chunked.pick_tokens`) no logit is computed twice: 8 N D V operations
+  instead of 12.
 
   Args:
     token_loss: `(record, *extra) -> losses`, for any number K of tokens: the fields of the record are float32 `[K]`, so
@@ -161,9 +162,8 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
   def row_loss(row, keep, *extra):
     return jnp.where(keep, token_loss(_shaped(_record(row, weighting), keep, keep.shape), *extra), 0.0)
 
-  whole_rows = plan.tile.vocabulary == embedding.shape[0] and plan.settings.axis_name is None
-  if plan.implementation == 'chunked' and whole_rows:
-    some = [x[:plan.tile.tokens] for x in extra]
+  if plan.implementation == 'chunked' and plan.tokens and plan.settings.axis_name is None:
+    some = [x[:plan.tokens] for x in extra]
     row_loss, closed_over = jax.closure_convert(row_loss, Row.zeros(some[0].shape[0]), *some)
     loss, row = linear.accumulated(plan, row_loss, operands.policy, operands, extra, closed_over)
   else:
@@ -218,7 +218,8 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
   ref_side = jax.lax.stop_gradient(Side(ref_states, ref_embedding, ref_bias))
   operands = Operands(Side(states, embedding, bias), ref_side, actions, temperature, certainty_temperature)
   plan = linear.Plan(chosen, Settings(soft_cap, one_temperature, axis_name),
-                     chunked.pick_tile(actions.shape[0], vocab_size, memory_budget))
+                     chunked.pick_tile(actions.shape[0], vocab_size, memory_budget),
+                     chunked.pick_tokens(actions.shape[0], vocab_size, memory_budget))
   return plan, operands, _Weighting(certainty, exponent, intercept, all_vocab), keep
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from critkl_jax.ops.weighted_kl.operands import scaled
-from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, block_sums, finish, logit_gradients
+from critkl_jax.ops.weighted_kl.reference import row_of_logits
+from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, logit_gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -15,7 +16,7 @@ def fused_row(one_temperature: bool, logits: chex.Array, ref_logits: chex.Array,
               temperature: chex.Array, certainty_temperature: chex.Array) -> Row:
   """Returns what logits `[N, V]` say of each token; the arguments and `[N, 1]` arrays are all that a gradient keeps."""
   z, v, v_sure = scaled(logits, ref_logits, temperature, certainty_temperature, one_temperature)
-  return finish(block_sums(z, v, v_sure, _is_action(actions, z)))
+  return row_of_logits(z, v, v_sure, actions)
 
 
 def _forward(one_temperature, *arrays):
@@ -27,12 +28,9 @@ def _backward(one_temperature, saved, gradients):
   del one_temperature
   (logits, ref_logits, actions, temperature, certainty_temperature), row = saved
   z, v, _ = scaled(logits, ref_logits, temperature, certainty_temperature, True)
-  gradient = logit_gradients(z, v, _is_action(actions, z), row, Cotangents.of(gradients)) / temperature
+  is_action = jnp.arange(z.shape[1])[None] == actions[:, None]
+  gradient = logit_gradients(z, v, is_action, row, Cotangents.of(gradients)) / temperature
   return gradient.astype(logits.dtype), None, None, None, None
 
 
 fused_row.defvjp(_forward, _backward)
-
-
-def _is_action(actions, z):
-  return jnp.arange(z.shape[-1])[None] == actions[:, None]

@@ -20,7 +20,8 @@ def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actio
   peak, ref_peak = (jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)) for x in (z, v))
   above, ref_above = z - peak, v - ref_peak
   log_sum, ref_log_sum = (jax.nn.logsumexp(x, -1, keepdims=True) for x in (above, ref_above))
-  centre, shift = peak - ref_peak, log_sum - ref_log_sum
+  centre = peak - ref_peak
+  shift = centred_difference(peak, ref_peak, centre) + (log_sum - ref_log_sum)
   log_p, log_q = above - log_sum, ref_above - ref_log_sum
   p = jnp.exp(log_p)
   log_ratio = jnp.where(

@@ -11,7 +11,8 @@ Divergence and difference of the log-partition functions follow without the diff
     KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
 
 so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far
-apart that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough.
+apart that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough. Within a
+block c is the difference of the two peaks, and e exp(-t) the exponential of the reference's logit.
 
 A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
 the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
@@ -31,7 +32,9 @@ from flax import struct
 LOG_PROB_FLOOR = -1e4
 MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
 RULED_OUT = -1e20  # logits below count as -inf
-_LOWEST = -20.0  # of t: below it exp(-t) says nothing in float32
+_MOST_GROWTH = 20.0  # of log exp(-t): beyond, only that it is much counts
+_MOST_DOUBT = 4.0
+_NEAR = 0.5  # |t| for which the series of phi is taken
 
 
 @struct.dataclass
@@ -65,7 +68,7 @@ class Sums:
     peak: m, the largest policy logit.
     sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
     centre: c.
-    lowest: the smallest t.
+    doubt: how much x may be off for having moved the centre, in units of the rounding of `sum_e`.
     ref_peak: the largest reference logit, at the temperature of the policy.
     ref_sum_e: sum exp(v - ref_peak).
     sure_peak: the largest reference logit at the temperature of the certainty.
@@ -81,7 +84,7 @@ class Sums:
   centre: chex.Array
   sum_t: chex.Array
   sum_phi: chex.Array
-  lowest: chex.Array
+  doubt: chex.Array
   sum_ruled: chex.Array
   sum_ruled_z: chex.Array
   ref_peak: chex.Array
@@ -152,17 +155,18 @@ def finite(logits: chex.Array) -> chex.Array:
   return jnp.maximum(logits, MINUS_INFINITY)
 
 
-def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_action: chex.Array,
-               valid: chex.Array | None = None) -> Sums:
+def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_action: chex.Array | None,
+               valid: chex.Array | None = None, can_rule_out: bool = True) -> Sums:
   """Returns the sums over one block of the vocabulary.
 
   Args:
     z: float32 `[N, K]` policy logits, out of `finite`.
     v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
     v_sure: float32 `[N, K]` reference logits at the temperature of the certainty; None if it is the same.
-    is_action: bool `[N, K]`, true at the action of each row.
+    is_action: bool `[N, K]`, true at the action of each row; None leaves the actions' logits 0.
     valid: bool `[N, K]` or `[1, K]`, false past the end of the vocabulary, where the logits may be anything, NaN
       included; None if all of the block is valid. One column at least is.
+    can_rule_out: whether the reference may hold -inf; if not, there is less to do.
   """
 
   def inside(x, other):
@@ -173,9 +177,18 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
   peak, ref_peak = largest(z), largest(v)
   above, ref_above = z - peak, v - ref_peak
   e, ref_e = inside(jnp.exp(above), 0.0), inside(jnp.exp(ref_above), 0.0)
-  ruled = v <= RULED_OUT
   centre = jnp.where(jnp.minimum(peak, ref_peak) > RULED_OUT, peak - ref_peak, 0.0)
-  t = jnp.where(ruled, 0.0, centred_difference(z, v, centre))
+  t = centred_difference(z, v, centre)
+  zeros = jnp.zeros_like(peak)
+  sum_ruled = sum_ruled_z = zeros
+  if can_rule_out or valid is not None:
+    ruled = v <= RULED_OUT
+    t = jnp.where(ruled, 0.0, t)
+  weighted_phi = jnp.where(jnp.abs(t) < _NEAR, e * phi_near(t), ref_e - e + e * t)
+  if can_rule_out:
+    ruled_e = jnp.where(ruled, e, 0.0)
+    sum_ruled, sum_ruled_z = total(ruled_e), total(ruled_e * above)
+    weighted_phi = jnp.where(ruled, -e, weighted_phi)
   if v_sure is None:
     sure_peak, sure_sum_e, sure_sum_ez = ref_peak, total(ref_e), total(ref_e * ref_above)
   else:
@@ -183,13 +196,13 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
     sure_peak = largest(v_sure)
     sure_e = inside(jnp.exp(v_sure - sure_peak), 0.0)
     sure_sum_e, sure_sum_ez = total(sure_e), total(sure_e * (v_sure - sure_peak))
-  ruled_e = jnp.where(ruled, e, 0.0)
+  at_action = (zeros, zeros) if is_action is None else (total(jnp.where(is_action, x, 0.0)) for x in (z, v))
+  action_logit, ref_action_logit = at_action
   return Sums(
       peak=peak, sum_e=total(e), sum_ez=total(e * above), centre=centre, sum_t=total(e * t),
-      sum_phi=total(e * jnp.where(ruled, -1.0, phi(t))), lowest=-largest(-t), sum_ruled=total(ruled_e),
-      sum_ruled_z=total(ruled_e * above), ref_peak=ref_peak, ref_sum_e=total(ref_e), sure_peak=sure_peak,
-      sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez, action_logit=total(jnp.where(is_action, z, 0.0)),
-      ref_action_logit=total(jnp.where(is_action, v, 0.0)))
+      sum_phi=total(weighted_phi), doubt=zeros, sum_ruled=sum_ruled, sum_ruled_z=sum_ruled_z, ref_peak=ref_peak,
+      ref_sum_e=total(ref_e), sure_peak=sure_peak, sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez,
+      action_logit=action_logit, ref_action_logit=ref_action_logit)
 
 
 def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex.Array:
@@ -203,12 +216,17 @@ def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex
   return (difference - centre) + lost
 
 
-def phi(t: chex.Array) -> chex.Array:
-  """Returns `exp(-t) - 1 + t`, to a relative 1e-6 near 0 too; t below -20 counts as -20 in the exponential."""
+def phi_near(t: chex.Array) -> chex.Array:
+  """Returns `exp(-t) - 1 + t` for |t| < 1/2 by its series, which keeps a relative precision of 1e-6 down to 0."""
   series = jnp.float32(1 / 362880)
   for k in (40320, 5040, 720, 120, 24, 6, 2):
     series = 1.0 / k - t * series
-  return jnp.where(jnp.abs(t) < 0.5, t * t * series, jnp.exp(-jnp.maximum(t, _LOWEST)) - 1.0 + t)
+  return t * t * series
+
+
+def phi(t: chex.Array) -> chex.Array:
+  """Returns `exp(-t) - 1 + t`, precise near 0 too; in the exponential t counts as -20 where it is less."""
+  return jnp.where(jnp.abs(t) < _NEAR, phi_near(t), jnp.exp(-jnp.maximum(t, -_MOST_GROWTH)) - 1.0 + t)
 
 
 def merge(one: Sums, two: Sums) -> Sums:
@@ -220,8 +238,7 @@ def merge(one: Sums, two: Sums) -> Sums:
   centre = one.centre + share * (two.centre - one.centre)
   one, two = (_moved(part, peak, centre, ref_peak, sure_peak) for part in (one, two))
   joined = jax.tree.map(jnp.add, one, two)
-  return joined.replace(peak=peak, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak,
-                        lowest=jnp.minimum(one.lowest, two.lowest))
+  return joined.replace(peak=peak, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak)
 
 
 def _moved(sums, peak, centre, ref_peak, sure_peak):
@@ -229,15 +246,17 @@ def _moved(sums, peak, centre, ref_peak, sure_peak):
   down = sums.peak - peak
   scale = jnp.exp(down)
   step = centre - sums.centre
-  growth = phi(-step)  # exp(step) - 1 - step; step above 20 leaves `lowest` below -20, and the sums are not used
+  growth = phi(-step)  # exp(step) - 1 - step; a step above 20 raises doubts, and x is not used
   allowed = sums.sum_e - sums.sum_ruled
   sum_t = sums.sum_t - step * allowed
   sum_phi = (sums.sum_phi + (growth + step) * (sums.sum_phi - sums.sum_t) + growth * sums.sum_e + step * sums.sum_ruled)
+  more = jnp.maximum(growth + step, 0.0)
+  doubt = sums.doubt + more * (sums.doubt + sums.sum_e)
   ref_scale, sure_down = jnp.exp(sums.ref_peak - ref_peak), sums.sure_peak - sure_peak
   sure_scale = jnp.exp(sure_down)
   return sums.replace(
       sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * sum_t,
-      sum_phi=scale * sum_phi, lowest=sums.lowest - step, sum_ruled=scale * sums.sum_ruled,
+      sum_phi=scale * sum_phi, doubt=scale * doubt, sum_ruled=scale * sums.sum_ruled,
       sum_ruled_z=scale * (sums.sum_ruled_z + down * sums.sum_ruled), ref_sum_e=ref_scale * sums.ref_sum_e,
       sure_sum_e=sure_scale * sums.sure_sum_e,
       sure_sum_ez=sure_scale * (sums.sure_sum_ez + sure_down * sums.sure_sum_e))
@@ -250,7 +269,7 @@ def finish(sums: Sums) -> Row:
   ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
 
   x = (sums.sum_phi - sums.sum_t) / sums.sum_e
-  near = (sums.lowest >= _LOWEST) & (jnp.abs(x) < 0.5)
+  near = (sums.doubt <= _MOST_DOUBT * sums.sum_e) & (jnp.abs(x) < 0.5)
   x = jnp.where(near, x, 0.0)
   shift = jnp.where(near, -jnp.log1p(x), (sums.peak - sums.ref_peak - sums.centre) + (log_sum - ref_log_sum))
   near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
