@@ -45,7 +45,7 @@ def assert_same(one, two, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(('size', 'scale', 'kind'), [
-    (SMALL, 50, 'apart'), (RAGGED, 1, 'near'), ((1, 70, 5), 1, 'other width')])
+    (SMALL, 10, 'apart'), (RAGGED, 1, 'near'), ((1, 70, 5), 1, 'other width')])
 def test_against_float64(size, scale, kind, interpreted):
   arrays, cotangents = exact_problem(size, scale, kind)
   gradients, record = grads_and_record(arrays, cotangents, 'pallas_gpu')
