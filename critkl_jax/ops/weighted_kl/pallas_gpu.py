@@ -40,7 +40,7 @@ from critkl_jax.ops.weighted_kl.statistics import (
 
 TOKENS, COLUMNS = 64, 64  # of the logits that one program holds; Triton takes powers of two
 PROGRAMS = 512  # fewer of them leave a part of the GPU idle; the vocabulary is shared out until there are as many
-_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)  # of what an H100 takes, the most that leaves registers
+_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)  # an H100 then has registers enough
 
 
 def forward(operands: Operands, settings: Settings, interpret: bool = False) -> Sums:
