@@ -107,8 +107,9 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
       gradient. All true if None.
     axis_name: inside `shard_map`, the mesh axis over which the vocabulary is spread: embeddings and biases are then
       this device's equal part of it; hidden states are the same on all its devices, and so are the results.
-    implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), or None for the one that
-      `pick_implementation` names.
+    implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), `pallas_tpu`, `pallas_gpu`
+      (Triton, for NVIDIA GPUs), or None for the one that `pick_implementation` names. A kernel on another backend than
+      its own does not compile.
     memory_budget: bytes of the logits that `chunked` holds at a time.
 
   Returns:

@@ -67,9 +67,13 @@ def dot(a: chex.Array, b: chex.Array, axes: tuple[int, int]) -> chex.Array:
 
 def raw_logits(side: Side, soft_cap: float | None) -> chex.Array:
   """Returns float32 logits `[N, V]` before any temperature."""
-  logits = dot(side.hidden, side.embedding, (1, 1))
-  if side.bias is not None:
-    logits += side.bias.astype(jnp.float32)[None]
+  return biased_and_capped(dot(side.hidden, side.embedding, (1, 1)), side.bias, soft_cap)
+
+
+def biased_and_capped(logits: chex.Array, bias: chex.Array | None, soft_cap: float | None) -> chex.Array:
+  """Returns float32 logits `[N, K]` with their bias `[K]` and under their soft cap."""
+  if bias is not None:
+    logits += bias.astype(jnp.float32)[None]
   if soft_cap is None:
     return logits
   return jnp.where(logits > -jnp.inf, soft_cap * jnp.tanh(logits / soft_cap), -jnp.inf)
