@@ -107,8 +107,8 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
       gradient. All true if None.
     axis_name: inside `shard_map`, the mesh axis over which the vocabulary is spread: embeddings and biases are then
       this device's equal part of it; hidden states are the same on all its devices, and so are the results.
-    implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), or None for the one that
-      `pick_implementation` names.
+    implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), `pallas_tpu` (kernels for TPU
+      v5e and later; raises elsewhere), or None for the one that `pick_implementation` names.
     memory_budget: bytes of the largest float32 array of logits that `chunked` holds.
 
   Returns:
