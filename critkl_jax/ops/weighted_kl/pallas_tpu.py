@@ -148,8 +148,8 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
   """Returns the gradients of the policy's hidden states, embedding and bias.
 
   The gradients of hidden states are summed in VMEM, as many tokens a call as `HIDDEN_BUDGET` allows; each call adds to
-  the gradient of the embedding that those before it left. In VMEM sums are float32; a bfloat16 gradient of the embedding
-  is rounded once a call.
+  the gradient of the embedding that those before it left. Sums are float32 in VMEM; a bfloat16 gradient of the
+  embedding is rounded once a call.
 
   Args:
     operands: the arrays.
@@ -256,7 +256,7 @@ def _backward_kernel(refs, old, hidden_out, embedding_out, bias_out, hidden_sum,
 
 
 def _columns(j, refs, actions, vocab_size):
-  """Returns bool `[tokens, vocabulary]` of block j: where the actions are, and what the vocabulary holds (None: all)."""
+  """Returns bool `[tokens, vocabulary]` of block j: where the actions are, and what is in the vocabulary; None: all."""
   block = refs.policy.embedding.shape[0]
   columns = j * block + jax.lax.broadcasted_iota(jnp.int32, (actions.shape[0], block), 1)
   is_action = columns == actions
