@@ -33,9 +33,9 @@ from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, block_s
 
 LANES = 128
 TOKEN_MULTIPLE = 16  # rows of a bfloat16 register
-VMEM_LIMIT = 60 * 2**20  # of a kernel; a core has 64 MiB (v5p, v7x) or 128 MiB (v5e, v6e)
+VMEM_LIMIT = 63 * 2**20  # of a kernel; a core has 64 MiB (v5p, v7x) or 128 MiB (v5e, v6e)
 VMEM_BUDGET = 40 * 2**20  # of blocks and tiles as `_vmem_bytes` counts them
-HIDDEN_BUDGET = 16 * 2**20  # of the gradients of hidden states that one call of the backward kernel sums
+HIDDEN_BUDGET = 32 * 2**20  # of the gradients of hidden states that one call of the backward kernel sums
 LARGEST = 512  # tokens, or vocabulary entries, of a block
 _LIVE_TILES = 8  # float32 arrays of logits that a body holds at a time
 
@@ -148,8 +148,11 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
   """Returns the gradients of the policy's hidden states, embedding and bias.
 
   The gradients of hidden states are summed in VMEM, as many tokens a call as `HIDDEN_BUDGET` allows; each call adds to
-  the gradient of the embedding that those before it left. Sums are float32 in VMEM; a bfloat16 gradient of the
-  embedding is rounded once a call.
+  the gradient of the embedding that those before it left. Sums are float32 in VMEM.
+
+  With bfloat16 arrays this is less exact than `chunked` where that multiplies in float32: the gradient of the logits is
+  rounded to bfloat16 before its products, and the gradient of the embedding once a call. In a test of 256 tokens the
+  root mean square error of the embedding's was 1.4 times that of `chunked` with one call, 2.3 times with eight.
 
   Args:
     operands: the arrays.
@@ -187,6 +190,7 @@ def _backward_call(arrays, operands, settings, blocks, first, count, old, interp
   hidden_spec = pl.BlockSpec((blocks.tokens, width), lambda j, i: (first + jnp.where(j == last, i, 0), 0))
   embedding_spec = pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0))
   bias_spec = pl.BlockSpec((1, blocks.vocabulary), lambda j, i: (0, j))
+  old_spec = pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0), pipeline_mode=pl.Buffered(1))
   shapes = [_shape(policy.hidden.shape, policy.hidden.dtype, arrays),
             _shape(policy.embedding.shape, policy.embedding.dtype, arrays)]
   out_specs = [hidden_spec, embedding_spec]
@@ -197,7 +201,7 @@ def _backward_call(arrays, operands, settings, blocks, first, count, old, interp
       functools.partial(_backward_kernel, settings=settings, size=(operands.actions.shape[0], vocab_size), first=first),
       grid=(last + 1, count),
       in_specs=[_specs(arrays, blocks, lambda j, i: first + i, lambda j, i: j),
-                None if old is None else (embedding_spec, pl.BlockSpec(memory_space=pl.ANY))],
+                None if old is None else (old_spec, pl.BlockSpec(memory_space=pl.ANY))],
       out_specs=(*out_specs, None)[:3],
       out_shape=(*shapes, None)[:3],
       scratch_shapes=[pltpu.VMEM((count, blocks.tokens, width), jnp.float32),
