@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from critkl_jax.ops.weighted_kl import chunked, pallas_gpu
+from critkl_jax.ops.weighted_kl import chunked, pallas_gpu, pallas_tpu
 from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, varying_axes
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, finish, merge
 
@@ -32,10 +32,12 @@ class Plan(NamedTuple):
 # Plan -> (operands) -> Sums, and -> (operands, row, cotangents) -> Side of gradients
 FORWARD = {
     'chunked': lambda plan: functools.partial(chunked.forward, settings=plan.settings, tile=plan.tile),
+    'pallas_tpu': lambda plan: functools.partial(pallas_tpu.forward, settings=plan.settings),
     'pallas_gpu': lambda plan: functools.partial(pallas_gpu.forward, settings=plan.settings),
 }
 BACKWARD = {
     'chunked': lambda plan: functools.partial(chunked.backward, settings=plan.settings, tile=plan.tile),
+    'pallas_tpu': lambda plan: functools.partial(pallas_tpu.backward, settings=plan.settings),
     'pallas_gpu': lambda plan: functools.partial(pallas_gpu.backward, settings=plan.settings),
 }
 
