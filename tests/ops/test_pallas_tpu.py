@@ -164,6 +164,25 @@ def test_actions_in_other_parts_of_the_vocabulary(monkeypatch):
   assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
 
 
+def test_members_and_temperatures_are_vmapped(monkeypatch):
+  (hidden, *others), actions, _ = problem((20, 300, 31))
+
+  def loss(temperature, hidden, implementation):
+    record = linear_weighted_kl(hidden, *others, actions, exponent=3.0, temperature=temperature,
+                                certainty_temperature=temperature, implementation=implementation)
+    return jnp.sum(record.log_prob + record.weight * record.kl)
+
+  def both(implementation):
+    return jax.vmap(jax.value_and_grad(functools.partial(loss, implementation=implementation), 1))
+
+  members = jnp.array([1.0, 0.7]), jnp.stack([hidden, -hidden])
+  assert 'tpu_custom_call' in lowered(both('pallas_tpu'), *members)
+  use_plain_interpreter(monkeypatch)
+  cut(monkeypatch, Blocks(16, 128, 2))
+  found, expected = (jax.tree.map(np.asarray, jax.jit(both(name))(*members)) for name in ('pallas_tpu', 'chunked'))
+  assert_close(found, expected)
+
+
 # What the tests above would notice.
 
 

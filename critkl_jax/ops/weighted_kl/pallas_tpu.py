@@ -283,7 +283,7 @@ def _arrays(operands, settings):
   def side(x):
     return x.replace(bias=None if x.bias is None else x.bias.astype(jnp.float32)[None])
 
-  temperatures = jnp.stack([operands.temperature, operands.certainty_temperature])
+  temperatures = jnp.stack([operands.temperature, operands.certainty_temperature])[None]  # of rank 2: for vmap
   arrays = Operands(side(operands.policy), side(operands.reference), operands.actions.astype(jnp.int32)[:, None],
                     temperatures, None)
   return spread_like(operands, arrays)
@@ -310,7 +310,8 @@ def _read(refs):
   def side(x):
     return Side(x.hidden[...], x.embedding[...], None if x.bias is None else x.bias[0])
 
-  return Operands(side(refs.policy), side(refs.reference), refs.actions[...], refs.temperature[0], refs.temperature[1])
+  return Operands(side(refs.policy), side(refs.reference), refs.actions[...], refs.temperature[0, 0],
+                  refs.temperature[0, 1])
 
 
 def _pack(columns: Sequence[Any]) -> chex.Array:
