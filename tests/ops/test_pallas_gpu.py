@@ -73,7 +73,7 @@ def test_options_mean_what_they_mean_to_chunked(option, interpreted, monkeypatch
   allowed = np.flatnonzero(OPTIONS[option]['bias'] > -np.inf)
   arrays = (*arrays[:4], allowed[arrays[4] % len(allowed)])  # no policy draws what it rules out
   found, expected = (grads_and_record(arrays, cotangents, way, **OPTIONS[option]) for way in ('pallas_gpu', 'chunked'))
-  assert_same(found, expected)
+  assert_same(found, expected, 1e-4)  # ruled-out tokens count 1e4 nats, and rounding follows
 
 
 def test_low_precision_is_no_worse_than_plain(interpreted):

@@ -14,6 +14,9 @@ from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, pick_implementation
 from critkl_jax.ops.weighted_kl.chunked import Tile, pick_tile, pick_tokens
 
 TOLERANCE = 1e-5  # of float32 against float64, relative to the largest entry
+# Where logits of 50 leave one token alone probable, the gradient is the small difference of numbers such as 150, and
+# what is left of their digits counts against it.
+NEARLY_ONE_HOT = 3e-4
 SIZES = ((3, 47, 31), (252, 507, 123), (1, 300, 5))
 
 
@@ -30,7 +33,7 @@ def truth(z, v, actions, cotangents, v_sure=None):
   values = {
       'log_prob': log_p[rows, actions], 'ref_log_prob': np.maximum(log_q[rows, actions], LOG_PROB_FLOOR),
       'entropy': entropy, 'kl': kl, 'certainty': 1 + (s * np.where(s > 0, log_s, 0)).sum(-1) / np.log(z.shape[-1])}
-  one_hot = np.eye(z.shape[-1])[actions]
+  one_hot = np.arange(z.shape[-1]) == np.asarray(actions)[:, None]
   a, h, k = (g[:, None] for g in np.asarray(cotangents, np.float64))
   gradient = (a * (one_hot - p) - h * p * (np.where(p > 0, log_p, 0) + entropy[:, None])
               + k * p * (log_ratio - kl[:, None]))
@@ -69,7 +72,8 @@ LOGITS = {
     'near at 50': lambda rng, n, v: near(50 * rng.normal(size=(n, v)), rng),
     'near, far apart in level': lambda rng, n, v: (lambda z, w: (z, w + 64))(*near(rng.normal(size=(n, v)), rng)),
     'equal': lambda rng, n, v: (lambda z: (z, z.copy()))(10 * rng.normal(size=(n, v))),
-    'one-hot reference': lambda rng, n, v: (rng.normal(size=(n, v)), 200.0 * np.eye(v)[rng.integers(0, v, n)]),
+    'one-hot reference': lambda rng, n, v: (
+        rng.normal(size=(n, v)), 200.0 * (np.arange(v) == rng.integers(0, v, (n, 1)))),
     'reference rules out': lambda rng, n, v: (rng.normal(size=(n, v)), ruled_out(rng.normal(size=(n, v)), rng)),
     'policy rules out': lambda rng, n, v: (ruled_out(rng.normal(size=(n, v)), rng), rng.normal(size=(n, v))),
     'both rule out': lambda rng, n, v: (lambda r: (r, r + rng.normal(size=r.shape)))(
@@ -104,7 +108,7 @@ def test_logits_against_float64(kind, implementation, size):
 
   gradient, record = jax.jit(jax.grad(loss, has_aux=True))(z, v)
   values, expected = truth(z, v, actions, cotangents)
-  assert error(gradient, expected) <= TOLERANCE
+  assert error(gradient, expected) <= (NEARLY_ONE_HOT if kind == 'scale 50' else TOLERANCE)
   if kind == 'equal':
     np.testing.assert_allclose(record.kl, 0, atol=1e-12)
     values.pop('kl')
@@ -192,8 +196,9 @@ def test_linear_against_float64(way, size, scale, kind):
   (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[way])
   values, expected_hidden, expected_embedding = linear_truth(arrays, cotangents)
   assert_values(record, values)
-  assert error(dhidden, expected_hidden) <= TOLERANCE
-  assert error(dembedding, expected_embedding) <= TOLERANCE
+  tolerance = NEARLY_ONE_HOT if scale == 50 else TOLERANCE
+  assert error(dhidden, expected_hidden) <= tolerance
+  assert error(dembedding, expected_embedding) <= tolerance
 
 
 @pytest.mark.parametrize('way', ['chunked', 'chunked, small tiles'])
@@ -470,8 +475,8 @@ def test_bad_arguments_are_named():
 def test_the_choice_can_be_asked_for():
   assert pick_implementation(40, from_logits=True) == 'fused'
   assert pick_implementation(40, from_logits=False) == 'reference'
-  chosen = {backend: pick_implementation(50257, from_logits=False, backend=backend) for backend in ('cpu', 'gpu', 'tpu')}
-  assert chosen == {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}
+  for backend, name in {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}.items():
+    assert pick_implementation(50257, from_logits=False, backend=backend) == name
 
 
 def test_chunked_never_holds_all_logits():

@@ -225,7 +225,7 @@ def _blank_sums() -> Sums:
   zero = jnp.zeros((TOKENS, 1), jnp.float32)
   low = zero + MINUS_INFINITY
   blank = Sums(**dict.fromkeys(Sums.__dataclass_fields__, zero))
-  return blank.replace(peak=low, ref_peak=low, sure_peak=low, lowest=-low)
+  return blank.replace(peak=low, ref_peak=low, sure_peak=low)
 
 
 def _kernel_operands(operands: Operands) -> Operands:

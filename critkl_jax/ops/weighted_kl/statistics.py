@@ -32,9 +32,8 @@ from flax import struct
 LOG_PROB_FLOOR = -1e4
 MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
 RULED_OUT = -1e20  # logits below count as -inf
-_MOST_GROWTH = 20.0  # of log exp(-t): beyond, only that it is much counts
-_MOST_DOUBT = 4.0
 _NEAR = 0.5  # |t| for which the series of phi is taken
+_MOST_EXPONENT = 40.0  # beyond, only that it is much counts
 
 
 @struct.dataclass
@@ -68,7 +67,6 @@ class Sums:
     peak: m, the largest policy logit.
     sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
     centre: c.
-    doubt: how much x may be off for having moved the centre, in units of the rounding of `sum_e`.
     ref_peak: the largest reference logit, at the temperature of the policy.
     ref_sum_e: sum exp(v - ref_peak).
     sure_peak: the largest reference logit at the temperature of the certainty.
@@ -84,7 +82,6 @@ class Sums:
   centre: chex.Array
   sum_t: chex.Array
   sum_phi: chex.Array
-  doubt: chex.Array
   sum_ruled: chex.Array
   sum_ruled_z: chex.Array
   ref_peak: chex.Array
@@ -200,7 +197,7 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
   action_logit, ref_action_logit = at_action
   return Sums(
       peak=peak, sum_e=total(e), sum_ez=total(e * above), centre=centre, sum_t=total(e * t),
-      sum_phi=total(weighted_phi), doubt=zeros, sum_ruled=sum_ruled, sum_ruled_z=sum_ruled_z, ref_peak=ref_peak,
+      sum_phi=total(weighted_phi), sum_ruled=sum_ruled, sum_ruled_z=sum_ruled_z, ref_peak=ref_peak,
       ref_sum_e=total(ref_e), sure_peak=sure_peak, sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez,
       action_logit=action_logit, ref_action_logit=ref_action_logit)
 
@@ -225,8 +222,8 @@ def phi_near(t: chex.Array) -> chex.Array:
 
 
 def phi(t: chex.Array) -> chex.Array:
-  """Returns `exp(-t) - 1 + t`, precise near 0 too; in the exponential t counts as -20 where it is less."""
-  return jnp.where(jnp.abs(t) < _NEAR, phi_near(t), jnp.exp(-jnp.maximum(t, -_MOST_GROWTH)) - 1.0 + t)
+  """Returns `exp(-t) - 1 + t`, precise near 0 too; in the exponential t counts as -40 where it is less."""
+  return jnp.where(jnp.abs(t) < _NEAR, phi_near(t), jnp.exp(-jnp.maximum(t, -_MOST_EXPONENT)) - 1.0 + t)
 
 
 def merge(one: Sums, two: Sums) -> Sums:
@@ -246,17 +243,20 @@ def _moved(sums, peak, centre, ref_peak, sure_peak):
   down = sums.peak - peak
   scale = jnp.exp(down)
   step = centre - sums.centre
-  growth = phi(-step)  # exp(step) - 1 - step; a step above 20 raises doubts, and x is not used
   allowed = sums.sum_e - sums.sum_ruled
   sum_t = sums.sum_t - step * allowed
-  sum_phi = (sums.sum_phi + (growth + step) * (sums.sum_phi - sums.sum_t) + growth * sums.sum_e + step * sums.sum_ruled)
-  more = jnp.maximum(growth + step, 0.0)
-  doubt = sums.doubt + more * (sums.doubt + sums.sum_e)
+  # A small step is taken in small terms; after a large one nothing is near, and the definition of phi will do.
+  little = jnp.abs(step) < _NEAR
+  growth = phi_near(jnp.where(little, -step, 0.0))  # exp(step) - 1 - step
+  of_allowed = sums.sum_phi + sums.sum_ruled  # each ruled-out token stands in sum_phi as -e, wherever the centre is
+  of_allowed += (growth + step) * (of_allowed - sums.sum_t) + growth * allowed
+  sum_of_exp = jnp.exp(jnp.minimum(sums.ref_peak + centre - peak, _MOST_EXPONENT)) * sums.ref_sum_e
+  sum_phi = jnp.where(little, scale * of_allowed, sum_of_exp + scale * (sum_t - allowed)) - scale * sums.sum_ruled
   ref_scale, sure_down = jnp.exp(sums.ref_peak - ref_peak), sums.sure_peak - sure_peak
   sure_scale = jnp.exp(sure_down)
   return sums.replace(
       sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * sum_t,
-      sum_phi=scale * sum_phi, doubt=scale * doubt, sum_ruled=scale * sums.sum_ruled,
+      sum_phi=sum_phi, sum_ruled=scale * sums.sum_ruled,
       sum_ruled_z=scale * (sums.sum_ruled_z + down * sums.sum_ruled), ref_sum_e=ref_scale * sums.ref_sum_e,
       sure_sum_e=sure_scale * sums.sure_sum_e,
       sure_sum_ez=sure_scale * (sums.sure_sum_ez + sure_down * sums.sure_sum_e))
@@ -269,7 +269,7 @@ def finish(sums: Sums) -> Row:
   ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
 
   x = (sums.sum_phi - sums.sum_t) / sums.sum_e
-  near = (sums.doubt <= _MOST_DOUBT * sums.sum_e) & (jnp.abs(x) < 0.5)
+  near = jnp.abs(x) < 0.5
   x = jnp.where(near, x, 0.0)
   shift = jnp.where(near, -jnp.log1p(x), (sums.peak - sums.ref_peak - sums.centre) + (log_sum - ref_log_sum))
   near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
