@@ -33,6 +33,7 @@ setuptools.setup(
         'cuda12': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
         'tensorboard': TENSORBOARD,
+        'bench': ['torch', 'tokamax'],
         'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', *TENSORBOARD],
     },
 )

@@ -46,17 +46,17 @@ def main() -> None:
   numbers = train_step.Hyperparameters.of(config)
 
   collect = jax.jit(functools.partial(train_step.collect, model, task, config))
-  reference_pass = jax.jit(functools.partial(train_step.reference_logits, model, config))
+  reference_pass = jax.jit(functools.partial(train_step.reference_pass, model, config))
   make_batch = jax.jit(functools.partial(train_step.make_batch, model, config))
   update = jax.jit(functools.partial(train_step.update, model, config))
   rollout, rewards = collect(state.params, key, numbers.loss.temperature)
-  ref_logits = reference_pass(state.ref_params, rollout)
-  batch = make_batch(state.params, rollout, rewards, ref_logits, numbers)
+  ref_output = reference_pass(state.ref_params, rollout)
+  batch = make_batch(state, rollout, rewards, ref_output, numbers)
   parts = {
       'rollout': lambda: collect(state.params, key, numbers.loss.temperature),
       'reference': lambda: reference_pass(state.ref_params, rollout),
-      'advantages': lambda: make_batch(state.params, rollout, rewards, ref_logits, numbers),
-      'update': lambda: update(state, rollout, ref_logits, batch, key, numbers),
+      'advantages': lambda: make_batch(state, rollout, rewards, ref_output, numbers),
+      'update': lambda: update(state, rollout, ref_output, batch, key, numbers),
   }
   seconds = {name: median_seconds(call, REPEATS.value) for name, call in parts.items()}
   step = train_step.make_train_step(model, task, config)

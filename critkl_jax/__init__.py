@@ -5,7 +5,8 @@ from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.losses import Coefficients, masked_mean, ppo_loss, ppo_loss_jit, token_kl
+from critkl_jax.losses import Coefficients, linear_ppo_loss, masked_mean, ppo_loss, ppo_loss_jit, token_kl
+from critkl_jax.ops.weighted_kl import WeightedKL, linear_weighted_kl, linear_weighted_kl_loss, weighted_kl
 from critkl_jax.records import Batch, Problem, Rollout, Solution, Tokens, TrainState
 from critkl_jax.rollout import generate, gpt2_generate, score
 from critkl_jax.tasks.addition import plus_task
@@ -33,6 +34,7 @@ __all__ = (
     'Task',
     'Tokens',
     'TrainState',
+    'WeightedKL',
     'certainty',
     'gae',
     'generate',
@@ -41,6 +43,9 @@ __all__ = (
     'init_finetuning',
     'kl_weight',
     'leave_one_out',
+    'linear_ppo_loss',
+    'linear_weighted_kl',
+    'linear_weighted_kl_loss',
     'load_checkpoint',
     'make_train_step',
     'masked_mean',
@@ -50,5 +55,6 @@ __all__ = (
     'score',
     'stop_after',
     'token_kl',
+    'weighted_kl',
     'whiten',
 )

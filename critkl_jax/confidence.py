@@ -31,15 +31,34 @@ def certainty(ref_logits: chex.Array, kind: str = 'negentropy', temperature: che
   if ref_logits.shape[-1] < 2:
     raise ValueError(f'ref_logits: expected a vocabulary of 2 or more, got shape {ref_logits.shape}.')
   log_probs = jax.nn.log_softmax(jax.lax.stop_gradient(ref_logits).astype(jnp.float32) / temperature)
-  most_uncertain = jnp.log(jnp.float32(ref_logits.shape[-1]))
+  return certainty_of_statistics(entropy(log_probs), jnp.max(log_probs, -1), ref_logits.shape[-1], kind)
+
+
+def certainty_of_statistics(entropy: chex.Array, log_max: chex.Array, vocab_size: int, kind: str = 'negentropy'
+                            ) -> chex.Array:
+  """Returns what `certainty` does, of a distribution of which entropy and largest log-probability are known.
+
+  Args:
+    entropy: float `[...]` in nats.
+    log_max: float `[...]` log of the largest probability.
+    vocab_size: V, 2 or more.
+    kind: `negentropy`, `min_entropy` or `max_prob`.
+
+  Returns:
+    float32 `[...]`, without gradient.
+
+  Raises:
+    ValueError: if the kind is unknown.
+  """
+  most_uncertain = jnp.log(jnp.float32(vocab_size))
   if kind == 'negentropy':
-    value = 1.0 - entropy(log_probs) / most_uncertain
+    value = 1.0 - entropy / most_uncertain
   elif kind == 'min_entropy':
-    value = 1.0 + jnp.max(log_probs, -1) / most_uncertain
+    value = 1.0 + log_max / most_uncertain
   elif kind == 'max_prob':
-    value = jnp.exp(jnp.max(log_probs, -1))
+    value = jnp.exp(log_max)
   else:
-    raise ValueError(f"kind: expected 'negentropy', 'min_entropy' or 'max_prob', got {kind!r}.")
+    raise ValueError(f"certainty: expected 'negentropy', 'min_entropy' or 'max_prob', got {kind!r}.")
   return jax.lax.stop_gradient(jnp.clip(value, 0.0, 1.0))
 
 

@@ -3,20 +3,17 @@
 Functions take arrays only, so that any training loop with any model can call them.
 """
 
-import functools
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
 from critkl_jax.config import LossConfig
+from critkl_jax.ops.weighted_kl import WeightedKL, linear_weighted_kl_loss, weighted_kl
 from critkl_jax.records import Batch
 
-# Log-probability that a ruled-out token (logit -inf) is taken to have when two policies are compared. A finite number
-# keeps losses and gradients finite; no token that a float32 softmax can produce is as unlikely.
-LOG_PROB_FLOOR = -1e4
 _MAX_LOG_RATIO = 20.0  # exp of more is of no use in float32
 
 
@@ -74,14 +71,18 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
     AssertionError: if the shapes do not agree.
   """
   chex.assert_equal_shape([logits, ref_logits])
-  log_probs = jnp.maximum(jax.nn.log_softmax(logits.astype(jnp.float32)), LOG_PROB_FLOOR)
-  ref_logits = jax.lax.stop_gradient(ref_logits).astype(jnp.float32)
-  ref_log_probs = jnp.maximum(jax.nn.log_softmax(ref_logits), LOG_PROB_FLOOR)
   if estimator == 'exact':
-    return jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1)
-  if actions is None:
+    actions = jnp.zeros(logits.shape[:-1], jnp.int32)
+  elif actions is None:
     raise ValueError(f'actions: the estimator {estimator!r} needs the sampled actions, got None.')
-  log_ratio = jnp.take_along_axis(log_probs - ref_log_probs, actions[..., None], -1)[..., 0]
+  return estimated_kl(weighted_kl(logits, ref_logits, actions, exponent=0.0), estimator)
+
+
+def estimated_kl(record: WeightedKL, estimator: str) -> chex.Array:
+  """Returns what `token_kl` does, of tokens whose `WeightedKL` is known."""
+  if estimator == 'exact':
+    return record.kl
+  log_ratio = record.log_prob - record.ref_log_prob
   if estimator == 'k1':
     return log_ratio
   if estimator == 'k2':
@@ -92,16 +93,19 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
   raise ValueError(f"estimator: expected 'exact', 'k1', 'k2' or 'k3', got {estimator!r}.")
 
 
-def penalty_weight(ref_logits: chex.Array, config: LossConfig, coefficients: Coefficients | None = None) -> chex.Array:
-  """Returns the weight of each token's KL penalty as the config says: float32 `[...]` of reference logits `[..., V]`.
+def weighted_penalty(record: WeightedKL, config: LossConfig) -> tuple[chex.Array, chex.Array]:
+  """Returns `(w_t KL_t, w_t)` of each token, float32 `[...]`: the weight is the record's where the penalty is
+  `prioritized`, 1 where it is `standard`, 0 where there is `none`."""
+  constant = 1.0 if config.kl == 'standard' else 0.0
+  weight = record.weight if config.kl == 'prioritized' else jnp.full(record.weight.shape, constant)
+  return weight * estimated_kl(record, config.kl_estimator), weight
 
-  `prioritized`: `kl_weight` of the certainty; `standard`: 1; `none`: 0.
-  """
-  c = Coefficients.of(config) if coefficients is None else coefficients
-  if config.kl == 'prioritized':
-    sure = certainty(ref_logits, config.certainty, c.certainty_temperature)
-    return kl_weight(sure, c.certainty_exponent, c.certainty_intercept)
-  return jnp.full(ref_logits.shape[:-1], 1.0 if config.kl == 'standard' else 0.0)
+
+def op_options(config: LossConfig, coefficients: Coefficients) -> dict[str, Any]:
+  """Returns the arguments of `weighted_kl` and its kin that a config and its numbers stand for."""
+  c = coefficients
+  return {'exponent': c.certainty_exponent, 'intercept': c.certainty_intercept, 'temperature': c.temperature,
+          'certainty': config.certainty, 'certainty_temperature': c.certainty_temperature}
 
 
 def policy_loss(log_probs: chex.Array, old_log_probs: chex.Array, advantages: chex.Array, algorithm: str,
@@ -181,36 +185,77 @@ def ppo_loss(logits: chex.Array, values: chex.Array, ref_logits: chex.Array, bat
     AssertionError: if the shapes do not agree.
   """
   chex.assert_rank([logits, values, ref_logits], [3, 2, 3])
-  chex.assert_equal_shape([values, batch.actions, batch.mask, batch.log_probs, batch.advantages, batch.returns])
+  _check_batch(values, batch)
   chex.assert_equal_shape([logits, ref_logits])
   chex.assert_equal_shape_prefix([logits, values], 2)
   c = Coefficients.of(config) if coefficients is None else coefficients
-  mean = functools.partial(masked_mean, mask=batch.mask)
+  record = weighted_kl(logits, ref_logits, batch.actions, mask=batch.mask, **op_options(config, c))
+  parts = _token_parts(record, batch.log_probs, batch.advantages, config, c)
+  return _with_critic(masked_mean(parts['loss'], batch.mask), parts, values, batch, config, c)
+
+
+def linear_ppo_loss(hidden: chex.Array, embedding: chex.Array, values: chex.Array, ref_hidden: chex.Array,
+                    ref_embedding: chex.Array, batch: Batch, config: LossConfig = LossConfig(),
+                    coefficients: Coefficients | None = None, **options: Any
+                    ) -> tuple[chex.Array, dict[str, chex.Array]]:
+  """Returns what `ppo_loss` does for logits `hidden @ embedding.T`, without ever holding them all: for large
+  vocabularies.
+
+  Args:
+    hidden: float `[B, T, D]` last hidden states of the policy; `[b, t]` gives the distribution of `actions[b, t]`.
+    embedding: float `[V, D]` its output embedding.
+    values: float `[B, T]`.
+    ref_hidden: float `[B, T, D_ref]` of the reference; no gradient flows into them.
+    ref_embedding: float `[V, D_ref]` of the reference.
+    batch: as in `ppo_loss`.
+    config: estimators and coefficients.
+    coefficients: numbers that replace the config's; they may be traced.
+    **options: further arguments of `linear_weighted_kl`, such as `implementation` or `axis_name`.
+
+  Returns:
+    `(loss, metrics)` as `ppo_loss`.
+
+  Raises:
+    AssertionError: if the shapes of values and batch do not agree.
+    ValueError: as `linear_weighted_kl`.
+  """
+  _check_batch(values, batch)
+  c = Coefficients.of(config) if coefficients is None else coefficients
+
+  def token_loss(record, log_probs, advantages):
+    return _token_parts(record, log_probs, advantages, config, c)['loss']
+
+  total, record = linear_weighted_kl_loss(
+      token_loss, hidden, embedding, ref_hidden, ref_embedding, batch.actions, batch.log_probs, batch.advantages,
+      mask=batch.mask, **op_options(config, c), **options)
+  parts = _token_parts(record, batch.log_probs, batch.advantages, config, c)
+  count = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1.0)
+  return _with_critic(total / count, parts, values, batch, config, c)
+
+
+def _token_parts(record, old_log_probs, advantages, config, c):
+  """Returns the loss of each token but for the critic's, and what it is made of."""
+  policy_losses, clipped = policy_loss(record.log_prob, old_log_probs, advantages, config.algorithm, c.clip_ratio)
+  penalty, weight = weighted_penalty(record, config)
+  kl_coefficient = c.kl_coefficient if config.kl_placement == 'loss' else 0.0
+  return {'loss': policy_losses - c.entropy_coefficient * record.entropy + kl_coefficient * penalty,
+          'policy_loss': policy_losses, 'entropy': record.entropy, 'weighted_kl': penalty, 'kl': record.kl,
+          'weight': weight, 'clip_fraction': clipped.astype(jnp.float32)}
+
+
+def _with_critic(loss, parts, values, batch, config, c):
+  """Adds the critic's loss, and returns the loss and the means of its parts."""
   # What stands at masked places may be anything, NaN included: it must not reach the gradient through 0 * NaN.
   values = jnp.where(batch.mask.astype(bool), values, 0.0)
-  hide = functools.partial(jnp.where, batch.mask[..., None].astype(bool))
-  weights = penalty_weight(hide(ref_logits, 0.0), config, c)
-  logits = hide(logits, 0.0).astype(jnp.float32) / c.temperature
-  ref_logits = hide(ref_logits, 0.0).astype(jnp.float32) / c.temperature
+  critic = masked_mean(value_loss(values, batch.values, batch.returns, config.value_clip), batch.mask)
+  loss = loss + c.value_coefficient * critic
+  metrics = {name: masked_mean(part, batch.mask) for name, part in parts.items()}
+  return loss, jax.lax.stop_gradient(metrics | {'value_loss': critic, 'loss': loss})
 
-  policy_losses, clipped = policy_loss(
-      action_log_probs(logits, batch.actions), batch.log_probs, batch.advantages, config.algorithm, c.clip_ratio)
-  losses = {
-      'policy_loss': mean(policy_losses),
-      'value_loss': mean(value_loss(values, batch.values, batch.returns, config.value_clip)),
-      'entropy': mean(entropy(jax.nn.log_softmax(logits))),
-      'weighted_kl': mean(weights * token_kl(logits, ref_logits, batch.actions, config.kl_estimator)),
-  }
-  kl_coefficient = c.kl_coefficient if config.kl_placement == 'loss' else 0.0
-  loss = (losses['policy_loss'] + c.value_coefficient * losses['value_loss']
-          - c.entropy_coefficient * losses['entropy'] + kl_coefficient * losses['weighted_kl'])
-  metrics = losses | {
-      'loss': loss,
-      'kl': mean(token_kl(jax.lax.stop_gradient(logits), ref_logits)),
-      'weight': mean(weights),
-      'clip_fraction': mean(clipped.astype(jnp.float32)),
-  }
-  return loss, metrics
+
+def _check_batch(values, batch):
+  chex.assert_rank(values, 2)
+  chex.assert_equal_shape([values, batch.actions, batch.mask, batch.log_probs, batch.advantages, batch.returns])
 
 
 ppo_loss_jit = jax.jit(ppo_loss, static_argnames='config')

@@ -131,11 +131,21 @@ def score(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array, chex.
     `(logits, values)`, float32 `[B, T, V]` and `[B, T]`: `logits[b, t]` is the distribution of `actions[b, t]`, before
     any temperature, and `values[b, t]` the value of the state in which it was taken.
   """
+  output, first = _read(model, params, rollout)
+  return output.logits[:, first:], output.values[:, first:]
+
+
+def score_hidden(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array, chex.Array, chex.Array]:
+  """Returns what `score` does before the product with the output embedding: `(hidden, embedding, values)`, of shapes
+  `[B, T, D]`, `[V, D]` and `[B, T]`; the first two in the type of the model's activations."""
+  output, first = _read(model, params, rollout)
+  return output.hidden[:, first:], params['wte']['embedding'].astype(output.hidden.dtype), output.values[:, first:]
+
+
+def _read(model, params, rollout):
   tokens = jnp.concatenate([rollout.prompt, rollout.actions[:, :-1]], 1)
   mask = jnp.concatenate([rollout.prompt_mask, rollout.mask[:, :-1]], 1)
-  output = model.apply({'params': params}, tokens, mask)
-  first = rollout.prompt.shape[1] - 1
-  return output.logits[:, first:], output.values[:, first:]
+  return model.apply({'params': params}, tokens, mask), rollout.prompt.shape[1] - 1
 
 
 def _keep_top_p(log_probs, top_p):

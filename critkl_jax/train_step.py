@@ -15,9 +15,10 @@ from flax import struct
 from critkl_jax import advantages
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.losses import Coefficients, penalty_weight, ppo_loss, token_kl
+from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
+from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
 from critkl_jax.records import Batch, Rollout, TrainState
-from critkl_jax.rollout import gpt2_generate, score
+from critkl_jax.rollout import gpt2_generate, score, score_hidden
 from critkl_jax.tasks.task import Task
 
 
@@ -102,9 +103,9 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
     rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
     rollout, rewards = collect(model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
-    ref_logits = reference_logits(model, config, state.ref_params, rollout)
-    batch = make_batch(model, config, state.params, rollout, rewards, ref_logits, hyperparameters)
-    state, metrics = update(model, config, state, rollout, ref_logits, batch, shuffle_key, hyperparameters)
+    ref_output = reference_pass(model, config, state.ref_params, rollout)
+    batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
+    state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     return state, metrics | {
         'accuracy': jnp.mean(rewards), 'response_length': num_tokens / config.episodes,
@@ -138,8 +139,13 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
 
 
-def reference_logits(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout) -> chex.Array:
-  """Returns the reference's logits at each action, a minibatch at a time, so that no pass needs more memory than an
+def holds_logits(model: GPT2) -> bool:
+  """Returns whether the vocabulary is so small that logits of whole episodes are held; else hidden states are."""
+  return pick_implementation(model.config.vocab_size, from_logits=False) == 'reference'
+
+
+def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout) -> chex.Array:
+  """Returns what the reference says at each action, a minibatch at a time, so that no pass needs more memory than an
   update.
 
   Args:
@@ -149,24 +155,25 @@ def reference_logits(model: GPT2, config: FinetuneConfig, ref_params: Any, rollo
     rollout: B episodes of T tokens.
 
   Returns:
-    float32 `[B, T, V]`, before any temperature.
+    float32 logits `[B, T, V]`, before any temperature, where `holds_logits`; hidden states `[B, T, D]` else.
   """
+  read = score if holds_logits(model) else score_hidden
   minibatches = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), rollout)
-  logits = jax.lax.map(lambda minibatch: score(model, ref_params, minibatch)[0], minibatches)
-  return logits.reshape(*rollout.actions.shape, -1)
+  read_out = jax.lax.map(lambda minibatch: read(model, ref_params, minibatch)[0], minibatches)
+  return read_out.reshape(*rollout.actions.shape, -1)
 
 
-def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollout, rewards: chex.Array,
-               ref_logits: chex.Array, hyperparameters: Hyperparameters) -> Batch:
+def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, rewards: chex.Array,
+               ref_output: chex.Array, hyperparameters: Hyperparameters) -> Batch:
   """Turns a rollout and its rewards into what the loss needs.
 
   Args:
     model: the policy network; used only for a KL penalty in the reward, which needs its distributions.
     config: names of the estimators.
-    params: the policy's parameters at the time of the rollout.
+    state: the state at the time of the rollout.
     rollout: B episodes of T tokens.
     rewards: float32 `[B]`, given at the last token of each episode.
-    ref_logits: float32 `[B, T, V]` of the reference.
+    ref_output: of `reference_pass`.
     hyperparameters: the numbers.
 
   Returns:
@@ -176,11 +183,15 @@ def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollou
   last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
   token_rewards = jnp.where(last, rewards[:, None], 0.0)
   if config.loss.kl_placement == 'reward':
-    numbers, logits = hyperparameters.loss, score(model, params, rollout)[0]
-    kl = token_kl(logits / numbers.temperature, ref_logits / numbers.temperature, rollout.actions,
-                  config.loss.kl_estimator)
-    weight = penalty_weight(ref_logits, config.loss, numbers)
-    token_rewards -= jnp.where(mask, numbers.kl_coefficient * weight * kl, 0.0)
+    numbers = hyperparameters.loss
+    options = {'mask': mask} | op_options(config.loss, numbers)
+    if holds_logits(model):
+      record = weighted_kl(score(model, state.params, rollout)[0], ref_output, rollout.actions, **options)
+    else:
+      hidden, embedding, _ = score_hidden(model, state.params, rollout)
+      ref_embedding = state.ref_params['wte']['embedding'].astype(embedding.dtype)
+      record = linear_weighted_kl(hidden, embedding, ref_output, ref_embedding, rollout.actions, **options)
+    token_rewards -= jnp.where(mask, numbers.kl_coefficient * weighted_penalty(record, config.loss)[0], 0.0)
   if config.advantage == 'gae':
     token_advantages, returns = advantages.gae(
         token_rewards, rollout.values, mask, hyperparameters.discount, hyperparameters.gae_lambda)
@@ -195,7 +206,7 @@ def make_batch(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollou
                advantages=token_advantages, returns=returns)
 
 
-def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_logits: chex.Array,
+def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
            batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters
            ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Makes `epochs` x `minibatches` updates; each epoch shuffles the episodes anew.
@@ -205,7 +216,7 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     config: structure and estimators.
     state: the state at the time of the rollout.
     rollout: B episodes.
-    ref_logits: float32 `[B, T, V]` of the reference.
+    ref_output: of `reference_pass`.
     batch: `[B, T]`.
     key: PRNG key, consumed.
     hyperparameters: the numbers.
@@ -219,13 +230,17 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     numbers = numbers.replace(value_coefficient=0.0)
 
   def loss_fn(params, minibatch):
-    rollout, ref_logits, batch = minibatch
-    logits, values = score(model, params, rollout)
-    return ppo_loss(logits, values, ref_logits, batch, config.loss, numbers)
+    rollout, ref_output, batch = minibatch
+    if holds_logits(model):
+      logits, values = score(model, params, rollout)
+      return ppo_loss(logits, values, ref_output, batch, config.loss, numbers)
+    hidden, embedding, values = score_hidden(model, params, rollout)
+    ref_embedding = state.ref_params['wte']['embedding'].astype(embedding.dtype)
+    return linear_ppo_loss(hidden, embedding, values, ref_output, ref_embedding, batch, config.loss, numbers)
 
   def one_update(carry, indices):
     params, opt_state = carry
-    minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_logits, batch))
+    minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_output, batch))
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
     grads = {name: grad if name == 'value_head' else jax.tree.map(lambda x: jnp.where(warming_up, 0.0, x), grad)
              for name, grad in grads.items()}

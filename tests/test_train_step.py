@@ -9,6 +9,7 @@ from critkl_jax import checkpoint, runner
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.ops.weighted_kl import api
 from critkl_jax.records import Solution, Tokens, TrainState
 from critkl_jax.rollout import score
 from critkl_jax.tasks.task import Task, stop_after
@@ -209,7 +210,8 @@ def make_inputs(model, reference, config):
   rollout, rewards = collect(model, letter_task(), config, reference, KEY, numbers.loss.temperature)
   other = jax.tree.map(lambda x: 1.3 * x, reference)
   ref_logits, _ = score(model, other, rollout)
-  return rollout, rewards, ref_logits, make_batch(model, config, reference, rollout, rewards, ref_logits, numbers)
+  state = init_finetuning(model, config, reference)
+  return rollout, rewards, ref_logits, make_batch(model, config, state, rollout, rewards, ref_logits, numbers)
 
 
 def test_the_reward_stands_at_the_last_token(model, reference):
@@ -242,3 +244,17 @@ def test_kl_in_the_reward_lowers_the_returns_by_the_weighted_kl(model, reference
   kl = jnp.where(rollout.mask, jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1), 0)
   assert kl.sum() > 1e-4
   np.testing.assert_allclose((plain.returns - batch.returns)[:, 0], 0.7 * kl.sum(-1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_large_vocabulary_trains_on_hidden_states_as_on_logits(reference, model, monkeypatch):
+  """The step holds logits below `SMALL_VOCABULARY`; with that at 0 the same model must learn the same."""
+  config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0, certainty_exponent=2.0,
+                              entropy_coefficient=0.01, learning_rate=1e-3)
+  for variant in (config, config_lib.replace(config, kl_placement='reward', advantage='gae')):
+    plain, history = advance(model, reference, variant, 2)
+    with monkeypatch.context() as patch:
+      patch.setattr(api, 'SMALL_VOCABULARY', 0)
+      fused, fused_history = advance(model, reference, variant, 2)
+    assert_trees_close(fused.params, plain.params, rtol=1e-4, atol=1e-5)
+    for one, two in zip(history, fused_history):
+      assert one == pytest.approx(two, rel=1e-4, abs=1e-5)

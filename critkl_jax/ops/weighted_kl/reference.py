@@ -1,0 +1,37 @@
+"""The meaning of the operation in plain jnp on whole logits, differentiated by JAX."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from critkl_jax.ops.weighted_kl.statistics import LOG_PROB_FLOOR, RULED_OUT, Row, centred_difference, phi
+
+
+def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actions: chex.Array) -> Row:
+  """Returns what the logits say of each token.
+
+  Args:
+    z: float32 `[N, V]` policy logits at its temperature, -inf replaced (`statistics.finite`).
+    v: float32 `[N, V]` reference logits at the same temperature.
+    v_sure: float32 `[N, V]` reference logits at the temperature of the certainty; None if it is the same.
+    actions: int32 `[N]`.
+  """
+  ruled = v <= RULED_OUT
+  peak, ref_peak = (jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)) for x in (z, v))
+  above, ref_above = z - peak, v - ref_peak
+  log_sum, ref_log_sum = (jax.nn.logsumexp(x, -1, keepdims=True) for x in (above, ref_above))
+  centre = peak - ref_peak
+  shift = centred_difference(peak, ref_peak, centre) + (log_sum - ref_log_sum)
+  log_p, log_q = above - log_sum, ref_above - ref_log_sum
+  p = jnp.exp(log_p)
+  log_ratio = jnp.where(
+      ruled, log_p - LOG_PROB_FLOOR, jnp.where(ruled, 0.0, centred_difference(z, v, centre)) - shift)
+  # sum p d = sum p (exp(-d) - 1 + d), since sum p exp(-d) = 1; the right side has no terms that cancel.
+  near = jnp.all(jnp.abs(log_ratio) < 10.0, -1, keepdims=True)
+  kl = jnp.sum(p * jnp.where(near, phi(jnp.where(near, log_ratio, 0.0)), log_ratio), -1, keepdims=True)
+  sure = jax.nn.log_softmax(v if v_sure is None else v_sure)
+  log_prob, ref_log_prob = (jnp.take_along_axis(x, actions[:, None], -1) for x in (log_p, log_q))
+  return Row(
+      peak=peak, log_sum=log_sum, centre=centre, shift=shift, entropy=-jnp.sum(p * log_p, -1, keepdims=True), kl=kl,
+      log_prob=log_prob, ref_log_prob=jnp.maximum(ref_log_prob, LOG_PROB_FLOOR),
+      sure_entropy=-jnp.sum(jnp.exp(sure) * sure, -1, keepdims=True), sure_log_max=jnp.max(sure, -1, keepdims=True))

@@ -1,0 +1,305 @@
+"""The arithmetic that every implementation shares: what is summed over the vocabulary, and what follows from the sums.
+
+For one token with policy logits z, reference logits v (both divided by the temperature) and d = z - v; with m = max z,
+e_i = exp(z_i - m), t_i = d_i - c for a centre c, and phi(t) = exp(-t) - 1 + t:
+
+    sum_e = sum e        sum_ez = sum e (z - m)        sum_t = sum e t        sum_phi = sum e phi(t)
+
+Divergence and difference of the log-partition functions follow without the difference of two large numbers,
+
+    Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum_t) / sum_e
+    KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
+
+so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far
+apart that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough. Within a
+block c is the difference of the two peaks, and e exp(-t) the exponential of the reference's logit.
+
+A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
+the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
+
+Everything here is plain jnp on `[N, vocabulary block]` and `[N, 1]`, so that the bodies of Pallas kernels call it too.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+# Log-probability that a ruled-out token (logit -inf) is taken to have when two policies are compared. A finite number
+# keeps losses and gradients finite; no token that a float32 softmax can produce is as unlikely.
+LOG_PROB_FLOOR = -1e4
+MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
+RULED_OUT = -1e20  # logits below count as -inf
+_NEAR = 0.5  # |t| for which the series of phi is taken
+_MOST_EXPONENT = 40.0  # beyond, only that it is much counts
+
+
+@struct.dataclass
+class WeightedKL:
+  """What a policy and its reference say of each token, float32 `[...]` each, in nats; 0 where masked.
+
+  Gradients flow from `log_prob`, `entropy` and `kl` to the policy; the other fields carry none.
+
+  Attributes:
+    log_prob: log pi(a) of the token's action.
+    ref_log_prob: log pi_ref(a), at least `LOG_PROB_FLOOR`.
+    entropy: of the policy.
+    kl: exact KL(pi || pi_ref).
+    certainty: J of the reference, between 0 and 1.
+    weight: (1 - c) J^beta + c.
+  """
+
+  log_prob: chex.Array
+  ref_log_prob: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+  certainty: chex.Array
+  weight: chex.Array
+
+
+@struct.dataclass
+class Sums:
+  """Sums over a part of the vocabulary, float32 `[N, 1]` each; `merge` joins those of two parts.
+
+  Attributes:
+    peak: m, the largest policy logit.
+    sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
+    centre: c.
+    ref_peak: the largest reference logit, at the temperature of the policy.
+    ref_sum_e: sum exp(v - ref_peak).
+    sure_peak: the largest reference logit at the temperature of the certainty.
+    sure_sum_e: sum exp(v - sure_peak) at that temperature.
+    sure_sum_ez: sum exp(v - sure_peak) (v - sure_peak) at that temperature.
+    action_logit: z of the action, 0 if it is in another part.
+    ref_action_logit: v of the action, 0 if it is in another part.
+  """
+
+  peak: chex.Array
+  sum_e: chex.Array
+  sum_ez: chex.Array
+  centre: chex.Array
+  sum_t: chex.Array
+  sum_phi: chex.Array
+  sum_ruled: chex.Array
+  sum_ruled_z: chex.Array
+  ref_peak: chex.Array
+  ref_sum_e: chex.Array
+  sure_peak: chex.Array
+  sure_sum_e: chex.Array
+  sure_sum_ez: chex.Array
+  action_logit: chex.Array
+  ref_action_logit: chex.Array
+
+  @classmethod
+  def zeros(cls, num_tokens: int) -> 'Sums':
+    """Returns a record of zeros."""
+    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
+class Row:
+  """What the sums over the whole vocabulary amount to, float32 `[N, 1]` each; enough to take gradients again.
+
+  Attributes:
+    peak: the largest policy logit.
+    log_sum: `log sum_e`; with `peak` the log-partition function of the policy, in two parts that keep its digits.
+    centre: c.
+    shift: Delta - c.
+    entropy: of the policy.
+    kl: KL(pi || pi_ref).
+    log_prob: of the action.
+    ref_log_prob: of the action under the reference, at least `LOG_PROB_FLOOR`.
+    sure_entropy: of the reference at the temperature of the certainty.
+    sure_log_max: log of the reference's largest probability there.
+  """
+
+  peak: chex.Array
+  log_sum: chex.Array
+  centre: chex.Array
+  shift: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+  log_prob: chex.Array
+  ref_log_prob: chex.Array
+  sure_entropy: chex.Array
+  sure_log_max: chex.Array
+
+
+  @classmethod
+  def zeros(cls, num_tokens: int) -> 'Row':
+    """Returns a record of zeros."""
+    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+
+
+@struct.dataclass
+class Cotangents:
+  """Gradients of the loss with respect to `log_prob`, `entropy` and `kl` of each token, float32 `[N, 1]`."""
+
+  log_prob: chex.Array
+  entropy: chex.Array
+  kl: chex.Array
+
+  @classmethod
+  def of(cls, row: Row) -> 'Cotangents':
+    """Returns those of a `Row` of gradients; the other fields carry none."""
+    return cls(log_prob=row.log_prob, entropy=row.entropy, kl=row.kl)
+
+
+def finite(logits: chex.Array) -> chex.Array:
+  """Returns float32 logits with `MINUS_INFINITY` in place of -inf."""
+  return jnp.maximum(logits, MINUS_INFINITY)
+
+
+def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_action: chex.Array | None,
+               valid: chex.Array | None = None, can_rule_out: bool = True) -> Sums:
+  """Returns the sums over one block of the vocabulary.
+
+  Args:
+    z: float32 `[N, K]` policy logits, out of `finite`.
+    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
+    v_sure: float32 `[N, K]` reference logits at the temperature of the certainty; None if it is the same.
+    is_action: bool `[N, K]`, true at the action of each row; None leaves the actions' logits 0.
+    valid: bool `[N, K]` or `[1, K]`, false past the end of the vocabulary, where the logits may be anything, NaN
+      included; None if all of the block is valid. One column at least is.
+    can_rule_out: whether the reference may hold -inf; if not, there is less to do.
+  """
+
+  def inside(x, other):
+    return x if valid is None else jnp.where(valid, x, other)
+
+  total, largest = (functools.partial(reduce, axis=-1, keepdims=True) for reduce in (jnp.sum, jnp.max))
+  z, v = inside(z, MINUS_INFINITY), inside(v, MINUS_INFINITY)
+  peak, ref_peak = largest(z), largest(v)
+  above, ref_above = z - peak, v - ref_peak
+  e, ref_e = inside(jnp.exp(above), 0.0), inside(jnp.exp(ref_above), 0.0)
+  centre = jnp.where(jnp.minimum(peak, ref_peak) > RULED_OUT, peak - ref_peak, 0.0)
+  t = centred_difference(z, v, centre)
+  zeros = jnp.zeros_like(peak)
+  sum_ruled = sum_ruled_z = zeros
+  if can_rule_out or valid is not None:
+    ruled = v <= RULED_OUT
+    t = jnp.where(ruled, 0.0, t)
+  weighted_phi = jnp.where(jnp.abs(t) < _NEAR, e * phi_near(t), ref_e - e + e * t)
+  if can_rule_out:
+    ruled_e = jnp.where(ruled, e, 0.0)
+    sum_ruled, sum_ruled_z = total(ruled_e), total(ruled_e * above)
+    weighted_phi = jnp.where(ruled, -e, weighted_phi)
+  if v_sure is None:
+    sure_peak, sure_sum_e, sure_sum_ez = ref_peak, total(ref_e), total(ref_e * ref_above)
+  else:
+    v_sure = inside(v_sure, MINUS_INFINITY)
+    sure_peak = largest(v_sure)
+    sure_e = inside(jnp.exp(v_sure - sure_peak), 0.0)
+    sure_sum_e, sure_sum_ez = total(sure_e), total(sure_e * (v_sure - sure_peak))
+  at_action = (zeros, zeros) if is_action is None else (total(jnp.where(is_action, x, 0.0)) for x in (z, v))
+  action_logit, ref_action_logit = at_action
+  return Sums(
+      peak=peak, sum_e=total(e), sum_ez=total(e * above), centre=centre, sum_t=total(e * t),
+      sum_phi=total(weighted_phi), sum_ruled=sum_ruled, sum_ruled_z=sum_ruled_z, ref_peak=ref_peak,
+      ref_sum_e=total(ref_e), sure_peak=sure_peak, sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez,
+      action_logit=action_logit, ref_action_logit=ref_action_logit)
+
+
+def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex.Array:
+  """Returns `(z - v) - centre`, correct to the last digit where the centre is near z - v.
+
+  The rounding error of the first difference is itself a float32 number (Knuth, TAOCP 4.2.2, theorem B), and added back.
+  """
+  difference = z - v
+  part = difference - z
+  lost = (z - (difference - part)) - (v + part)
+  return (difference - centre) + lost
+
+
+def phi_near(t: chex.Array) -> chex.Array:
+  """Returns `exp(-t) - 1 + t` for |t| < 1/2 by its series, which keeps a relative precision of 1e-6 down to 0."""
+  series = jnp.float32(1 / 362880)
+  for k in (40320, 5040, 720, 120, 24, 6, 2):
+    series = 1.0 / k - t * series
+  return t * t * series
+
+
+def phi(t: chex.Array) -> chex.Array:
+  """Returns `exp(-t) - 1 + t`, precise near 0 too; in the exponential t counts as -40 where it is less."""
+  return jnp.where(jnp.abs(t) < _NEAR, phi_near(t), jnp.exp(-jnp.maximum(t, -_MOST_EXPONENT)) - 1.0 + t)
+
+
+def merge(one: Sums, two: Sums) -> Sums:
+  """Returns the sums over two parts of the vocabulary together."""
+  peak, ref_peak = jnp.maximum(one.peak, two.peak), jnp.maximum(one.ref_peak, two.ref_peak)
+  sure_peak = jnp.maximum(one.sure_peak, two.sure_peak)
+  masses = [(part.sum_e - part.sum_ruled) * jnp.exp(part.peak - peak) for part in (one, two)]
+  share = masses[1] / jnp.maximum(masses[0] + masses[1], 1e-30)
+  centre = one.centre + share * (two.centre - one.centre)
+  one, two = (_moved(part, peak, centre, ref_peak, sure_peak) for part in (one, two))
+  joined = jax.tree.map(jnp.add, one, two)
+  return joined.replace(peak=peak, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak)
+
+
+def _moved(sums, peak, centre, ref_peak, sure_peak):
+  """Returns the sums with respect to other peaks and another centre."""
+  down = sums.peak - peak
+  scale = jnp.exp(down)
+  step = centre - sums.centre
+  allowed = sums.sum_e - sums.sum_ruled
+  sum_t = sums.sum_t - step * allowed
+  # A small step is taken in small terms; after a large one nothing is near, and the definition of phi will do.
+  little = jnp.abs(step) < _NEAR
+  growth = phi_near(jnp.where(little, -step, 0.0))  # exp(step) - 1 - step
+  of_allowed = sums.sum_phi + sums.sum_ruled  # each ruled-out token stands in sum_phi as -e, wherever the centre is
+  of_allowed += (growth + step) * (of_allowed - sums.sum_t) + growth * allowed
+  sum_of_exp = jnp.exp(jnp.minimum(sums.ref_peak + centre - peak, _MOST_EXPONENT)) * sums.ref_sum_e
+  sum_phi = jnp.where(little, scale * of_allowed, sum_of_exp + scale * (sum_t - allowed)) - scale * sums.sum_ruled
+  ref_scale, sure_down = jnp.exp(sums.ref_peak - ref_peak), sums.sure_peak - sure_peak
+  sure_scale = jnp.exp(sure_down)
+  return sums.replace(
+      sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * sum_t,
+      sum_phi=sum_phi, sum_ruled=scale * sums.sum_ruled,
+      sum_ruled_z=scale * (sums.sum_ruled_z + down * sums.sum_ruled), ref_sum_e=ref_scale * sums.ref_sum_e,
+      sure_sum_e=sure_scale * sums.sure_sum_e,
+      sure_sum_ez=sure_scale * (sums.sure_sum_ez + sure_down * sums.sure_sum_e))
+
+
+def finish(sums: Sums) -> Row:
+  """Returns what the sums over the whole vocabulary amount to."""
+  log_sum, ref_log_sum = jnp.log(sums.sum_e), jnp.log(sums.ref_sum_e)
+  ruled = sums.sum_ruled / sums.sum_e
+  ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
+
+  x = (sums.sum_phi - sums.sum_t) / sums.sum_e
+  near = jnp.abs(x) < 0.5
+  x = jnp.where(near, x, 0.0)
+  shift = jnp.where(near, -jnp.log1p(x), (sums.peak - sums.ref_peak - sums.centre) + (log_sum - ref_log_sum))
+  near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
+  far_kl = sums.sum_t / sums.sum_e - (1.0 - ruled) * shift
+  kl = jnp.maximum(jnp.where(near, near_kl, far_kl) + ruled_kl, 0.0)
+
+  return Row(
+      peak=sums.peak, log_sum=log_sum, centre=sums.centre, shift=shift, kl=kl,
+      entropy=log_sum - sums.sum_ez / sums.sum_e, log_prob=sums.action_logit - sums.peak - log_sum,
+      ref_log_prob=jnp.maximum(sums.ref_action_logit - sums.ref_peak - ref_log_sum, LOG_PROB_FLOOR),
+      sure_entropy=jnp.log(sums.sure_sum_e) - sums.sure_sum_ez / sums.sure_sum_e,
+      sure_log_max=-jnp.log(sums.sure_sum_e))
+
+
+def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Row, g: Cotangents) -> chex.Array:
+  """Returns the gradient of `sum_n g.log_prob log_prob + g.entropy H + g.kl KL` with respect to the policy's logits z.
+
+  `g_a (1[i = a] - p_i) - g_H p_i (log p_i + H) + g_KL p_i (log p_i - log q_i - KL)`
+
+  Args:
+    z: float32 `[N, K]` policy logits of any block of the vocabulary, out of `finite`.
+    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
+    is_action: bool `[N, K]`.
+    row: of the whole vocabulary.
+    g: the cotangents.
+
+  Returns:
+    float32 `[N, K]`.
+  """
+  log_p = z - row.peak - row.log_sum
+  log_ratio = jnp.where(v <= RULED_OUT, log_p - LOG_PROB_FLOOR, centred_difference(z, v, row.centre) - row.shift)
+  inner = -g.log_prob - g.entropy * (log_p + row.entropy) + g.kl * (log_ratio - row.kl)
+  return jnp.exp(log_p) * inner + jnp.where(is_action, g.log_prob, 0.0)

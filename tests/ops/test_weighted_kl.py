@@ -1,0 +1,497 @@
+"""The fused weighted KL against float64 NumPy: values, gradients, masks, ragged sizes, and what it must not do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from jax.test_util import check_grads
+
+from critkl_jax import certainty, kl_weight, linear_weighted_kl, linear_weighted_kl_loss, token_kl, weighted_kl
+from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, pick_implementation
+from critkl_jax.ops.weighted_kl.chunked import Tile, pick_tile, pick_tokens
+
+TOLERANCE = 1e-5  # of float32 against float64, relative to the largest entry
+# Where logits of 50 leave one token alone probable, the gradient is the small difference of numbers such as 150, and
+# what is left of their digits counts against it.
+NEARLY_ONE_HOT = 3e-4
+SIZES = ((3, 47, 31), (252, 507, 123), (1, 300, 5))
+
+
+def truth(z, v, actions, cotangents, v_sure=None):
+  """Returns values and the gradient with respect to z, in float64; ruled-out tokens as the docstrings say."""
+  z, v = np.asarray(z, np.float64), np.asarray(v, np.float64)
+  v_sure = v if v_sure is None else np.asarray(v_sure, np.float64)
+  log_p, log_q, log_s = map(log_softmax, (z, v, v_sure))
+  p, s, rows = np.exp(log_p), np.exp(log_s), np.arange(len(actions))
+  log_p, log_q, log_s = (np.maximum(x, -1e300) for x in (log_p, log_q, log_s))
+  log_ratio = np.where(np.isneginf(v), log_p - LOG_PROB_FLOOR, log_p - log_q)
+  log_ratio = np.where(p > 0, log_ratio, 0)
+  kl, entropy = (p * log_ratio).sum(-1), -(p * np.where(p > 0, log_p, 0)).sum(-1)
+  values = {
+      'log_prob': log_p[rows, actions], 'ref_log_prob': np.maximum(log_q[rows, actions], LOG_PROB_FLOOR),
+      'entropy': entropy, 'kl': kl, 'certainty': 1 + (s * np.where(s > 0, log_s, 0)).sum(-1) / np.log(z.shape[-1])}
+  one_hot = np.arange(z.shape[-1]) == np.asarray(actions)[:, None]
+  a, h, k = (g[:, None] for g in np.asarray(cotangents, np.float64))
+  gradient = (a * (one_hot - p) - h * p * (np.where(p > 0, log_p, 0) + entropy[:, None])
+              + k * p * (log_ratio - kl[:, None]))
+  return values, gradient
+
+
+def log_softmax(x):
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def error(found, expected, unit=1e-12):
+  """Returns the largest error, relative to the largest entry, or to `unit` where that is larger."""
+  found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+  assert np.all(np.isfinite(found))
+  return np.abs(found - expected).max(initial=0) / max(np.abs(expected).max(initial=0), unit)
+
+
+def assert_values(record, values, tolerance=TOLERANCE):
+  """Holds a record to float64: the divergence relative to itself however small, the rest relative to a nat or more."""
+  for name, value in values.items():
+    assert error(getattr(record, name), value, 1e-12 if name == 'kl' else 1.0) <= tolerance, name
+
+
+def combined(record, cotangents):
+  return jnp.sum(record.log_prob * cotangents[0] + record.entropy * cotangents[1] + record.kl * cotangents[2])
+
+
+# From logits.
+
+LOGITS = {
+    'scale 1': lambda rng, n, v: (rng.normal(size=(n, v)), rng.normal(size=(n, v))),
+    'scale 10': lambda rng, n, v: (10 * rng.normal(size=(n, v)), 10 * rng.normal(size=(n, v))),
+    'scale 50': lambda rng, n, v: (50 * rng.normal(size=(n, v)), 50 * rng.normal(size=(n, v))),
+    'near': lambda rng, n, v: near(rng.normal(size=(n, v)), rng),
+    'near at 50': lambda rng, n, v: near(50 * rng.normal(size=(n, v)), rng),
+    'near, far apart in level': lambda rng, n, v: (lambda z, w: (z, w + 64))(*near(rng.normal(size=(n, v)), rng)),
+    'equal': lambda rng, n, v: (lambda z: (z, z.copy()))(10 * rng.normal(size=(n, v))),
+    'one-hot reference': lambda rng, n, v: (
+        rng.normal(size=(n, v)), 200.0 * (np.arange(v) == rng.integers(0, v, (n, 1)))),
+    'reference rules out': lambda rng, n, v: (rng.normal(size=(n, v)), ruled_out(rng.normal(size=(n, v)), rng)),
+    'policy rules out': lambda rng, n, v: (ruled_out(rng.normal(size=(n, v)), rng), rng.normal(size=(n, v))),
+    'both rule out': lambda rng, n, v: (lambda r: (r, r + rng.normal(size=r.shape)))(
+        ruled_out(rng.normal(size=(n, v)), rng)),
+    'nearly uniform': lambda rng, n, v: (1e-3 * rng.normal(size=(n, v)), 1e-3 * rng.normal(size=(n, v))),
+}
+
+
+def near(z, rng):
+  z = z.astype(np.float32)
+  return z, z + (4e-4 * rng.normal(size=z.shape)).astype(np.float32)
+
+
+def ruled_out(x, rng):
+  x = x.copy()
+  x[rng.random(x.shape) < 0.3] = -np.inf
+  x[:, 0] = 0
+  return x
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'fused'])
+@pytest.mark.parametrize('kind', LOGITS)
+@pytest.mark.parametrize('size', [(3, 47), (4, 50257)])
+def test_logits_against_float64(kind, implementation, size):
+  rng = np.random.default_rng(0)
+  z, v = (x.astype(np.float32) for x in LOGITS[kind](rng, *size))
+  actions, cotangents = np.argmax(z, -1), rng.normal(size=(3, size[0])).astype(np.float32)
+
+  def loss(z, v):
+    record = weighted_kl(z, v, actions, exponent=150.0, implementation=implementation)
+    return combined(record, cotangents), record
+
+  gradient, record = jax.jit(jax.grad(loss, has_aux=True))(z, v)
+  values, expected = truth(z, v, actions, cotangents)
+  assert error(gradient, expected) <= (NEARLY_ONE_HOT if kind == 'scale 50' else TOLERANCE)
+  if kind == 'equal':
+    np.testing.assert_allclose(record.kl, 0, atol=1e-12)
+    values.pop('kl')
+  assert_values(record, values)
+  if kind == 'near':
+    assert 1e-8 < values['kl'].mean() < 1e-6
+
+
+def test_values_and_gradients_of_low_precision_logits():
+  rng = np.random.default_rng(1)
+  z, v = (jnp.asarray(3 * rng.normal(size=(20, 99)), jnp.bfloat16) for _ in range(2))
+  actions, cotangents = np.argmax(np.asarray(z, np.float32), -1), np.ones((3, 20), np.float32)
+  gradient, record = jax.grad(lambda z: (lambda r: (combined(r, cotangents), r))(
+      weighted_kl(z, v, actions, exponent=2.0)), has_aux=True)(z)
+  values, expected = truth(z, v, actions, cotangents)
+  assert gradient.dtype == jnp.bfloat16
+  assert error(gradient, expected) <= 2**-8
+  assert_values(record, values)
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'fused'])
+@pytest.mark.parametrize('kind', ['negentropy', 'min_entropy', 'max_prob'])
+def test_certainty_and_weight_are_those_of_confidence(kind, implementation):
+  rng = np.random.default_rng(2)
+  z, v = (rng.normal(size=(4, 6, 9)).astype(np.float32) for _ in range(2))
+  record = weighted_kl(z, v, np.zeros((4, 6), np.int32), exponent=3.0, intercept=0.1, certainty=kind,
+                       certainty_temperature=0.7, temperature=1.5, implementation=implementation)
+  sure = certainty(v, kind, 0.7)
+  np.testing.assert_allclose(record.certainty, sure, rtol=1e-5)
+  np.testing.assert_allclose(record.weight, kl_weight(sure, 3.0, 0.1), rtol=1e-5)
+  np.testing.assert_allclose(record.kl, token_kl(z / 1.5, v / 1.5), rtol=1e-4)
+
+
+# From hidden states.
+
+
+def exact_problem(size, scale, kind, seed=0):
+  """Returns operands whose logits are exact in float32, so that what is measured is not the rounding of a product."""
+  num_tokens, vocab_size, width = size
+  rng = np.random.default_rng(seed)
+  grid = lambda x, step: (np.round(x / step) * step).astype(np.float32)
+  embedding = grid(rng.normal(size=(vocab_size, width)), 1 / 8)
+  hidden = grid(scale / np.sqrt(width) * rng.normal(size=(num_tokens, width)), 1 / 32)
+  ref_hidden = grid(scale / np.sqrt(width) * rng.normal(size=(num_tokens, width)), 1 / 32)
+  ref_embedding = embedding
+  if kind == 'near':
+    ref_hidden = hidden.copy()
+    ref_hidden[:, 0] += grid(3e-4 * rng.choice([-1, 1], size=num_tokens), 2**-13)
+  elif kind == 'other width':
+    ref_hidden = np.concatenate([ref_hidden, ref_hidden[:, :1]], 1)
+    ref_embedding = np.concatenate([embedding, embedding[:, :1]], 1)
+  actions = rng.integers(0, vocab_size, num_tokens)
+  return (hidden, embedding, ref_hidden, ref_embedding, actions), rng.normal(size=(3, num_tokens)).astype(np.float32)
+
+
+def linear_truth(arrays, cotangents):
+  hidden, embedding, ref_hidden, ref_embedding, actions = (np.asarray(x, np.float64) for x in arrays)
+  actions = arrays[4]
+  values, gradient = truth(hidden @ embedding.T, ref_hidden @ ref_embedding.T, actions, cotangents)
+  return values, gradient @ embedding, gradient.T @ hidden
+
+
+WAYS = {
+    'reference': {'implementation': 'reference'},
+    'chunked': {'implementation': 'chunked'},
+    'chunked, small blocks': {'implementation': 'chunked', 'memory_budget': 8 * 128 * 252},
+    'chunked, small tiles': {'implementation': 'chunked', 'memory_budget': 8 * 128 * 100},
+}
+
+
+@functools.partial(jax.jit, static_argnames=('implementation', 'memory_budget'))
+def grads_and_record(hidden, embedding, ref_hidden, ref_embedding, actions, cotangents, **options):
+  def loss(hidden, embedding):
+    record = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=150.0, **options)
+    return combined(record, cotangents), record
+  return jax.grad(loss, (0, 1), has_aux=True)(hidden, embedding)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(('scale', 'kind'), [
+    (1, 'apart'), (10, 'apart'), (50, 'apart'), (1, 'near'), (10, 'near'), (3, 'other width')])
+def test_linear_against_float64(way, size, scale, kind):
+  arrays, cotangents = exact_problem(size, scale, kind)
+  (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[way])
+  values, expected_hidden, expected_embedding = linear_truth(arrays, cotangents)
+  assert_values(record, values)
+  tolerance = NEARLY_ONE_HOT if scale == 50 else TOLERANCE
+  assert error(dhidden, expected_hidden) <= tolerance
+  assert error(dembedding, expected_embedding) <= tolerance
+
+
+@pytest.mark.parametrize('way', ['chunked', 'chunked, small tiles'])
+def test_a_large_vocabulary(way):
+  arrays, cotangents = exact_problem((5, 50257, 16), 10, 'apart')
+  (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[way])
+  values, expected_hidden, expected_embedding = linear_truth(arrays, cotangents)
+  assert_values(record, values)
+  assert error(dhidden, expected_hidden) <= TOLERANCE
+  assert error(dembedding, expected_embedding) <= TOLERANCE
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_no_tokens(way):
+  arrays, cotangents = exact_problem((0, 47, 31), 1, 'apart')
+  (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[way])
+  assert dhidden.shape == (0, 31)
+  assert record.kl.shape == (0,)
+  np.testing.assert_array_equal(dembedding, np.zeros((47, 31)))
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_low_precision_is_no_worse_than_plain(way):
+  """The rule of ml-cross-entropy: no further from float64 than plain bfloat16, but for a tenth."""
+  (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((252, 507, 123), 3, 'apart')
+  arrays = (*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding, ref_hidden, ref_embedding)), actions)
+  expected = linear_truth([*(np.asarray(x, np.float64) for x in arrays[:4]), actions], cotangents)
+  errors = {}
+  for name in ('reference', way):
+    (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[name])
+    assert dhidden.dtype == dembedding.dtype == jnp.bfloat16
+    assert record.kl.dtype == jnp.float32
+    errors[name] = [error(record.kl, expected[0]['kl']), error(record.entropy, expected[0]['entropy']),
+                    *(error(x.astype(jnp.float32), y) for x, y in zip((dhidden, dembedding), expected[1:]))]
+  for plain, fused in zip(errors['reference'], errors[way]):
+    assert fused <= 1.1 * plain + 1e-6
+
+
+OPTIONS = {
+    'temperatures': {'temperature': 1.7, 'certainty_temperature': 0.6},
+    'soft cap': {'soft_cap': 2.0, 'temperature': 0.8, 'certainty_temperature': 0.8},
+    'bias': {'bias': np.linspace(-1, 1, 300, dtype=np.float32), 'ref_bias': np.linspace(2, -2, 300, dtype=np.float32)},
+    'ruled out': {'bias': np.where(np.arange(300) % 5 == 1, -np.inf, 0).astype(np.float32),
+                  'ref_bias': np.where(np.arange(300) % 7 == 2, -np.inf, 0).astype(np.float32), 'soft_cap': 3.0},
+}
+
+
+@pytest.mark.parametrize('budget', [2**20, 8 * 128 * 100, 8 * 128 * 60])
+@pytest.mark.parametrize('option', OPTIONS)
+def test_options_mean_the_same_everywhere(option, budget):
+  (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((100, 300, 31), 1, 'apart')
+  actions -= actions % 5 == 1  # no policy draws what it rules out
+  options = OPTIONS[option]
+
+  def logits(side, bias):
+    x = side[0] @ side[1].T
+    x = x if bias is None else x + bias[None]
+    if 'soft_cap' not in options:
+      return x
+    capped = options['soft_cap'] * jnp.tanh(jnp.where(x > -jnp.inf, x, 0) / options['soft_cap'])
+    return jnp.where(x > -jnp.inf, capped, -jnp.inf)
+
+  def plain(hidden, embedding):
+    z = logits((hidden, embedding), options.get('bias'))
+    v = logits((ref_hidden, ref_embedding), options.get('ref_bias'))
+    return combined(weighted_kl(
+        z, v, actions, exponent=9.0, implementation='reference',
+        **{k: x for k, x in options.items() if 'temperature' in k}), cotangents)
+
+  def fused(hidden, embedding):
+    return combined(linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=9.0,
+                                       implementation='chunked', memory_budget=budget, **options), cotangents)
+
+  for one, two in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, embedding)) for f in (plain, fused))):
+    assert error(one, two) <= TOLERANCE
+
+
+def test_tiles_follow_the_budget():
+  assert pick_tile(2048, 50257, 64 * 2**20) == Tile(2048, 512)
+  assert pick_tile(2048, 50257, 4 * 2**20) == Tile(2048, 256)
+  assert pick_tile(10**6, 50257, 4 * 2**20) == Tile(4096, 128)
+  assert pick_tile(5, 40, 2**20) == Tile(5, 40)
+  assert pick_tile(0, 40, 2**20) == Tile(1, 40)
+  assert pick_tile(252, 507, 8 * 128 * 252) == Tile(252, 128)
+  assert pick_tile(252, 507, 8 * 128 * 100) == Tile(100, 128)
+  assert pick_tokens(2048, 50257, 64 * 2**20) == 166
+  assert pick_tokens(2048, 50257, 8 * 2**20) == 0
+  assert pick_tokens(5, 40, 2**20) == 5
+
+
+# Masks.
+
+
+@pytest.mark.parametrize('way', [*WAYS, 'logits, reference', 'logits, fused'])
+def test_masked_rows_may_hold_anything_and_cost_nothing(way):
+  (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((6, 47, 31), 1, 'apart')
+  mask = np.array([True, False, True, True, False, True])
+
+  def record_of(hidden, ref_hidden, actions, mask):
+    if way.startswith('logits'):
+      return weighted_kl(hidden @ embedding.T, ref_hidden @ ref_embedding.T, actions, exponent=2.0, mask=mask,
+                         implementation=way.split(', ')[1])
+    return linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=2.0, mask=mask,
+                              **WAYS[way])
+
+  def loss(hidden, ref_hidden, actions, mask, cotangents):
+    record = record_of(hidden, ref_hidden, actions, mask)
+    return combined(record, cotangents), record
+
+  spoiled, ref_spoiled = (np.where(mask[:, None], x, np.nan) for x in (hidden, ref_hidden))
+  wild = np.where(mask, actions, 10**6)
+  gradient, record = jax.grad(loss, has_aux=True)(spoiled, ref_spoiled, wild, mask, cotangents)
+  few, few_record = jax.grad(loss, has_aux=True)(
+      hidden[mask], ref_hidden[mask], actions[mask], None, cotangents[:, mask])
+  np.testing.assert_array_equal(gradient[~mask], 0)
+  np.testing.assert_allclose(gradient[mask], few, rtol=1e-5, atol=1e-6)
+  for one, two in zip(jax.tree.leaves(record), jax.tree.leaves(few_record)):
+    np.testing.assert_array_equal(one[~mask], 0)
+    np.testing.assert_allclose(one[mask], two, rtol=1e-5, atol=1e-6)
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_check_grads(way):
+  arrays, cotangents = exact_problem((5, 300, 7), 1, 'apart')
+  options = WAYS[way] | ({'memory_budget': 8 * 128 * 3} if 'tiles' in way else {})
+
+  def loss(hidden, embedding, bias):
+    return combined(linear_weighted_kl(hidden, embedding, *arrays[2:], exponent=2.0, bias=bias, temperature=1.3,
+                                       soft_cap=5.0, **options), cotangents)
+
+  check_grads(loss, (*arrays[:2], np.linspace(-1, 1, 300, dtype=np.float32)), order=1, modes=['rev'], rtol=2e-2,
+              atol=2e-2)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_nothing_flows_to_reference_certainty_and_weight(way):
+  arrays, _ = exact_problem((5, 47, 7), 1, 'apart')
+  hidden, embedding, ref_hidden, ref_embedding, actions = arrays
+
+  def fixed(hidden, embedding):
+    record = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=2.0, **WAYS[way])
+    return jnp.sum(record.certainty + record.weight + record.ref_log_prob)
+
+  def all_fields(ref_hidden, ref_embedding, temperature, exponent):
+    record = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=exponent,
+                                temperature=temperature, **WAYS[way])
+    return sum(map(jnp.sum, jax.tree.leaves(record)))
+
+  gradients = (*jax.grad(fixed, (0, 1))(hidden, embedding),
+               *jax.grad(all_fields, (0, 1, 2, 3))(ref_hidden, ref_embedding, 1.3, 2.0))
+  for gradient in gradients:
+    np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+# The loss of each token in one pass.
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('masked', [False, True])
+def test_the_summed_loss_is_the_sum_of_the_losses(way, masked):
+  (hidden, embedding, ref_hidden, ref_embedding, actions), _ = exact_problem((252, 507, 123), 1, 'apart')
+  rng = np.random.default_rng(3)
+  advantages, old = rng.normal(size=(252,)), rng.normal(size=(252,)) - 6
+  mask = rng.random(252) < 0.7 if masked else None
+  hidden = np.where(mask[:, None], hidden, np.nan) if masked else hidden
+  shaped = lambda x: None if x is None else jnp.asarray(x).reshape(4, 63, *x.shape[1:])
+
+  def outer(coefficient, one_pass):
+    def token_loss(record, advantages, old):
+      ratio = jnp.exp(jnp.clip(record.log_prob - old, -1, 1))
+      return -ratio * advantages + coefficient * record.weight * record.kl - 0.3 * record.entropy
+
+    def loss(hidden, embedding):
+      arrays = shaped(hidden), embedding, shaped(ref_hidden), ref_embedding, shaped(actions)
+      options = {'exponent': 0.5, 'mask': shaped(mask), 'temperature': 1.2, **WAYS[way]}
+      if one_pass:
+        total, record = linear_weighted_kl_loss(token_loss, *arrays, shaped(advantages), shaped(old), **options)
+        return 3 * total, record
+      record = linear_weighted_kl(*arrays, **options)
+      losses = token_loss(record, shaped(advantages), shaped(old))
+      return 3 * jnp.sum(losses if mask is None else jnp.where(shaped(mask), losses, 0)), record
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
+
+  assert (pick_tokens(252, 507, WAYS[way].get('memory_budget', 2**26)) > 0) == ('tiles' not in way)
+  one, two = (jax.jit(outer, static_argnums=1)(jnp.float32(0.7), one_pass) for one_pass in (True, False))
+  for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
+    assert error(x, y) <= TOLERANCE
+  both = jax.vmap(functools.partial(outer, one_pass=True))(jnp.array([0.7, 0.0]))
+  assert error(both[1][0][0], one[1][0]) <= TOLERANCE
+  assert error(both[1][0][1], one[1][0]) > 1e-3
+
+
+def test_extra_arrays_must_fit():
+  arrays, _ = exact_problem((5, 47, 7), 1, 'apart')
+  with pytest.raises(ValueError, match='extra'):
+    linear_weighted_kl_loss(lambda record, x: x, *arrays, np.zeros(4), exponent=1.0)
+
+
+# Transformations.
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_numbers_may_be_traced_and_members_vmapped(way):
+  arrays, _ = exact_problem((5, 300, 7), 1, 'apart')
+
+  def value_and_grad(exponent, temperature, hidden):
+    def loss(hidden):
+      record = linear_weighted_kl(hidden, *arrays[1:], exponent=exponent, intercept=exponent / 10,
+                                  temperature=temperature, certainty_temperature=temperature, **WAYS[way])
+      return jnp.sum(record.weight * record.kl), record
+    return jax.value_and_grad(loss, has_aux=True)(hidden)
+
+  exponents, temperatures = jnp.array([0.0, 2.0, 5.0]), jnp.array([1.0, 0.7, 2.0])
+  hiddens = jnp.stack([arrays[0], 2 * arrays[0], -arrays[0]])
+  together = jax.jit(jax.vmap(value_and_grad))(exponents, temperatures, hiddens)
+  for i in range(3):
+    single = value_and_grad(float(exponents[i]), float(temperatures[i]), hiddens[i])
+    for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(single)):
+      assert error(x[i], y) <= TOLERANCE
+
+
+@pytest.mark.parametrize('way', ['chunked', 'chunked, small tiles'])
+def test_a_vocabulary_over_four_devices(way):
+  (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((252, 4 * 129, 31), 3, 'apart')
+  mesh, parts, whole = jax.make_mesh((4,), ('model',), (AxisType.Auto,)), PartitionSpec('model'), PartitionSpec()
+
+  def loss(hidden, embedding, ref_embedding):
+    record = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=9.0, axis_name='model',
+                                **WAYS[way])
+    return combined(record, cotangents), record
+
+  spread = jax.jit(jax.shard_map(
+      jax.value_and_grad(loss, (0, 1), has_aux=True), mesh=mesh, in_specs=(whole, parts, parts),
+      out_specs=((whole, whole), (whole, parts))))
+  (_, record), (dhidden, dembedding) = spread(hidden, embedding, ref_embedding)
+  outside = jax.jit(jax.grad(lambda *x: jax.shard_map(
+      lambda *y: loss(*y)[0], mesh=mesh, in_specs=(whole, parts, parts), out_specs=whole)(*x), (0, 1)))
+  values, expected_hidden, expected_embedding = linear_truth(
+      (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents)
+  assert_values(record, values)
+  for found in ((dhidden, dembedding), outside(hidden, embedding, ref_embedding)):
+    assert error(found[0], expected_hidden) <= TOLERANCE
+    assert error(found[1], expected_embedding) <= TOLERANCE
+
+
+# What is refused, and what is chosen.
+
+
+def test_bad_arguments_are_named():
+  hidden, embedding, ref_hidden, ref_embedding, actions = exact_problem((5, 47, 7), 1, 'apart')[0]
+  call = functools.partial(linear_weighted_kl, exponent=1.0)
+  with pytest.raises(ValueError, match=r'^hidden: .*\(5,\).*\(4,\)'):
+    call(hidden[:4], embedding, ref_hidden, ref_embedding, actions)
+  with pytest.raises(ValueError, match=r'^ref_embedding: .*47'):
+    call(hidden, embedding, ref_hidden, ref_embedding[:40], actions)
+  with pytest.raises(ValueError, match=r'^bias: '):
+    call(hidden, embedding, ref_hidden, ref_embedding, actions, bias=np.zeros(3))
+  with pytest.raises(ValueError, match=r'^mask: '):
+    call(hidden, embedding, ref_hidden, ref_embedding, actions, mask=np.ones(3, bool))
+  with pytest.raises(ValueError, match=r"^implementation: .*'fastest'"):
+    call(hidden, embedding, ref_hidden, ref_embedding, actions, implementation='fastest')
+  with pytest.raises(ValueError, match=r"^certainty: .*'mood'"):
+    call(hidden, embedding, ref_hidden, ref_embedding, actions, certainty='mood')
+  with pytest.raises(ValueError, match=r'^soft_cap: .*-1'):
+    call(hidden, embedding, ref_hidden, ref_embedding, actions, soft_cap=-1.0)
+  with pytest.raises(ValueError, match=r'^ref_logits: '):
+    weighted_kl(hidden, hidden[:, :3], actions, exponent=1.0)
+
+
+def test_the_choice_can_be_asked_for():
+  assert pick_implementation(40, from_logits=True) == 'fused'
+  assert pick_implementation(40, from_logits=False) == 'reference'
+  for backend, name in {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}.items():
+    assert pick_implementation(50257, from_logits=False, backend=backend) == name
+
+
+def test_chunked_never_holds_all_logits():
+  num_tokens, vocab_size, width = 500, 5000, 16
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in
+            ((num_tokens, width), (vocab_size, width), (num_tokens, width), (vocab_size, width))]
+  actions = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+
+  def compiled(**options):
+    loss = lambda *x: jnp.sum(linear_weighted_kl(*x, exponent=2.0, **options).kl)
+    return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, actions).compile()
+
+  plain = compiled(implementation='reference')
+  assert f'f32[{num_tokens},{vocab_size}]' in plain.as_text()
+  for budget in (8 * 128 * num_tokens, 8 * 128 * 64):
+    program = compiled(implementation='chunked', memory_budget=budget)
+    assert f'[{num_tokens},{vocab_size}]' not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 4
