@@ -27,7 +27,7 @@ from experiments.flags import run
 SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'N, D and V of the operation on hidden states.')
 SMALL = flags.DEFINE_list('small', ['40000', '40'], 'N and V of the operation on logits.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds, after one to warm up.', lower_bound=1)
-HELD = flags.DEFINE_integer('held', 64, 'Tokens that token mode holds at a time.', lower_bound=1)
+HELD = flags.DEFINE_integer('held', 128, 'Tokens that token mode holds at a time.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
 EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
@@ -71,7 +71,7 @@ def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[
     return linear_weighted_kl_loss(token_loss, *arrays, exponent=EXPONENT, **options)[0]
 
   token = {'implementation': 'chunked', 'memory_budget': 8 * vocab_size * HELD.value}
-  vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 512}
+  vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 256}
   losses = {
       'naive': naive,
       'reference': functools.partial(record, implementation='reference'),
