@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from critkl_jax.config import LossConfig
-from critkl_jax.ops.weighted_kl import WeightedKL, linear_weighted_kl_loss, weighted_kl
+from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, WeightedKL, linear_weighted_kl_loss, weighted_kl
 from critkl_jax.records import Batch
 
 _MAX_LOG_RATIO = 20.0  # exp of more is of no use in float32
@@ -82,7 +82,7 @@ def estimated_kl(record: WeightedKL, estimator: str) -> chex.Array:
   """Returns what `token_kl` does, of tokens whose `WeightedKL` is known."""
   if estimator == 'exact':
     return record.kl
-  log_ratio = record.log_prob - record.ref_log_prob
+  log_ratio = jnp.maximum(record.log_prob, LOG_PROB_FLOOR) - record.ref_log_prob
   if estimator == 'k1':
     return log_ratio
   if estimator == 'k2':

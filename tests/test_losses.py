@@ -293,3 +293,13 @@ def test_value_loss():
   values, old, returns = jnp.array([1.0, 1.0]), jnp.array([0.0, 0.9]), jnp.array([2.0, 0.0])
   np.testing.assert_allclose(value_loss(values, old, returns), [0.5, 0.5])
   np.testing.assert_allclose(value_loss(values, old, returns, 0.2), [0.5 * 1.8**2, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize('estimator', ['exact', 'k1', 'k2', 'k3'])
+def test_an_action_that_the_policy_rules_out_leaves_kl_and_gradient_finite(estimator):
+  logits, actions = jnp.array([[0.0, 1.0, -jnp.inf]]), jnp.array([2])
+  for ref_logits in (logits, jnp.zeros((1, 3))):
+    value, gradient = jax.value_and_grad(
+        lambda x, ref_logits=ref_logits: jnp.sum(token_kl(x, ref_logits, actions, estimator)))(logits)
+    assert jnp.isfinite(value)
+    assert jnp.all(jnp.isfinite(gradient))
