@@ -4,7 +4,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from critkl_jax.ops.weighted_kl.statistics import LOG_PROB_FLOOR, RULED_OUT, Row, centred_difference, phi
+from critkl_jax.ops.weighted_kl.statistics import (
+    LOG_PROB_FLOOR,
+    MINUS_INFINITY,
+    RULED_OUT,
+    Row,
+    anchor_of,
+    centred_difference,
+    phi,
+)
 
 
 def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actions: chex.Array) -> Row:
@@ -20,18 +28,22 @@ def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actio
   peak, ref_peak = (jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True)) for x in (z, v))
   above, ref_above = z - peak, v - ref_peak
   log_sum, ref_log_sum = (jax.nn.logsumexp(x, -1, keepdims=True) for x in (above, ref_above))
-  centre = peak - ref_peak
-  shift = centred_difference(peak, ref_peak, centre) + (log_sum - ref_log_sum)
+  ref_at_peak = jax.lax.stop_gradient(jnp.max(jnp.where(above == 0, v, MINUS_INFINITY), -1, keepdims=True))
+  anchor = anchor_of(peak, ref_at_peak, peak - ref_peak)
+  anchor_ratio = (ref_log_sum - log_sum) - centred_difference(peak, ref_peak, anchor)  # a - Delta
   log_p, log_q = above - log_sum, ref_above - ref_log_sum
   p = jnp.exp(log_p)
-  log_ratio = jnp.where(
-      ruled, log_p - LOG_PROB_FLOOR, jnp.where(ruled, 0.0, centred_difference(z, v, centre)) - shift)
+  t = jnp.where(ruled, log_p - LOG_PROB_FLOOR - anchor_ratio,
+                centred_difference(z, jnp.where(ruled, 0.0, v), anchor))
+  log_ratio = t + anchor_ratio
+  mean_t = jnp.sum(p * t, -1, keepdims=True)
   # sum p d = sum p (exp(-d) - 1 + d), since sum p exp(-d) = 1; the right side has no terms that cancel.
   near = jnp.all(jnp.abs(log_ratio) < 10.0, -1, keepdims=True)
-  kl = jnp.sum(p * jnp.where(near, phi(jnp.where(near, log_ratio, 0.0)), log_ratio), -1, keepdims=True)
+  near_kl = jnp.sum(p * phi(jnp.where(near, log_ratio, 0.0)), -1, keepdims=True)
   sure = jax.nn.log_softmax(v if v_sure is None else v_sure)
   log_prob, ref_log_prob = (jnp.take_along_axis(x, actions[:, None], -1) for x in (log_p, log_q))
   return Row(
-      peak=peak, log_sum=log_sum, centre=centre, shift=shift, entropy=-jnp.sum(p * log_p, -1, keepdims=True), kl=kl,
-      log_prob=log_prob, ref_log_prob=jnp.maximum(ref_log_prob, LOG_PROB_FLOOR),
+      peak=peak, log_sum=log_sum, anchor=anchor, mean_t=mean_t, entropy=-jnp.sum(p * log_p, -1, keepdims=True),
+      kl=jnp.where(near, near_kl, mean_t + anchor_ratio), log_prob=log_prob,
+      ref_log_prob=jnp.maximum(ref_log_prob, LOG_PROB_FLOOR),
       sure_entropy=-jnp.sum(jnp.exp(sure) * sure, -1, keepdims=True), sure_log_max=jnp.max(sure, -1, keepdims=True))

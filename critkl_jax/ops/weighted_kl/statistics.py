@@ -1,18 +1,20 @@
 """The arithmetic that every implementation shares: what is summed over the vocabulary, and what follows from the sums.
 
 For one token with policy logits z, reference logits v (both divided by the temperature) and d = z - v; with m = max z,
-e_i = exp(z_i - m), t_i = d_i - c for a centre c, and phi(t) = exp(-t) - 1 + t:
+e_i = exp(z_i - m), t_i = d_i - a for an anchor a, s_i = d_i - c for a centre c, and phi(s) = exp(-s) - 1 + s:
 
-    sum_e = sum e        sum_ez = sum e (z - m)        sum_t = sum e t        sum_phi = sum e phi(t)
+    sum_e = sum e        sum_ez = sum e (z - m)        sum_t = sum e t        sum_phi = sum e phi(s)
 
 Divergence and difference of the log-partition functions follow without the difference of two large numbers,
 
-    Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum_t) / sum_e
+    Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum e s) / sum_e
     KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
 
 so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far
-apart that x says little, `sum_t / sum_e + c - Delta` with Delta from the two sums themselves is exact enough. Within a
-block c is the difference of the two peaks, and e exp(-t) the exponential of the reference's logit.
+apart that x says little, `sum_t / sum_e + a - Delta` with Delta from the two sums themselves is exact enough. Within a
+block c is the difference of the two peaks, and e exp(-s) the exponential of the reference's logit; the anchor is the
+difference d at the policy's most probable token, so that a policy that is all but sure of it has a small sum_t, correct
+to its own last digit, and gradients `p (t - mean t)` that are no difference of large numbers either.
 
 A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
 the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
@@ -66,6 +68,7 @@ class Sums:
   Attributes:
     peak: m, the largest policy logit.
     sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
+    anchor: a.
     centre: c.
     ref_peak: the largest reference logit, at the temperature of the policy.
     ref_sum_e: sum exp(v - ref_peak).
@@ -79,8 +82,9 @@ class Sums:
   peak: chex.Array
   sum_e: chex.Array
   sum_ez: chex.Array
-  centre: chex.Array
+  anchor: chex.Array
   sum_t: chex.Array
+  centre: chex.Array
   sum_phi: chex.Array
   sum_ruled: chex.Array
   sum_ruled_z: chex.Array
@@ -105,8 +109,8 @@ class Row:
   Attributes:
     peak: the largest policy logit.
     log_sum: `log sum_e`; with `peak` the log-partition function of the policy, in two parts that keep its digits.
-    centre: c.
-    shift: Delta - c.
+    anchor: a.
+    mean_t: mean of `log pi - log pi_ref - (a - Delta)` under the policy: sum p t where no token is ruled out.
     entropy: of the policy.
     kl: KL(pi || pi_ref).
     log_prob: of the action.
@@ -117,15 +121,14 @@ class Row:
 
   peak: chex.Array
   log_sum: chex.Array
-  centre: chex.Array
-  shift: chex.Array
+  anchor: chex.Array
+  mean_t: chex.Array
   entropy: chex.Array
   kl: chex.Array
   log_prob: chex.Array
   ref_log_prob: chex.Array
   sure_entropy: chex.Array
   sure_log_max: chex.Array
-
 
   @classmethod
   def zeros(cls, num_tokens: int) -> 'Row':
@@ -175,13 +178,15 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
   above, ref_above = z - peak, v - ref_peak
   e, ref_e = inside(jnp.exp(above), 0.0), inside(jnp.exp(ref_above), 0.0)
   centre = jnp.where(jnp.minimum(peak, ref_peak) > RULED_OUT, peak - ref_peak, 0.0)
-  t = centred_difference(z, v, centre)
+  anchor = anchor_of(peak, largest(jnp.where(z == peak, v, MINUS_INFINITY)), centre)
+  t = centred_difference(z, v, anchor)
   zeros = jnp.zeros_like(peak)
   sum_ruled = sum_ruled_z = zeros
   if can_rule_out or valid is not None:
     ruled = v <= RULED_OUT
     t = jnp.where(ruled, 0.0, t)
-  weighted_phi = jnp.where(jnp.abs(t) < _NEAR, e * phi_near(t), ref_e - e + e * t)
+  s = t + (anchor - centre)
+  weighted_phi = jnp.where(jnp.abs(s) < _NEAR, e * phi_near(s), ref_e - e + e * s)
   if can_rule_out:
     ruled_e = jnp.where(ruled, e, 0.0)
     sum_ruled, sum_ruled_z = total(ruled_e), total(ruled_e * above)
@@ -196,10 +201,15 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
   at_action = (zeros, zeros) if is_action is None else (total(jnp.where(is_action, x, 0.0)) for x in (z, v))
   action_logit, ref_action_logit = at_action
   return Sums(
-      peak=peak, sum_e=total(e), sum_ez=total(e * above), centre=centre, sum_t=total(e * t),
+      peak=peak, sum_e=total(e), sum_ez=total(e * above), anchor=anchor, sum_t=total(e * t), centre=centre,
       sum_phi=total(weighted_phi), sum_ruled=sum_ruled, sum_ruled_z=sum_ruled_z, ref_peak=ref_peak,
       ref_sum_e=total(ref_e), sure_peak=sure_peak, sure_sum_e=sure_sum_e, sure_sum_ez=sure_sum_ez,
       action_logit=action_logit, ref_action_logit=ref_action_logit)
+
+
+def anchor_of(peak: chex.Array, ref_at_peak: chex.Array, otherwise: chex.Array) -> chex.Array:
+  """Returns the difference of the logits at the policy's most probable token; `otherwise` where one is ruled out."""
+  return jnp.where(jnp.minimum(peak, ref_at_peak) > RULED_OUT, peak - ref_at_peak, otherwise)
 
 
 def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex.Array:
@@ -230,36 +240,43 @@ def merge(one: Sums, two: Sums) -> Sums:
   """Returns the sums over two parts of the vocabulary together."""
   peak, ref_peak = jnp.maximum(one.peak, two.peak), jnp.maximum(one.ref_peak, two.ref_peak)
   sure_peak = jnp.maximum(one.sure_peak, two.sure_peak)
+  anchor = jnp.where(one.peak >= two.peak, one.anchor, two.anchor)
   masses = [(part.sum_e - part.sum_ruled) * jnp.exp(part.peak - peak) for part in (one, two)]
   share = masses[1] / jnp.maximum(masses[0] + masses[1], 1e-30)
   centre = one.centre + share * (two.centre - one.centre)
-  one, two = (_moved(part, peak, centre, ref_peak, sure_peak) for part in (one, two))
+  one, two = (_moved(part, peak, anchor, centre, ref_peak, sure_peak) for part in (one, two))
   joined = jax.tree.map(jnp.add, one, two)
-  return joined.replace(peak=peak, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak)
+  return joined.replace(peak=peak, anchor=anchor, centre=centre, ref_peak=ref_peak, sure_peak=sure_peak)
 
 
-def _moved(sums, peak, centre, ref_peak, sure_peak):
-  """Returns the sums with respect to other peaks and another centre."""
+def _moved(sums, peak, anchor, centre, ref_peak, sure_peak):
+  """Returns the sums with respect to other peaks, another anchor and another centre."""
   down = sums.peak - peak
   scale = jnp.exp(down)
   step = centre - sums.centre
   allowed = sums.sum_e - sums.sum_ruled
-  sum_t = sums.sum_t - step * allowed
+  sum_s = _about(sums, sums.centre)
   # A small step is taken in small terms; after a large one nothing is near, and the definition of phi will do.
   little = jnp.abs(step) < _NEAR
   growth = phi_near(jnp.where(little, -step, 0.0))  # exp(step) - 1 - step
   of_allowed = sums.sum_phi + sums.sum_ruled  # each ruled-out token stands in sum_phi as -e, wherever the centre is
-  of_allowed += (growth + step) * (of_allowed - sums.sum_t) + growth * allowed
+  of_allowed += (growth + step) * (of_allowed - sum_s) + growth * allowed
   sum_of_exp = jnp.exp(jnp.minimum(sums.ref_peak + centre - peak, _MOST_EXPONENT)) * sums.ref_sum_e
-  sum_phi = jnp.where(little, scale * of_allowed, sum_of_exp + scale * (sum_t - allowed)) - scale * sums.sum_ruled
+  sum_phi = jnp.where(little, scale * of_allowed, sum_of_exp + scale * (_about(sums, centre) - allowed))
+  sum_phi -= scale * sums.sum_ruled
   ref_scale, sure_down = jnp.exp(sums.ref_peak - ref_peak), sums.sure_peak - sure_peak
   sure_scale = jnp.exp(sure_down)
   return sums.replace(
-      sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * sum_t,
+      sum_e=scale * sums.sum_e, sum_ez=scale * (sums.sum_ez + down * sums.sum_e), sum_t=scale * _about(sums, anchor),
       sum_phi=sum_phi, sum_ruled=scale * sums.sum_ruled,
       sum_ruled_z=scale * (sums.sum_ruled_z + down * sums.sum_ruled), ref_sum_e=ref_scale * sums.ref_sum_e,
       sure_sum_e=sure_scale * sums.sure_sum_e,
       sure_sum_ez=sure_scale * (sums.sure_sum_ez + sure_down * sums.sure_sum_e))
+
+
+def _about(sums, point):
+  """Returns the sum of e (d - point) over what the reference does not rule out."""
+  return sums.sum_t + (sums.anchor - point) * (sums.sum_e - sums.sum_ruled)
 
 
 def finish(sums: Sums) -> Row:
@@ -268,16 +285,17 @@ def finish(sums: Sums) -> Row:
   ruled = sums.sum_ruled / sums.sum_e
   ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
 
-  x = (sums.sum_phi - sums.sum_t) / sums.sum_e
+  x = (sums.sum_phi - _about(sums, sums.centre)) / sums.sum_e
   near = jnp.abs(x) < 0.5
   x = jnp.where(near, x, 0.0)
   shift = jnp.where(near, -jnp.log1p(x), (sums.peak - sums.ref_peak - sums.centre) + (log_sum - ref_log_sum))
-  near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x)
-  far_kl = sums.sum_t / sums.sum_e - (1.0 - ruled) * shift
-  kl = jnp.maximum(jnp.where(near, near_kl, far_kl) + ruled_kl, 0.0)
+  anchor_ratio = (sums.anchor - sums.centre) - shift  # a - Delta: log pi - log pi_ref at the anchor
+  mean_t = sums.sum_t / sums.sum_e - ruled * anchor_ratio + ruled_kl
+  near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x) + ruled_kl
+  kl = jnp.maximum(jnp.where(near, near_kl, mean_t + anchor_ratio), 0.0)
 
   return Row(
-      peak=sums.peak, log_sum=log_sum, centre=sums.centre, shift=shift, kl=kl,
+      peak=sums.peak, log_sum=log_sum, anchor=sums.anchor, mean_t=mean_t, kl=kl,
       entropy=log_sum - sums.sum_ez / sums.sum_e, log_prob=sums.action_logit - sums.peak - log_sum,
       ref_log_prob=jnp.maximum(sums.ref_action_logit - sums.ref_peak - ref_log_sum, LOG_PROB_FLOOR),
       sure_entropy=jnp.log(sums.sure_sum_e) - sums.sure_sum_ez / sums.sure_sum_e,
@@ -299,7 +317,9 @@ def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Ro
   Returns:
     float32 `[N, K]`.
   """
-  log_p = z - row.peak - row.log_sum
-  log_ratio = jnp.where(v <= RULED_OUT, log_p - LOG_PROB_FLOOR, centred_difference(z, v, row.centre) - row.shift)
-  inner = -g.log_prob - g.entropy * (log_p + row.entropy) + g.kl * (log_ratio - row.kl)
-  return jnp.exp(log_p) * inner + jnp.where(is_action, g.log_prob, 0.0)
+  above = z - row.peak
+  # log pi - log pi_ref - KL, where the reference is finite and where it is not
+  excess = jnp.where(v <= RULED_OUT, above - row.log_sum - LOG_PROB_FLOOR - row.kl,
+                     centred_difference(z, v, row.anchor) - row.mean_t)
+  inner = g.kl * excess - g.entropy * (above - (row.log_sum - row.entropy)) - g.log_prob
+  return jnp.exp(above - row.log_sum) * inner + jnp.where(is_action, g.log_prob, 0.0)
