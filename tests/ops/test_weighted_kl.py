@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from critkl_jax import certainty, kl_weight, linear_weighted_kl, linear_weighted_kl_loss, token_kl, weighted_kl
 from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, pick_implementation
-from critkl_jax.ops.weighted_kl.chunked import Tile, pick_tile, pick_tokens
+from critkl_jax.ops.weighted_kl.chunked import CACHED_ENTRIES, Held, Tile, pick_held, pick_tile
 
 TOLERANCE = 1e-5  # of float32 against float64, relative to the largest entry
 SIZES = ((3, 47, 31), (252, 507, 123), (1, 300, 5))
@@ -273,16 +273,26 @@ def test_options_mean_the_same_everywhere(option, budget):
 
 
 def test_tiles_follow_the_budget():
-  assert pick_tile(2048, 50257, 64 * 2**20) == Tile(2048, 512)
-  assert pick_tile(2048, 50257, 4 * 2**20) == Tile(2048, 256)
-  assert pick_tile(10**6, 50257, 4 * 2**20) == Tile(4096, 128)
-  assert pick_tile(5, 40, 2**20) == Tile(5, 40)
-  assert pick_tile(0, 40, 2**20) == Tile(1, 40)
-  assert pick_tile(252, 507, 8 * 128 * 252) == Tile(252, 128)
-  assert pick_tile(252, 507, 8 * 128 * 100) == Tile(100, 128)
-  assert pick_tokens(2048, 50257, 64 * 2**20) == 166
-  assert pick_tokens(2048, 50257, 8 * 2**20) == 0
-  assert pick_tokens(5, 40, 2**20) == 5
+  on_gpu = functools.partial(pick_tile, backend='gpu')
+  assert on_gpu(2048, 50257, 64 * 2**20) == Tile(2048, 2048)
+  assert on_gpu(2048, 50257, 4 * 2**20) == Tile(2048, 256)
+  assert on_gpu(10**6, 50257, 4 * 2**20) == Tile(4082, 128)
+  assert on_gpu(5, 40, 2**20) == Tile(5, 40)
+  assert on_gpu(0, 40, 2**20) == Tile(1, 40)
+  assert on_gpu(252, 507, 8 * 128 * 252) == Tile(252, 128)
+  assert on_gpu(252, 507, 8 * 128 * 100) == Tile(84, 128)
+  assert pick_held(2048, 50257, 64 * 2**20, 'gpu') == Held(128, 128, 2048)
+  assert pick_held(2048, 50257, 8 * 2**20) is None
+  assert pick_held(5, 40, 2**20) == Held(5, 5, 40)
+  assert pick_held(0, 40, 2**20) == Held(1, 1, 40)
+
+
+def test_tiles_on_a_cpu_stay_in_its_cache():
+  for tile in (pick_tile(2048, 50257), pick_tile(10**6, 50257)):
+    assert tile.tokens * tile.vocabulary <= CACHED_ENTRIES
+    assert tile.vocabulary % 128 == 112
+  for num_tokens, held, tokens, rows in ((2048, 166, 160, 10), (2048, 128, 128, 8), (127, 166, 128, 8), (7, 166, 7, 7)):
+    assert pick_held(num_tokens, 50257, 8 * held * 50257)[:2] == (tokens, rows)
 
 
 # Masks.
@@ -382,7 +392,7 @@ def test_the_summed_loss_is_the_sum_of_the_losses(way, masked):
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, embedding)
 
-  assert (pick_tokens(252, 507, WAYS[way].get('memory_budget', 2**26)) > 0) == ('tiles' not in way)
+  assert (pick_held(252, 507, WAYS[way].get('memory_budget', 2**26)) is None) == ('tiles' in way)
   one, two = (jax.jit(outer, static_argnums=1)(jnp.float32(0.7), one_pass) for one_pass in (True, False))
   for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
     assert error(x, y) <= TOLERANCE

@@ -132,9 +132,9 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
                             **options: Any) -> tuple[chex.Array, WeightedKL]:
   """Returns the sum over tokens of a loss of each token, its gradient taken while the logits are at hand.
 
-  The same as `jnp.sum(token_loss(linear_weighted_kl(...), *extra))` over the unmasked tokens. Where the
-  memory budget allows `chunked` its token mode (`chunked.pick_tokens`) no logit is computed twice: 8 N D V operations
-  instead of 12.
+  The same as `jnp.sum(token_loss(linear_weighted_kl(...), *extra))` over the unmasked tokens. Where the memory budget
+  allows `chunked` its token mode (`chunked.pick_held`) no logit is computed twice: 8 N D V operations instead of
+  12.
 
   Args:
     token_loss: `(record, *extra) -> losses`, for any number K of tokens: the fields of the record are float32 `[K]`, so
@@ -163,9 +163,9 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
   def row_loss(row, keep, *extra):
     return jnp.where(keep, token_loss(_shaped(_record(row, weighting), keep, keep.shape), *extra), 0.0)
 
-  if plan.implementation == 'chunked' and plan.tokens and plan.settings.axis_name is None:
-    some = [x[:plan.tokens] for x in extra]
-    row_loss, closed_over = jax.closure_convert(row_loss, Row.zeros(some[0].shape[0]), *some)
+  if plan.implementation == 'chunked' and plan.held and plan.settings.axis_name is None:
+    some = [jnp.zeros((plan.held.tokens, *x.shape[1:]), x.dtype) for x in extra]
+    row_loss, closed_over = jax.closure_convert(row_loss, Row.zeros(plan.held.tokens), *some)
     loss, row = linear.accumulated(plan, row_loss, operands.policy, operands, extra, closed_over)
   else:
     row = _row(plan, operands)
@@ -222,7 +222,7 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
   operands = Operands(Side(states, embedding, bias), ref_side, actions, temperature, certainty_temperature)
   plan = linear.Plan(chosen, Settings(soft_cap, one_temperature, axis_name),
                      chunked.pick_tile(actions.shape[0], vocab_size, memory_budget),
-                     chunked.pick_tokens(actions.shape[0], vocab_size, memory_budget))
+                     chunked.pick_held(actions.shape[0], vocab_size, memory_budget))
   return plan, operands, _Weighting(certainty, exponent, intercept, all_vocab), keep
 
 

@@ -1,9 +1,11 @@
-"""The operation in plain JAX, a tile of tokens and vocabulary at a time: any backend, no `[N, V]` array.
+"""The operation in plain JAX, some of the logits at a time: any backend, no `[N, V]` array.
 
-Vocabulary mode (`forward`, `backward`) takes all tokens, or as many as fit, and walks through the vocabulary; the
-gradient computes the logits of each tile again, 12 N D V operations in all. Token mode (`accumulate`) is told the loss
-of a token: it keeps the logits of a few tokens for all of the vocabulary, takes their gradients at once, and is done
-with them, for 8 N D V.
+Vocabulary mode (`forward`, `backward`) takes all tokens, or as many as fit, and walks through the vocabulary a block at
+a time; the gradient computes the logits of each tile again, 12 N D V operations in all. The walk begins with what the
+blocks leave over, so that none of them needs a mask.
+
+Token mode (`accumulate`) is told the loss of a token: it holds the logits of a few tokens for all of the vocabulary,
+replaces them with their gradients, and is done with these tokens, for 8 N D V.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,55 +21,104 @@ from critkl_jax.ops.weighted_kl.operands import (
     Side,
     block_logits,
     dot,
+    logits_of_products,
+    products,
     spread_like,
     through_scaling,
 )
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, block_sums, finish, logit_gradients, merge
 
 MEMORY_BUDGET = 64 * 2**20
-LANES = 128  # blocks of the vocabulary are multiples of it
-MOST_VOCABULARY = 512  # of a block: larger ones leave the cache
+LANES = 128  # blocks of the vocabulary are multiples of it on accelerators
+CACHED_ENTRIES = 2**19  # logits that are worked on at a time on a CPU: more leave its cache
+CACHE_LINE = 16  # float32 numbers
+MOST_VOCABULARY = 2048  # of a block: gradients of as many rows of the embedding are held beside the logits
 FEWEST_TOKENS = 32  # of token mode: with fewer, reading the embedding takes longer than multiplying with it
 
 
 class Tile(NamedTuple):
-  """Numbers of tokens and of vocabulary entries whose logits are held at a time."""
+  """What vocabulary mode holds at a time: the logits of so many tokens for so many entries of the vocabulary."""
 
   tokens: int
   vocabulary: int
 
 
-def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET) -> Tile:
+class Held(NamedTuple):
+  """What token mode holds at a time: all logits of so many tokens.
+
+  Attributes:
+    tokens: a multiple of `rows`.
+    rows: tokens that are worked on at a time between the products.
+    vocabulary: entries of it whose gradients are taken at a time.
+  """
+
+  tokens: int
+  rows: int
+  vocabulary: int
+
+
+def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET, backend: str | None = None) -> Tile:
   """Returns the tile of vocabulary mode: all tokens, unless not even `LANES` entries of the vocabulary fit with them.
 
   Args:
     num_tokens: N.
     vocab_size: V.
-    memory_budget: bytes for the float32 logits of a tile, policy and reference; a few more arrays of the kind are
-      needed beside them.
+    memory_budget: bytes for the float32 logits that are held, of policy and reference; a few more arrays of the kind
+      are needed beside them.
+    backend: `cpu`, `tpu` or `gpu`; that of the default device if None.
   """
-  entries = max(memory_budget // 8, LANES)
-  tokens = max(1, min(num_tokens, entries // min(LANES, vocab_size)))
-  block = max(entries // tokens // LANES, 1) * LANES
-  return Tile(tokens, min(block, MOST_VOCABULARY, vocab_size))
+  backend = backend or jax.default_backend()
+  entries = _worked_on(max(memory_budget // 8, LANES), backend)
+  tokens = _even(num_tokens, max(entries // min(LANES, vocab_size), 1))
+  return Tile(tokens, _block(entries // tokens, vocab_size, backend))
 
 
-def pick_tokens(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET) -> int:
-  """Returns how many tokens token mode holds at a time; 0 if they would be so few that vocabulary mode is faster."""
-  tokens = memory_budget // 8 // vocab_size
-  return min(num_tokens, tokens) if tokens >= min(FEWEST_TOKENS, num_tokens) else 0
+def pick_held(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET, backend: str | None = None
+              ) -> Held | None:
+  """Returns what token mode holds: as many tokens as fit; None if they would be so few that vocabulary mode is faster.
+  Arguments as in `pick_tile`."""
+  backend = backend or jax.default_backend()
+  most = memory_budget // 8 // vocab_size
+  if most < min(FEWEST_TOKENS, num_tokens):
+    return None
+  most = max(most, 1)
+  most_rows = min(max(_worked_on(most * vocab_size, backend) // vocab_size, 1), max(num_tokens, 1))
+  ways = []
+  for rows in range(most_rows, most_rows // 2, -1):
+    tokens = _count(_even(num_tokens, most // rows * rows), rows) * rows
+    ways.append((_count(num_tokens, tokens) * tokens, -rows, tokens))
+  _, rows, tokens = min(ways)  # the fewest tokens with those that fill up the last rows
+  return Held(tokens, -rows, _block(_worked_on(tokens * vocab_size, backend) // tokens, vocab_size, backend))
+
+
+def _worked_on(entries, backend):
+  return min(entries, CACHED_ENTRIES) if backend == 'cpu' else entries
+
+
+def _even(total, most):
+  """Returns the size, at most `most`, of equal parts of a number of tokens; 1 if there are none."""
+  return _count(total, _count(total, most)) if total else 1
+
+
+def _block(most, vocab_size, backend):
+  block = min(max(most // LANES, 1) * LANES, MOST_VOCABULARY)
+  # Rows a power of two apart contend for the same places in a CPU's cache.
+  return min(block - CACHE_LINE if backend == 'cpu' else block, vocab_size)
 
 
 def forward(operands: Operands, settings: Settings, tile: Tile) -> Sums:
   """Returns the sums over the vocabulary of each token, float32 `[N, 1]` each."""
   num_tokens = operands.actions.shape[0]
+  operands = _filled_up(operands, tile.tokens)
 
   def of_tokens(i, sums):
-    start, _ = _span(i, tile.tokens, num_tokens)
-    found, _ = _token_sums(_tokens_of(operands, start, tile.tokens), settings, tile.vocabulary, keep=False)
-    return jax.tree.map(lambda x, new: _set(x, new, start), sums, found)
+    some = _tokens_of(operands, i * tile.tokens, tile.tokens)
+    found = _token_sums(some, settings, tile.vocabulary)
+    return jax.tree.map(lambda x, new: _set(x, new, i * tile.tokens), sums, found)
 
-  return _loop(_count(num_tokens, tile.tokens), of_tokens, spread_like(operands, Sums.zeros(num_tokens)))
+  blank = spread_like(operands, Sums.zeros(operands.actions.shape[0]))
+  sums = _loop(0, _count(num_tokens, tile.tokens), of_tokens, blank)
+  return jax.tree.map(lambda x: x[:num_tokens], sums)
 
 
 def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotangents: Cotangents) -> Side:
@@ -84,25 +135,28 @@ def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotan
     A `Side` of gradients; those of the embedding and the bias are float32 where several tiles of tokens are summed.
   """
   num_tokens = operands.actions.shape[0]
+  operands = _filled_up(operands, tile.tokens)
+  row, cotangents = _with_zeros((row, cotangents), tile.tokens)
 
   def of_tokens(i, grads):
-    start, fresh = _span(i, tile.tokens, num_tokens)
+    start = i * tile.tokens
     some_row, some_cotangents = jax.tree.map(lambda x: _get(x, start, tile.tokens), (row, cotangents))
-    some_cotangents = jax.tree.map(lambda x: jnp.where(fresh, x, 0.0), some_cotangents)
-    return _add_token_grads(grads, start, _tokens_of(operands, start, tile.tokens), settings, tile.vocabulary,
-                            some_row, some_cotangents, kept=None)
+    some = _tokens_of(operands, start, tile.tokens)
+    return _add_token_grads(grads, start, some, settings, tile.vocabulary, some_row, some_cotangents)
 
-  return _loop(_count(num_tokens, tile.tokens), of_tokens, _no_grads(operands, tile.tokens >= num_tokens))
+  grads = _no_grads(operands, tile.tokens >= num_tokens)
+  grads = _loop(0, _count(num_tokens, tile.tokens), of_tokens, grads)
+  return grads.replace(hidden=grads.hidden[:num_tokens])
 
 
-def accumulate(operands: Operands, settings: Settings, num_held: int, row_loss: Callable[..., chex.Array],
+def accumulate(operands: Operands, settings: Settings, held: Held, row_loss: Callable[..., chex.Array],
                extra: Sequence[chex.Array], with_grads: bool) -> tuple[chex.Array, Row, Side | None]:
   """Returns the summed loss of all tokens and its gradients out of one pass over the tokens.
 
   Args:
     operands: the arrays; all of the vocabulary is in them.
     settings: what is static.
-    num_held: number of tokens held at a time.
+    held: what is held at a time.
     row_loss: `(row, *extra) -> losses [K]`, for K of the tokens.
     extra: arrays `[N, ...]`.
     with_grads: whether gradients are taken.
@@ -111,72 +165,117 @@ def accumulate(operands: Operands, settings: Settings, num_held: int, row_loss: 
     The loss `[]`, the `Row` of all tokens, and a `Side` of gradients as in `backward`.
   """
   num_tokens = operands.actions.shape[0]
-  block = min(MOST_VOCABULARY, operands.policy.embedding.shape[0])
+  operands, extra = _filled_up(operands, held.tokens), _with_zeros(extra, held.tokens)
 
   def of_tokens(i, carry):
     loss, rows, grads = carry
-    start, fresh = _span(i, num_held, num_tokens)
-    some = _tokens_of(operands, start, num_held)
-    some_extra = [_get(x, start, num_held) for x in extra]
-    sums, kept = _token_sums(some, settings, block, keep=with_grads)
-    row = finish(sums)
-    losses, pull = jax.vjp(lambda row: jnp.where(fresh[:, 0], row_loss(row, *some_extra), 0.0), row)
+    start = i * held.tokens
+    some = _tokens_of(operands, start, held.tokens)
+    some_extra = [_get(x, start, held.tokens) for x in extra]
+    real = start + jnp.arange(held.tokens) < num_tokens
+    found = products(some)
+    row = finish(_row_sums(some, settings, found, held.rows))
+    losses, pull = jax.vjp(lambda row: jnp.where(real, row_loss(row, *some_extra), 0.0), row)
     if with_grads:
       (cotangents,) = pull(jnp.ones_like(losses))
-      grads = _add_token_grads(grads, start, some, settings, block, row, Cotangents.of(cotangents), kept)
+      grads = _add_held_grads(grads, start, some, settings, found, row, Cotangents.of(cotangents), held.vocabulary)
     return loss + jnp.sum(losses), jax.tree.map(lambda x, new: _set(x, new, start), rows, row), grads
 
-  grads = _no_grads(operands, num_held >= num_tokens) if with_grads else None
-  blank = *spread_like(operands, (jnp.float32(0), Row.zeros(num_tokens))), grads
-  return _loop(_count(num_tokens, num_held), of_tokens, blank)
+  grads = _no_grads(operands, held.tokens >= num_tokens) if with_grads else None
+  blank = *spread_like(operands, (jnp.float32(0), Row.zeros(operands.actions.shape[0]))), grads
+  loss, rows, grads = _loop(0, _count(num_tokens, held.tokens), of_tokens, blank)
+  grads = grads and grads.replace(hidden=grads.hidden[:num_tokens])
+  return loss, jax.tree.map(lambda x: x[:num_tokens], rows), grads
 
 
-def _token_sums(operands, settings, block, keep):
-  """Returns the sums over the vocabulary of a few tokens, and if asked their logits `[blocks, tokens, block]`."""
-  vocab_size, num_tokens = operands.policy.embedding.shape[0], operands.actions.shape[0]
-  count = _count(vocab_size, block)
+def _row_sums(operands, settings, found, size):
+  """Returns the sums over the vocabulary of the tokens of `products`, a few rows at a time."""
 
-  def of_block(j, kept):
-    part, columns, valid = _block_of(operands, j, block)
-    z, v, v_sure = block_logits(part, settings)
-    sums = block_sums(z, v, v_sure, None, valid, can_rule_out=operands.reference.bias is not None)
-    at_action = (_at_action(x, columns, operands.actions, valid) for x in (z, v))
-    sums = sums.replace(**dict(zip(('action_logit', 'ref_action_logit'), at_action)))
-    return sums, jax.tree.map(lambda x, new: x.at[j].set(new), kept, (z, v) if keep else ())
+  def of_rows(k, sums):
 
-  def of_next_block(j, carry):
-    sums, kept = carry
-    more, kept = of_block(j, kept)
-    return merge(sums, more), kept
+    def get(x):
+      return _get(x, k * size, size)
 
-  blank = jnp.zeros((count, num_tokens, block))
-  carry = of_block(0, spread_like(operands, (blank, blank)) if keep else ())
-  return carry if count == 1 else jax.lax.fori_loop(1, count, of_next_block, carry)
+    actions = get(operands.actions)
+    z, v, v_sure = logits_of_products(tuple(map(get, found)), operands, settings)
+    more = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
+    more = more.replace(action_logit=_at_action(z, 0, actions), ref_action_logit=_at_action(v, 0, actions))
+    return jax.tree.map(lambda x, new: _set(x, new, k * size), sums, more)
+
+  num_tokens = operands.actions.shape[0]
+  return _loop(0, num_tokens // size, of_rows, spread_like(operands, Sums.zeros(num_tokens)))
 
 
-def _add_token_grads(grads, start, operands, settings, block, row, cotangents, kept):
-  """Adds the gradients of a few tokens, the first of them number `start`; `kept` logits are not computed again."""
-  policy, vocab_size = operands.policy, operands.policy.embedding.shape[0]
+def _add_held_grads(grads, start, operands, settings, found, row, cotangents, block):
+  """Adds the gradients of the tokens of `products`, the first of them number `start`."""
+  policy = operands.policy
+  z, v, _ = logits_of_products(found, operands, settings._replace(one_temperature=True))
+  is_action = jnp.arange(z.shape[1])[None] == operands.actions[:, None]
+  gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, operands, settings)
+  count, rest = divmod(z.shape[1], block)
 
-  def of_block(j, carry):
-    grads, hidden = carry
-    part, columns, valid = _block_of(operands, j, block)
-    if kept:
-      z, v = (x[j] for x in kept)
-    else:
-      z, v, _ = block_logits(part, settings._replace(one_temperature=True))
-    gradient = logit_gradients(z, v, columns == operands.actions[:, None], row, cotangents)
-    gradient = through_scaling(gradient, z, part, settings)
-    gradient = gradient if valid is None else jnp.where(valid, gradient, 0.0)
-    first = _first(j, block, vocab_size)
+  def add_part(grads, first, size):
+    part = jax.lax.dynamic_slice_in_dim(gradient, first, size, 1)
     return grads.replace(
-        embedding=_add(grads.embedding, dot(gradient, policy.hidden, (0, 0)), first),
+        embedding=_add(grads.embedding, _sum_over_tokens(part, policy.hidden), first),
+        bias=None if policy.bias is None else _add(grads.bias, jnp.sum(part, 0), first))
+
+  grads = add_part(grads, count * block, rest) if rest else grads
+  grads = _loop(0, count, lambda j, grads: add_part(grads, j * block, block), grads)
+  return grads.replace(hidden=_add(grads.hidden, dot(gradient, policy.embedding, (1, 0)), start))
+
+
+def _token_sums(operands, settings, block):
+  """Returns the sums over the vocabulary of a few tokens."""
+  count, rest = divmod(operands.policy.embedding.shape[0], block)
+
+  def of_part(first, size):
+    z, v, v_sure = block_logits(_part_of(operands, first, size), settings)
+    sums = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
+    return sums.replace(action_logit=_at_action(z, first, operands.actions),
+                        ref_action_logit=_at_action(v, first, operands.actions))
+
+  def of_block(j, sums):
+    return merge(sums, of_part(j * block, block))
+
+  if not rest:
+    return _loop(1, count, of_block, of_part(0, block))
+  return _loop(0, count, of_block, of_part(count * block, rest))
+
+
+def _add_token_grads(grads, start, operands, settings, block, row, cotangents):
+  """Adds the gradients of a few tokens, the first of them number `start`."""
+  policy = operands.policy
+  count, rest = divmod(policy.embedding.shape[0], block)
+
+  def add_part(carry, first, size):
+    grads, hidden = carry
+    part = _part_of(operands, first, size)
+    z, v, _ = block_logits(part, settings._replace(one_temperature=True))
+    is_action = first + jnp.arange(size)[None] == operands.actions[:, None]
+    gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, part, settings)
+    return grads.replace(
+        embedding=_add(grads.embedding, _sum_over_tokens(gradient, policy.hidden), first),
         bias=None if policy.bias is None else _add(grads.bias, jnp.sum(gradient, 0), first),
     ), hidden + dot(gradient, part.policy.embedding, (1, 0))
 
-  hidden = spread_like(operands, jnp.zeros(policy.hidden.shape, jnp.float32))
-  grads, hidden = _loop(_count(vocab_size, block), of_block, (grads, hidden))
+  carry = grads, spread_like(operands, jnp.zeros(policy.hidden.shape, jnp.float32))
+  carry = add_part(carry, count * block, rest) if rest else carry
+  grads, hidden = _loop(0, count, lambda j, carry: add_part(carry, j * block, block), carry)
   return grads.replace(hidden=_add(grads.hidden, hidden, start))
+
+
+def _sum_over_tokens(gradient, hidden):
+  """Returns float32 `[K, D]`, the product of `[N, K]` and `[N, D]` over N.
+
+  XLA's product on a CPU is slow over the first axis of its first factor: the smallest array is transposed beforehand.
+  """
+  if jax.default_backend() != 'cpu':
+    return dot(gradient, hidden, (0, 0))
+  apart = jax.lax.optimization_barrier  # or the transposition would become part of the product again
+  if gradient.shape[0] > hidden.shape[1]:
+    return apart(dot(apart(hidden.T), gradient, (1, 0))).T
+  return dot(apart(gradient.T), hidden, (1, 0))
 
 
 def _no_grads(operands: Operands, summed_once: bool) -> Side:
@@ -186,29 +285,19 @@ def _no_grads(operands: Operands, summed_once: bool) -> Side:
   return spread_like(operands, grads.replace(hidden=jnp.zeros(policy.hidden.shape, policy.hidden.dtype)))
 
 
-def _block_of(operands, j, block):
-  """Returns the operands of block j of the vocabulary, its columns `[1, K]`, and which of them are new.
-
-  The last block ends with the vocabulary and repeats some columns of the one before.
-  """
-  vocab_size = operands.policy.embedding.shape[0]
-  first = _first(j, block, vocab_size)
-  columns = first + jnp.arange(block)[None]
-  valid = None if vocab_size % block == 0 else columns >= j * block
+def _part_of(operands, first, size):
+  """Returns the operands of `size` entries of the vocabulary from `first` on."""
   policy, reference = (
-      side.replace(**jax.tree.map(lambda x: _get(x, first, block), {'embedding': side.embedding, 'bias': side.bias}))
+      side.replace(**jax.tree.map(lambda x: _get(x, first, size), {'embedding': side.embedding, 'bias': side.bias}))
       for side in (operands.policy, operands.reference))
-  return operands.replace(policy=policy, reference=reference), columns, valid
+  return operands.replace(policy=policy, reference=reference)
 
 
-def _at_action(logits, columns, actions, valid):
-  """Returns the logits `[N, 1]` of the actions that are among the columns, 0 for the others."""
-  place = actions[:, None] - columns[:, :1]
+def _at_action(logits, first, actions):
+  """Returns the logits `[N, 1]` of the actions among the entries from `first` on, 0 for the others."""
+  place = actions[:, None] - first
   inside = (place >= 0) & (place < logits.shape[1])
-  place = jnp.clip(place, 0, logits.shape[1] - 1)
-  if valid is not None:
-    inside &= jnp.take_along_axis(valid, place.T, 1).T
-  return jnp.where(inside, jnp.take_along_axis(logits, place, 1), 0.0)
+  return jnp.where(inside, jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), 1), 0.0)
 
 
 def _tokens_of(operands, start, count):
@@ -218,25 +307,27 @@ def _tokens_of(operands, start, count):
   return operands.replace(policy=policy, reference=reference, actions=_get(operands.actions, start, count))
 
 
-def _span(i, count, total):
-  """Returns where span i of `count` out of `total` starts, and bool `[count, 1]`: what of it no earlier span holds."""
-  start = _first(i, count, total)
-  return start, (start + jnp.arange(count) >= i * count)[:, None]
+def _filled_up(operands, size):
+  """Returns operands with tokens of zeros after the last, so that their number is a multiple of `size`."""
+  policy, reference = (side.replace(hidden=_with_zeros(side.hidden, size))
+                       for side in (operands.policy, operands.reference))
+  return operands.replace(policy=policy, reference=reference, actions=_with_zeros(operands.actions, size))
 
 
-def _first(i, count, total):
-  """Returns where span i starts: at `i * count`, or earlier, so that it ends within `total`."""
-  return jnp.minimum(i * count, total - count)
+def _with_zeros(tree, size):
+  """Returns arrays with zeros after their last row, so that the number of rows is a multiple of `size`."""
+  return jax.tree.map(lambda x: jnp.pad(x, [(0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)]) if len(x) % size else x,
+                      tree)
 
 
 def _count(total, size):
-  return -(-total // size) if total else 0
+  return -(-total // size)
 
 
-def _loop(count, body, carry):
-  if count == 0:
-    return carry
-  return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+def _loop(start, stop, body, carry):
+  if stop - start > 1:
+    return jax.lax.fori_loop(start, stop, body, carry)
+  return body(start, carry) if stop > start else carry
 
 
 def _get(x, start, count):

@@ -20,13 +20,13 @@ class Plan(NamedTuple):
     implementation: a key of `FORWARD` and `BACKWARD`.
     settings: what the arrays mean.
     tile: tokens and vocabulary that `chunked` holds at a time in vocabulary mode.
-    tokens: tokens that it holds at a time in token mode; 0 if that mode is not worth its memory.
+    held: the same in token mode; None if that mode is not worth its memory.
   """
 
   implementation: str
   settings: Settings
   tile: chunked.Tile
-  tokens: int
+  held: chunked.Held | None
 
 
 # Plan -> (operands) -> Sums, and -> (operands, row, cotangents) -> Side of gradients
@@ -75,7 +75,7 @@ def accumulated(plan: Plan, row_loss: Callable[..., chex.Array], policy: Side, o
 
 def _accumulate(plan, row_loss, policy, operands, extra, closed_over, with_grads):
   return chunked.accumulate(
-      operands.replace(policy=policy), plan.settings, plan.tokens,
+      operands.replace(policy=policy), plan.settings, plan.held,
       lambda row, *some: row_loss(row, *some, *closed_over), extra, with_grads)
 
 

@@ -65,9 +65,9 @@ def dot(a: chex.Array, b: chex.Array, axes: tuple[int, int]) -> chex.Array:
       a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def raw_logits(side: Side, soft_cap: float | None) -> chex.Array:
-  """Returns float32 logits `[N, V]` before any temperature."""
-  return biased_and_capped(dot(side.hidden, side.embedding, (1, 1)), side.bias, soft_cap)
+def products(operands: Operands) -> tuple[chex.Array, chex.Array]:
+  """Returns the products of hidden states and embedding, float32 `[N, V]` for the policy and for the reference."""
+  return tuple(dot(side.hidden, side.embedding, (1, 1)) for side in (operands.policy, operands.reference))
 
 
 def biased_and_capped(logits: chex.Array, bias: chex.Array | None, soft_cap: float | None) -> chex.Array:
@@ -87,10 +87,17 @@ def scaled(logits: chex.Array, ref_logits: chex.Array, temperature: chex.Array, 
   return finite(logits / temperature), finite(ref_logits / temperature), v_sure
 
 
+def logits_of_products(found: tuple[chex.Array, chex.Array], operands: Operands, settings: Settings
+                       ) -> tuple[chex.Array, chex.Array, chex.Array | None]:
+  """Returns z, v and v_sure of some rows of `products`, float32 `[K, V]` each."""
+  logits, ref_logits = (biased_and_capped(x, side.bias, settings.soft_cap)
+                        for x, side in zip(found, (operands.policy, operands.reference)))
+  return scaled(logits, ref_logits, operands.temperature, operands.certainty_temperature, settings.one_temperature)
+
+
 def block_logits(operands: Operands, settings: Settings) -> tuple[chex.Array, chex.Array, chex.Array | None]:
   """Returns z, v and v_sure of all of the vocabulary that is in the operands, float32 `[N, V]` each."""
-  return scaled(raw_logits(operands.policy, settings.soft_cap), raw_logits(operands.reference, settings.soft_cap),
-                operands.temperature, operands.certainty_temperature, settings.one_temperature)
+  return logits_of_products(products(operands), operands, settings)
 
 
 def through_scaling(gradient: chex.Array, z: chex.Array, operands: Operands, settings: Settings) -> chex.Array:
