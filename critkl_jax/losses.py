@@ -79,7 +79,18 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
 
 
 def estimated_kl(record: WeightedKL, estimator: str) -> chex.Array:
-  """Returns what `token_kl` does, of tokens whose `WeightedKL` is known."""
+  """Returns what `token_kl` does, of tokens whose `WeightedKL` is known.
+
+  Args:
+    record: of the tokens, float32 `[...]` each.
+    estimator: `exact`, `k1`, `k2` or `k3`.
+
+  Returns:
+    float32 `[...]` in nats.
+
+  Raises:
+    ValueError: if the estimator is unknown.
+  """
   if estimator == 'exact':
     return record.kl
   log_ratio = jnp.maximum(record.log_prob, LOG_PROB_FLOOR) - record.ref_log_prob
@@ -94,8 +105,16 @@ def estimated_kl(record: WeightedKL, estimator: str) -> chex.Array:
 
 
 def weighted_penalty(record: WeightedKL, config: LossConfig) -> tuple[chex.Array, chex.Array]:
-  """Returns `(w_t KL_t, w_t)` of each token, float32 `[...]`: the weight is the record's where the penalty is
-  `prioritized`, 1 where it is `standard`, 0 where there is `none`."""
+  """Returns the penalty of each token, `w_t KL_t`, and its weight w_t.
+
+  Args:
+    record: of the tokens, float32 `[...]` each.
+    config: its `kl` says whether the weight is the record's (`prioritized`), 1 (`standard`) or 0 (`none`), its
+      `kl_estimator` what stands for KL_t.
+
+  Returns:
+    `(penalty, weight)`, float32 `[...]` each.
+  """
   constant = 1.0 if config.kl == 'standard' else 0.0
   weight = record.weight if config.kl == 'prioritized' else jnp.full(record.weight.shape, constant)
   return weight * estimated_kl(record, config.kl_estimator), weight

@@ -19,6 +19,7 @@ from critkl_jax.ops.weighted_kl.operands import (
     Operands,
     Settings,
     Side,
+    add_rows,
     block_logits,
     dot,
     logits_of_products,
@@ -47,7 +48,7 @@ class Held(NamedTuple):
   """What token mode holds at a time: all logits of so many tokens.
 
   Attributes:
-    tokens: a multiple of `rows`.
+    tokens: in equal parts, as many as fit.
     rows: tokens that are worked on at a time between the products.
     vocabulary: entries of it whose gradients are taken at a time.
   """
@@ -81,14 +82,9 @@ def pick_held(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDG
   most = memory_budget // 8 // vocab_size
   if most < min(FEWEST_TOKENS, num_tokens):
     return None
-  most = max(most, 1)
-  most_rows = min(max(_worked_on(most * vocab_size, backend) // vocab_size, 1), max(num_tokens, 1))
-  ways = []
-  for rows in range(most_rows, most_rows // 2, -1):
-    tokens = _count(_even(num_tokens, most // rows * rows), rows) * rows
-    ways.append((_count(num_tokens, tokens) * tokens, -rows, tokens))
-  _, rows, tokens = min(ways)  # the fewest tokens with those that fill up the last rows
-  return Held(tokens, -rows, _block(_worked_on(tokens * vocab_size, backend) // tokens, vocab_size, backend))
+  tokens = _even(num_tokens, max(most, 1))
+  entries = _worked_on(tokens * vocab_size, backend)
+  return Held(tokens, max(entries // vocab_size, 1), _block(entries // tokens, vocab_size, backend))
 
 
 def _worked_on(entries, backend):
@@ -191,19 +187,21 @@ def accumulate(operands: Operands, settings: Settings, held: Held, row_loss: Cal
 def _row_sums(operands, settings, found, size):
   """Returns the sums over the vocabulary of the tokens of `products`, a few rows at a time."""
 
-  def of_rows(k, sums):
+  def of_part(first, size, sums):
 
     def get(x):
-      return _get(x, k * size, size)
+      return _get(x, first, size)
 
     actions = get(operands.actions)
     z, v, v_sure = logits_of_products(tuple(map(get, found)), operands, settings)
     more = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
     more = more.replace(action_logit=_at_action(z, 0, actions), ref_action_logit=_at_action(v, 0, actions))
-    return jax.tree.map(lambda x, new: _set(x, new, k * size), sums, more)
+    return jax.tree.map(lambda x, new: _set(x, new, first), sums, more)
 
   num_tokens = operands.actions.shape[0]
-  return _loop(0, num_tokens // size, of_rows, spread_like(operands, Sums.zeros(num_tokens)))
+  sums, (count, rest) = spread_like(operands, Sums.zeros(num_tokens)), divmod(num_tokens, size)
+  sums = of_part(count * size, rest, sums) if rest else sums
+  return _loop(0, count, lambda k, sums: of_part(k * size, size, sums), sums)
 
 
 def _add_held_grads(grads, start, operands, settings, found, row, cotangents, block):
@@ -215,14 +213,11 @@ def _add_held_grads(grads, start, operands, settings, found, row, cotangents, bl
   count, rest = divmod(z.shape[1], block)
 
   def add_part(grads, first, size):
-    part = jax.lax.dynamic_slice_in_dim(gradient, first, size, 1)
-    return grads.replace(
-        embedding=_add(grads.embedding, _sum_over_tokens(part, policy.hidden), first),
-        bias=None if policy.bias is None else _add(grads.bias, jnp.sum(part, 0), first))
+    return _add_block(grads, jax.lax.dynamic_slice_in_dim(gradient, first, size, 1), policy.hidden, first)
 
   grads = add_part(grads, count * block, rest) if rest else grads
   grads = _loop(0, count, lambda j, grads: add_part(grads, j * block, block), grads)
-  return grads.replace(hidden=_add(grads.hidden, dot(gradient, policy.embedding, (1, 0)), start))
+  return grads.replace(hidden=add_rows(grads.hidden, dot(gradient, policy.embedding, (1, 0)), start))
 
 
 def _token_sums(operands, settings, block):
@@ -254,15 +249,20 @@ def _add_token_grads(grads, start, operands, settings, block, row, cotangents):
     z, v, _ = block_logits(part, settings._replace(one_temperature=True))
     is_action = first + jnp.arange(size)[None] == operands.actions[:, None]
     gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, part, settings)
-    return grads.replace(
-        embedding=_add(grads.embedding, _sum_over_tokens(gradient, policy.hidden), first),
-        bias=None if policy.bias is None else _add(grads.bias, jnp.sum(gradient, 0), first),
-    ), hidden + dot(gradient, part.policy.embedding, (1, 0))
+    return (_add_block(grads, gradient, policy.hidden, first),
+            hidden + dot(gradient, part.policy.embedding, (1, 0)))
 
   carry = grads, spread_like(operands, jnp.zeros(policy.hidden.shape, jnp.float32))
   carry = add_part(carry, count * block, rest) if rest else carry
   grads, hidden = _loop(0, count, lambda j, carry: add_part(carry, j * block, block), carry)
-  return grads.replace(hidden=_add(grads.hidden, hidden, start))
+  return grads.replace(hidden=add_rows(grads.hidden, hidden, start))
+
+
+def _add_block(grads, gradient, hidden, first):
+  """Adds the gradients of embedding and bias from entry `first` on, out of those `[N, K]` of their products."""
+  return grads.replace(
+      embedding=add_rows(grads.embedding, _sum_over_tokens(gradient, hidden), first),
+      bias=None if grads.bias is None else add_rows(grads.bias, jnp.sum(gradient, 0), first))
 
 
 def _sum_over_tokens(gradient, hidden):
@@ -337,9 +337,3 @@ def _get(x, start, count):
 def _set(x, new, start):
   return new.astype(x.dtype) if x.shape == new.shape else jax.lax.dynamic_update_slice_in_dim(
       x, new.astype(x.dtype), start, 0)
-
-
-def _add(x, more, start):
-  """Returns x with `more` added to its entries from `start` on, summed in float32."""
-  old = _get(x, start, more.shape[0])
-  return _set(x, old.astype(jnp.float32) + more, start)

@@ -108,6 +108,12 @@ def through_scaling(gradient: chex.Array, z: chex.Array, operands: Operands, set
   return gradient / operands.temperature
 
 
+def add_rows(x: chex.Array, more: chex.Array, first: chex.Numeric) -> chex.Array:
+  """Returns x `[M, ...]` with `more` `[K, ...]` added to its rows from `first` on, summed in float32."""
+  old = jax.lax.dynamic_slice_in_dim(x, first, more.shape[0])
+  return jax.lax.dynamic_update_slice_in_dim(x, (old.astype(jnp.float32) + more).astype(x.dtype), first, 0)
+
+
 def varying_axes(x: chex.Array) -> frozenset[str]:
   """Returns the mesh axes over which an array varies inside `shard_map`; none outside."""
   kind = jax.typeof(x)

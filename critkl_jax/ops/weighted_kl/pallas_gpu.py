@@ -22,6 +22,7 @@ from critkl_jax.ops.weighted_kl.operands import (
     Operands,
     Settings,
     Side,
+    add_rows,
     biased_and_capped,
     dot,
     scaled,
@@ -96,8 +97,8 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
     gradient = _logit_gradient(*given, jnp.stack([first, j * block]), settings, block, interpret)
     embedding = jax.lax.dynamic_slice_in_dim(policy.embedding, first, block)
     return Side(hidden=grads.hidden + dot(gradient, embedding, (1, 0)),
-                embedding=_add(grads.embedding, dot(gradient, policy.hidden, (0, 0)), first),
-                bias=None if policy.bias is None else _add(grads.bias, jnp.sum(gradient, 0, jnp.float32), first))
+                embedding=add_rows(grads.embedding, dot(gradient, policy.hidden, (0, 0)), first),
+                bias=None if policy.bias is None else add_rows(grads.bias, jnp.sum(gradient, 0, jnp.float32), first))
 
   blank = spread_like(operands, blank.replace(hidden=jnp.zeros(policy.hidden.shape, jnp.float32)))
   count = pl.cdiv(vocab_size, block)
@@ -252,9 +253,3 @@ def _cost(operands: Operands, num_columns: int, exponentials: int) -> pl.CostEst
       transcendentals=exponentials * num_tokens * num_columns,
       bytes_accessed=(num_tokens + num_columns) * sum(
           side.hidden.shape[1] * side.hidden.dtype.itemsize for side in sides))
-
-
-def _add(x: chex.Array, more: chex.Array, start: chex.Array) -> chex.Array:
-  """Returns x with `more` added to its entries from `start` on."""
-  old = jax.lax.dynamic_slice_in_dim(x, start, more.shape[0])
-  return jax.lax.dynamic_update_slice_in_dim(x, (old.astype(jnp.float32) + more).astype(x.dtype), start, 0)
