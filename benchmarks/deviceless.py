@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
+from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl_loss
 from experiments.flags import run
 
@@ -38,29 +38,13 @@ PROGRAMS = {
     'chunked, vocabulary mode': {'implementation': 'chunked', 'memory_budget': 32 * 2**20},
     'naive': None,
 }
-EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
-
-
-def token_loss(record, advantages):
-  """The loss of each token: policy gradient, weighted KL and entropy bonus."""
-  return -record.log_prob * advantages + ALPHA * record.weight * record.kl - BONUS * record.entropy
-
-
-def naive_loss(hidden, embedding, ref_hidden, ref_embedding, actions, advantages):
-  """The same loss as one writes it down, over whole logits."""
-  logits, ref_logits = ((x @ y.T).astype(jnp.float32) for x, y in ((hidden, embedding), (ref_hidden, ref_embedding)))
-  log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
-  weight = jax.lax.stop_gradient(kl_weight(certainty(ref_logits), EXPONENT))
-  kl = jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1)
-  log_prob = jnp.take_along_axis(log_probs, actions[:, None], -1)[:, 0]
-  return jnp.sum(-log_prob * advantages + ALPHA * weight * kl - BONUS * entropy(log_probs))
 
 
 def loss_of(program: str) -> Callable:
   """Returns the loss as a program takes it."""
   options = PROGRAMS[program]
   if options is None:
-    return naive_loss
+    return naive_linear_loss
   return lambda *arrays: linear_weighted_kl_loss(token_loss, *arrays, exponent=EXPONENT, **options)[0]
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
+from benchmarks.losses import ALPHA, EXPONENT, naive_linear_loss, naive_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
 from experiments.flags import run
 
@@ -29,22 +29,6 @@ SMALL = flags.DEFINE_list('small', ['40000', '40'], 'N and V of the operation on
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds, after one to warm up.', lower_bound=1)
 HELD = flags.DEFINE_integer('held', 128, 'Tokens that token mode holds at a time.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
-
-EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
-
-
-def token_loss(record, advantages):
-  """The loss of each token: policy gradient, weighted KL and entropy bonus."""
-  return -record.log_prob * advantages + ALPHA * record.weight * record.kl - BONUS * record.entropy
-
-
-def naive_loss(logits, ref_logits, actions, advantages):
-  """The same loss as one writes it down, over whole logits."""
-  log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
-  weight = kl_weight(certainty(ref_logits), EXPONENT)
-  kl = jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1)
-  log_prob = jnp.take_along_axis(log_probs, actions[:, None], -1)[:, 0]
-  return jnp.sum(-log_prob * advantages + ALPHA * weight * kl - BONUS * entropy(log_probs))
 
 
 def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[str, Callable], dict[str, int]]:
@@ -60,9 +44,6 @@ def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[
   advantages = jnp.asarray(rng.normal(size=num_tokens), jnp.float32)
   fixed = ref_hidden, ref_embedding, actions, advantages
 
-  def naive(hidden, embedding, ref_hidden, ref_embedding, actions, advantages):
-    return naive_loss(hidden @ embedding.T, ref_hidden @ ref_embedding.T, actions, advantages)
-
   def record(hidden, embedding, ref_hidden, ref_embedding, actions, advantages, **options):
     found = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=EXPONENT, **options)
     return jnp.sum(token_loss(found, advantages))
@@ -73,7 +54,7 @@ def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[
   token = {'implementation': 'chunked', 'memory_budget': 8 * vocab_size * HELD.value}
   vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 256}
   losses = {
-      'naive': naive,
+      'naive': naive_linear_loss,
       'reference': functools.partial(record, implementation='reference'),
       'token mode': functools.partial(one_pass, **token),
       'vocabulary mode': functools.partial(record, **vocabulary),
