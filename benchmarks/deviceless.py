@@ -60,6 +60,7 @@ dnn_version_info { major: 9 minor: 10 }
 SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
 TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
 TARGETS = flags.DEFINE_multi_enum('target', [*TPUS, GPU], [*TPUS, GPU], 'What to compile for; may be repeated.')
+CHOSEN = flags.DEFINE_multi_enum('program', list(PROGRAMS), list(PROGRAMS), 'What to compile; may be repeated.')
 ONLY = flags.DEFINE_string('only', None, 'TARGET/PROGRAM: compiles this one and prints a line of JSON.')
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
@@ -182,24 +183,30 @@ def reason(stderr: str) -> str:
   return lines[-1][:200] if lines else ''
 
 
-def compilers() -> tuple[str, ...]:
-  """Returns the targets whose compilers are installed, and says how to install the others; exits if there are none."""
+def missing_compilers() -> dict[str, str]:
+  """Returns the targets whose compilers are not installed, each with the extra that installs it."""
   missing = {}
   if importlib.util.find_spec('libtpu') is None:
     missing |= dict.fromkeys(TPUS, 'tpu')
   plugins = importlib.util.find_spec('jax_plugins')
   if plugins is None or importlib.util.find_spec('jax_plugins.xla_cuda13') is None or ptxas() is None:
     missing[GPU] = 'h100'
-  for extra in dict.fromkeys(missing[target] for target in TARGETS.value if target in missing):
-    names = ', '.join(target for target in TARGETS.value if missing.get(target) == extra)
-    print(f"{names}: skipped, the compiler is not installed: pip install '.[{extra}]'", flush=True)
-  found = tuple(target for target in TARGETS.value if target not in missing)
+  return missing
+
+
+def present(targets: list[str]) -> list[str]:
+  """Returns those of some targets that can be compiled for, and says how to install the others; exits if none can."""
+  missing = missing_compilers()
+  for target in targets:
+    if target in missing:
+      print(f"{target}: skipped, the compiler is not installed: pip install '.[{missing[target]}]'", flush=True)
+  found = [target for target in targets if target not in missing]
   if not found:
     sys.exit('error: no compiler is installed.')
   return found
 
 
-def table(targets: tuple[str, ...], size: list[str]) -> dict[str, dict[str, Any]]:
+def table(targets: list[str], size: list[str]) -> dict[str, dict[str, Any]]:
   """Compiles all programs for some targets, prints a row of each and returns them."""
   print('\nN={} D={} V={}, bfloat16'.format(*size))
   titles = f'{"temporary MiB":>15}{"times less":>12}{"10^12 FLOPs":>13}{"by compiler":>13}{"[N, V] buffer":>15}'
@@ -207,12 +214,13 @@ def table(targets: tuple[str, ...], size: list[str]) -> dict[str, dict[str, Any]
   rows = {}
   for target in targets:
     rows[target] = {}
-    for program in PROGRAMS:
+    for program in CHOSEN.value:
       if program == ('pallas_tpu' if target == GPU else 'pallas_gpu'):
         continue
       row = rows[target][program] = in_own_process(target, program, size)
-      if 'failed' not in row and 'temporary_mib' in rows[target]['naive']:
-        row['memory_ratio'] = rows[target]['naive']['temporary_mib'] / row['temporary_mib']
+      naive = rows[target].get('naive', {}).get('temporary_mib')
+      if naive and row.get('temporary_mib'):
+        row['memory_ratio'] = naive / row['temporary_mib']
       print(f'{target:>6}{program:>26}{line_of(row)}', flush=True)
   return rows
 
@@ -236,10 +244,10 @@ def main() -> None:
     target, program = ONLY.value.split('/')
     print(json.dumps(compile_one(target, program, tuple(map(int, SIZE.value)))))
     return
-  targets = compilers()
+  targets = present(TARGETS.value)
   tables = [{'size': SIZE.value, 'rows': table(targets, SIZE.value)}]
   if TALL.value and 'v5e' in targets:
-    tables.append({'size': TALL.value, 'rows': table(('v5e',), TALL.value)})
+    tables.append({'size': TALL.value, 'rows': table(['v5e'], TALL.value)})
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(tables, indent=2) + '\n')
 
