@@ -32,6 +32,7 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
+        'h100': ['jax[cuda13-local]', 'nvidia-cuda-nvcc>=13', 'nvidia-nvvm>=13'],  # its compiler alone, to run nothing
         'tensorboard': TENSORBOARD,
         'bench': ['torch', 'tokamax'],
         'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', *TENSORBOARD],

@@ -1,127 +1,255 @@
-"""What TPU compilers make of the weighted KL, forward and backward, on a machine that has no TPU: memory, not time.
+"""What compilers for TPUs and GPUs make of the weighted KL, forward and backward, on a machine that has neither.
 
-    pip install '.[tpu]'
+    pip install '.[tpu,h100]'
     python -m benchmarks.deviceless --json=deviceless.json
 
-Each program is compiled in a process of its own, one at a time. The naive program, which holds all logits, is compiled
-last and at a size of its own (`--naive_size`): at full size the compiler itself may take more than 20 GB. FLOPs are the
-compiler's: it counts the body of a loop once, and of a kernel what the kernel declares.
+Memory, not time. Each program is compiled in a process of its own, one at a time, from shapes alone. `--tall` names a
+second size, at which the naive program, which holds all logits, no longer fits into a v5e. FLOPs are those of the
+matrix products of the traced program, with the body of a loop counted as often as it runs and a kernel as it declares;
+the compiler's own count, where there is one, takes a loop's body once.
 """
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
+import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
+from jax.extend import core
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
+from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl_loss
 from experiments.flags import run
 
-SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
-NAIVE_SIZE = flags.DEFINE_list('naive_size', ['1024', '2048', '151936'], 'N, D and V of the naive program.')
-ONLY = flags.DEFINE_string('only', None, 'TOPOLOGY/PROGRAM: compiles this one and prints a line of JSON.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
-
-TOPOLOGIES = {'v5e:2x2': 'v5litepod-4', 'v5p:2x2x1': 'v5p-8', 'v6e:2x2': 'v6e-4'}  # and names of such machines
+TPUS = {'v5e': ('v5e:2x2', 'v5litepod-4'), 'v5p': ('v5p:2x2x1', 'v5p-8'), 'v6e': ('v6e:2x2', 'v6e-4')}
+GPU = 'H100'
 PROGRAMS = {
-    'pallas_tpu': {'implementation': 'pallas_tpu'},
-    'chunked, token mode': {'implementation': 'chunked', 'memory_budget': 64 * 2**20},
-    'chunked, vocabulary mode': {'implementation': 'chunked', 'memory_budget': 32 * 2**20},
     'naive': None,
+    'pallas_tpu': {'implementation': 'pallas_tpu'},
+    'pallas_gpu': {'implementation': 'pallas_gpu'},
+    'chunked, vocabulary mode': {'implementation': 'chunked', 'memory_budget': 32 * 2**20},
+    'chunked, token mode': {'implementation': 'chunked', 'memory_budget': 64 * 2**20},
 }
-EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
+# What XLA asks of the GPU it compiles for: an H100 SXM, from NVIDIA's data sheet and tables of compute capability 9.0.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3" cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+"""
 
-
-def token_loss(record, advantages):
-  """The loss of each token: policy gradient, weighted KL and entropy bonus."""
-  return -record.log_prob * advantages + ALPHA * record.weight * record.kl - BONUS * record.entropy
-
-
-def naive_loss(hidden, embedding, ref_hidden, ref_embedding, actions, advantages):
-  """The same loss as one writes it down, over whole logits."""
-  logits, ref_logits = ((x @ y.T).astype(jnp.float32) for x, y in ((hidden, embedding), (ref_hidden, ref_embedding)))
-  log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
-  weight = jax.lax.stop_gradient(kl_weight(certainty(ref_logits), EXPONENT))
-  kl = jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1)
-  log_prob = jnp.take_along_axis(log_probs, actions[:, None], -1)[:, 0]
-  return jnp.sum(-log_prob * advantages + ALPHA * weight * kl - BONUS * entropy(log_probs))
+SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
+TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
+TARGETS = flags.DEFINE_multi_enum('target', [*TPUS, GPU], [*TPUS, GPU], 'What to compile for; may be repeated.')
+CHOSEN = flags.DEFINE_multi_enum('program', list(PROGRAMS), list(PROGRAMS), 'What to compile; may be repeated.')
+ONLY = flags.DEFINE_string('only', None, 'TARGET/PROGRAM: compiles this one and prints a line of JSON.')
+JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
 
 def loss_of(program: str) -> Callable:
   """Returns the loss as a program takes it."""
   options = PROGRAMS[program]
   if options is None:
-    return naive_loss
+    return naive_linear_loss
   return lambda *arrays: linear_weighted_kl_loss(token_loss, *arrays, exponent=EXPONENT, **options)[0]
 
 
-def compile_one(topology: str, program: str, size: tuple[int, int, int]) -> dict:
-  """Compiles value and gradient of one program for a chip of a topology and returns what the compiler says."""
+def chip_of(target: str) -> jax.sharding.Sharding:
+  """Returns a chip to compile for."""
+  if target == GPU:
+    topology = topologies.get_topology_desc(GPU, 'cuda', topology='1x1x1', target_config=H100)
+  else:
+    topology = topologies.get_topology_desc(TPUS[target][0], 'tpu')
+  return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[str, Any]:
+  """Compiles value and gradient of one program for a chip and returns what the compiler says."""
   num_tokens, width, vocab_size = size
-  chip = jax.sharding.SingleDeviceSharding(
-      topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0])
+  chip = chip_of(target)
 
   def make(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
 
   rows, table = make(jnp.bfloat16, num_tokens, width), make(jnp.bfloat16, vocab_size, width)
   arrays = rows, table, rows, table, make(jnp.int32, num_tokens), make(jnp.float32, num_tokens)
-  compiled = jax.jit(jax.value_and_grad(loss_of(program), (0, 1))).lower(*arrays).compile()
-  text = compiled.as_text()
+  traced = jax.jit(jax.value_and_grad(loss_of(program), (0, 1))).trace(*arrays)
+  compiled = traced.lower().compile()
+  text, costs = compiled.as_text(), compiled.cost_analysis()
   return {
-      'size': size,
       'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
-      'tera_flops': compiled.cost_analysis().get('flops', 0.0) / 1e12,
+      'tera_flops': product_flops(traced.jaxpr) / 1e12,
+      'compiler_tera_flops': costs['flops'] / 1e12 if costs else None,
       'whole_logits': any(f'[{a},{b}]' in text for a, b in ((num_tokens, vocab_size), (vocab_size, num_tokens))),
       'host_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
   }
 
 
-def in_own_process(topology: str, program: str) -> dict:
-  """Returns what `compile_one` does in a new process, or why it did not."""
-  environment = os.environ | {
-      'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-      'TPU_ACCELERATOR_TYPE': TOPOLOGIES[topology], 'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true'}
-  arguments = ['--size=' + ','.join(SIZE.value), '--naive_size=' + ','.join(NAIVE_SIZE.value)]
-  done = subprocess.run([sys.executable, '-m', 'benchmarks.deviceless', f'--only={topology}/{program}', *arguments],
-                        env=environment, capture_output=True, text=True)
-  if done.returncode == 0:
-    return json.loads(done.stdout.splitlines()[-1])
-  lines = [line for line in done.stderr.splitlines() if 'Error' in line or 'Ran out' in line] or ['no message']
-  return {'failed': f'status {done.returncode}: {lines[-1][:200]}'}
+def product_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+  """Returns the operations of all matrix products of a program."""
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+      lhs, ((contracted, _), _) = equation.invars[0].aval, params['dimension_numbers']
+      total += 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[axis] for axis in contracted)
+    elif name == 'pallas_call':
+      total += params['cost_estimate'].flops
+    else:
+      inner = [x for x in jax.tree.leaves(list(params.values())) if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
+      total += params.get('length', 1) * sum(map(product_flops, inner))
+  return total
+
+
+def in_own_process(target: str, program: str, size: list[str]) -> dict[str, Any]:
+  """Returns what `compile_one` does in a new process, or why it did not; with the kernels of Triton for a GPU."""
+  with tempfile.TemporaryDirectory() as folder:
+    environment = os.environ | {'JAX_PLATFORMS': 'cpu'} | (
+        gpu_environment(folder) if target == GPU else tpu_environment(target))
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.deviceless', f'--only={target}/{program}', '--size=' + ','.join(size)],
+        env=environment, capture_output=True, text=True)
+    if done.returncode:
+      return {'failed': reason(done.stderr) or f'status {done.returncode}, no message'}
+    result = json.loads(done.stdout.splitlines()[-1])
+    if program == 'pallas_gpu':
+      result['kernels'] = triton_kernels(pathlib.Path(folder))
+  return result
+
+
+def tpu_environment(target: str) -> dict[str, str]:
+  """Returns what libtpu has to be told where there is no TPU."""
+  return {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
+          'TPU_ACCELERATOR_TYPE': TPUS[target][1]}
+
+
+def gpu_environment(folder: str) -> dict[str, str]:
+  """Returns flags by which XLA leaves the assembly of its kernels in a folder."""
+  found = os.environ.get('XLA_FLAGS', ''), f'--xla_dump_to={folder}', *(
+      f'--xla_gpu_cuda_data_dir={root}' for root in cuda_folders()[:1])
+  return {'XLA_FLAGS': ' '.join(found)}
+
+
+def cuda_folders() -> list[pathlib.Path]:
+  """Returns where the wheels of the CUDA compiler are."""
+  nvidia = importlib.util.find_spec('nvidia')
+  roots = nvidia.submodule_search_locations if nvidia else ()
+  return [folder for root in roots for folder in pathlib.Path(root).glob('cu*') if (folder / 'bin' / 'ptxas').exists()]
+
+
+def ptxas() -> str | None:
+  """Returns the assembler of CUDA, that of the wheels before that of the machine."""
+  return shutil.which('ptxas', path=os.pathsep.join([*(f'{x}/bin' for x in cuda_folders()), os.environ['PATH']]))
+
+
+def triton_kernels(folder: pathlib.Path) -> dict[str, dict[str, int]]:
+  """Returns registers a thread and spilled bytes of each kernel written in Pallas, as ptxas counts them."""
+  kernels = {}
+  for path in sorted(folder.glob('*.ptx')):
+    done = subprocess.run([ptxas(), '-v', '-arch=sm_90a', path, '-o', os.devnull],
+                          capture_output=True, text=True, check=True)
+    for name, said in re.findall(r"entry function '(\w+)'(.*?registers)", done.stderr, re.DOTALL):
+      if name.startswith('weighted_kl'):
+        spilled = sum(map(int, re.findall(r'(\d+) bytes spill', said)))
+        kernels[name] = {'registers': int(re.search(r'(\d+) registers', said)[1]), 'spilled_bytes': spilled}
+  return kernels
+
+
+def reason(stderr: str) -> str:
+  """Returns in one line why a program did not compile; empty if no line tells."""
+  lines = [line for line in stderr.splitlines() if 'Error' in line or 'Ran out' in line]
+  amounts = re.findall(r'\d[\d.]*[KMG]', lines[-1]) if lines else []
+  if len(amounts) > 1 and 'Ran out of memory' in lines[-1]:
+    return f'out of memory: needs {amounts[0]} of {amounts[1]}'
+  return lines[-1][:200] if lines else ''
+
+
+def missing_compilers() -> dict[str, str]:
+  """Returns the targets whose compilers are not installed, each with the extra that installs it."""
+  missing = {}
+  if importlib.util.find_spec('libtpu') is None:
+    missing |= dict.fromkeys(TPUS, 'tpu')
+  plugins = importlib.util.find_spec('jax_plugins')
+  if plugins is None or importlib.util.find_spec('jax_plugins.xla_cuda13') is None or ptxas() is None:
+    missing[GPU] = 'h100'
+  return missing
+
+
+def present(targets: list[str]) -> list[str]:
+  """Returns those of some targets that can be compiled for, and says how to install the others; exits if none can."""
+  missing = missing_compilers()
+  for target in targets:
+    if target in missing:
+      print(f"{target}: skipped, the compiler is not installed: pip install '.[{missing[target]}]'", flush=True)
+  found = [target for target in targets if target not in missing]
+  if not found:
+    sys.exit('error: no compiler is installed.')
+  return found
+
+
+def table(targets: list[str], size: list[str]) -> dict[str, dict[str, Any]]:
+  """Compiles all programs for some targets, prints a row of each and returns them."""
+  print('\nN={} D={} V={}, bfloat16'.format(*size))
+  titles = f'{"temporary MiB":>15}{"times less":>12}{"10^12 FLOPs":>13}{"by compiler":>13}{"[N, V] buffer":>15}'
+  print(f'{"":>32}{titles}', flush=True)
+  rows = {}
+  for target in targets:
+    rows[target] = {}
+    for program in CHOSEN.value:
+      if program == ('pallas_tpu' if target == GPU else 'pallas_gpu'):
+        continue
+      row = rows[target][program] = in_own_process(target, program, size)
+      naive = rows[target].get('naive', {}).get('temporary_mib')
+      if naive and row.get('temporary_mib'):
+        row['memory_ratio'] = naive / row['temporary_mib']
+      print(f'{target:>6}{program:>26}{line_of(row)}', flush=True)
+  return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+  """Returns a row as the table shows it, with a line more for each kernel of Triton."""
+  if 'failed' in row:
+    return '  ' + row['failed']
+  ratio = f'{row["memory_ratio"]:.1f}' if 'memory_ratio' in row else '-'
+  by_compiler = '-' if row['compiler_tera_flops'] is None else f'{row["compiler_tera_flops"]:.2f}'
+  whole = 'yes' if row['whole_logits'] else 'no'
+  line = f'{row["temporary_mib"]:15.1f}{ratio:>12}{row["tera_flops"]:13.2f}{by_compiler:>13}{whole:>15}'
+  for name, kernel in row.get('kernels', {}).items():
+    line += f'\n{name:>32}: {kernel["registers"]} registers, {kernel["spilled_bytes"]} bytes spilled'
+  return line
 
 
 def main() -> None:
-  """Compiles all programs for all topologies and prints a table."""
-  if importlib.util.find_spec('libtpu') is None:
-    sys.exit("error: the TPU compiler is not installed: pip install '.[tpu]'")
+  """Compiles all programs for all targets and prints tables."""
   if ONLY.value:
-    topology, program = ONLY.value.split('/')
-    size = NAIVE_SIZE.value if PROGRAMS[program] is None else SIZE.value
-    print(json.dumps(compile_one(topology, program, tuple(map(int, size)))))
+    target, program = ONLY.value.split('/')
+    print(json.dumps(compile_one(target, program, tuple(map(int, SIZE.value)))))
     return
-  result = {topology: {} for topology in TOPOLOGIES}
-  print(f'{"":>10}{"":>26}{"N, D, V":>22}{"temporary MiB":>15}{"10^12 FLOPs":>13}{"[N, V] buffer":>15}')
-  for program in PROGRAMS:
-    for topology in TOPOLOGIES:
-      row = result[topology][program] = in_own_process(topology, program)
-      if 'failed' in row:
-        print(f'{topology:>10}{program:>26}  {row["failed"]}', flush=True)
-        continue
-      size, found = ', '.join(map(str, row['size'])), 'yes' if row['whole_logits'] else 'no'
-      print(f'{topology:>10}{program:>26}{size:>22}{row["temporary_mib"]:15.1f}{row["tera_flops"]:13.2f}{found:>15}',
-            flush=True)
+  targets = present(TARGETS.value)
+  tables = [{'size': SIZE.value, 'rows': table(targets, SIZE.value)}]
+  if TALL.value and 'v5e' in targets:
+    tables.append({'size': TALL.value, 'rows': table(['v5e'], TALL.value)})
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    pathlib.Path(JSON.value).write_text(json.dumps(tables, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,26 +1,29 @@
 """The fused weighted KL beside what people would use instead, forward and backward, alternating in one run.
 
+    pip install '.[bench]'
     python -m benchmarks.weighted_kl --json=weighted_kl.json
 
-The naive program holds all logits and leaves the gradient to JAX. Where they are installed (`pip install '.[bench]'`)
-a PyTorch loss over chunks of tokens in the manner of Liger-Kernel (its k3 penalty) and tokamax's chunked cross-entropy
-(the log-probabilities alone) run beside it: they compute less, and are there for scale.
+The naive program holds all logits and leaves the gradient to JAX. Where they are installed PyTorch and tokamax run
+beside it: the same loss over chunks of tokens, its gradient written by hand; a loss over such chunks in the manner of
+Liger-Kernel, with the k3 penalty, which asks for log-probabilities alone; and tokamax's cross-entropy, which has no
+reference. The last two compute less, and are there for scale.
 """
 
 import functools
-import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
+from benchmarks.losses import ALPHA, BONUS, EXPONENT, naive_linear_loss, naive_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
 from experiments.flags import run
 
@@ -30,38 +33,23 @@ REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds, after one to warm up
 HELD = flags.DEFINE_integer('held', 128, 'Tokens that token mode holds at a time.', lower_bound=1)
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
-EXPONENT, ALPHA, BONUS = 150.0, 0.5, 0.01
 
-
-def token_loss(record, advantages):
-  """The loss of each token: policy gradient, weighted KL and entropy bonus."""
-  return -record.log_prob * advantages + ALPHA * record.weight * record.kl - BONUS * record.entropy
-
-
-def naive_loss(logits, ref_logits, actions, advantages):
-  """The same loss as one writes it down, over whole logits."""
-  log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
-  weight = kl_weight(certainty(ref_logits), EXPONENT)
-  kl = jnp.sum(jnp.exp(log_probs) * (log_probs - ref_log_probs), -1)
-  log_prob = jnp.take_along_axis(log_probs, actions[:, None], -1)[:, 0]
-  return jnp.sum(-log_prob * advantages + ALPHA * weight * kl - BONUS * entropy(log_probs))
-
-
-def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[str, Callable], dict[str, int]]:
-  """Returns compiled calls by name, and their temporary memory in bytes."""
+def linear_arrays(num_tokens: int, width: int, vocab_size: int) -> tuple[np.ndarray, ...]:
+  """Returns hidden states and embedding of policy and reference, actions and advantages."""
   rng = np.random.default_rng(0)
 
   def make(*shape):
-    return jnp.asarray(rng.normal(size=shape) / np.sqrt(width), jnp.float32)
+    return rng.standard_normal(shape, np.float32)
 
-  hidden, ref_hidden = make(num_tokens, width) * 3, make(num_tokens, width) * 3
-  embedding, ref_embedding = make(vocab_size, width) * np.sqrt(width), make(vocab_size, width) * np.sqrt(width)
-  actions = jnp.asarray(rng.integers(0, vocab_size, num_tokens))
-  advantages = jnp.asarray(rng.normal(size=num_tokens), jnp.float32)
-  fixed = ref_hidden, ref_embedding, actions, advantages
+  scale = np.float32(3 / np.sqrt(width))
+  actions = rng.integers(0, vocab_size, num_tokens, np.int32)
+  return (scale * make(num_tokens, width), make(vocab_size, width), scale * make(num_tokens, width),
+          make(vocab_size, width), actions, make(num_tokens))
 
-  def naive(hidden, embedding, ref_hidden, ref_embedding, actions, advantages):
-    return naive_loss(hidden @ embedding.T, ref_hidden @ ref_embedding.T, actions, advantages)
+
+def linear_programs(arrays: tuple[np.ndarray, ...]) -> tuple[dict[str, Callable], dict[str, int]]:
+  """Returns compiled calls by name, and their temporary memory in bytes."""
+  num_tokens, vocab_size = len(arrays[0]), len(arrays[1])
 
   def record(hidden, embedding, ref_hidden, ref_embedding, actions, advantages, **options):
     found = linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=EXPONENT, **options)
@@ -73,13 +61,14 @@ def linear_programs(num_tokens: int, width: int, vocab_size: int) -> tuple[dict[
   token = {'implementation': 'chunked', 'memory_budget': 8 * vocab_size * HELD.value}
   vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 256}
   losses = {
-      'naive': naive,
+      'naive': naive_linear_loss,
       'reference': functools.partial(record, implementation='reference'),
       'token mode': functools.partial(one_pass, **token),
       'vocabulary mode': functools.partial(record, **vocabulary),
       'picked': one_pass,
   }
-  return compiled(losses, (hidden, embedding), fixed)
+  arrays = tuple(map(jnp.asarray, arrays))
+  return compiled(losses, arrays[:2], arrays[2:])
 
 
 def logit_programs(num_tokens: int, vocab_size: int) -> tuple[dict[str, Callable], dict[str, int]]:
@@ -99,69 +88,105 @@ def logit_programs(num_tokens: int, vocab_size: int) -> tuple[dict[str, Callable
 
 def compiled(losses: dict[str, Callable], trained: tuple, fixed: tuple) -> tuple[dict[str, Callable], dict[str, int]]:
   """Compiles value and gradient of each loss, checks that they agree, and reads their temporary memory."""
-  calls, memory, values = {}, {}, {}
+  calls, memory = {}, {}
   for name, loss in losses.items():
     program = jax.jit(jax.value_and_grad(loss, tuple(range(len(trained))))).lower(*trained, *fixed).compile()
     calls[name] = functools.partial(program, *trained, *fixed)
     memory[name] = program.memory_analysis().temp_size_in_bytes
-    values[name] = jax.tree.map(np.asarray, calls[name]())
-    for one, two in zip(jax.tree.leaves(values[name]), jax.tree.leaves(values['naive'])):
-      np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3 * np.abs(two).max())
+    check_close(calls[name](), calls['naive']())
   return calls, memory
 
 
-def other_programs(num_tokens: int, width: int, vocab_size: int) -> dict[str, Callable]:
-  """Returns calls of other libraries, of those that are installed."""
+def check_close(value_and_grads: Any, expected: Any) -> None:
+  """Raises an AssertionError if a loss or a gradient is another one than expected."""
+  for one, two in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (value_and_grads, expected)), strict=True):
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3 * np.abs(two).max())
+
+
+def other_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
+  """Returns calls of other libraries, and says which of them are left out."""
   calls = {}
-  if importlib.util.find_spec('torch'):
-    calls['torch, token chunks (Liger, k3)'] = torch_call(num_tokens, width, vocab_size)
-  if importlib.util.find_spec('tokamax'):
-    calls['tokamax, cross-entropy only'] = tokamax_call(num_tokens, width, vocab_size)
+  for library, programs in (('torch', torch_programs), ('tokamax', tokamax_programs)):
+    try:
+      calls |= programs(arrays)
+    except ImportError as error:
+      print(f"{library}: left out, {error}: pip install '.[bench]'")
   return calls
 
 
-def torch_call(num_tokens: int, width: int, vocab_size: int, chunk: int = 128) -> Callable:
-  """Returns a loss over chunks of tokens whose gradients are taken in the forward pass, as Liger-Kernel does."""
+def torch_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
+  """Returns losses over chunks of tokens whose gradients are taken with the loss, as Liger-Kernel does.
+
+  Unlike Liger-Kernel's they take no product of the size of the embedding but into the sum of its gradients.
+  """
   import torch
 
-  generator = torch.Generator().manual_seed(0)
-  make = functools.partial(torch.randn, generator=generator)
-  hidden, ref_hidden = make(num_tokens, width) * 0.2, make(num_tokens, width) * 0.2
-  embedding, ref_embedding = make(vocab_size, width), make(vocab_size, width)
-  actions, advantages = torch.randint(vocab_size, (num_tokens,), generator=generator), make(num_tokens)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  hidden, embedding, ref_hidden, ref_embedding, actions, advantages = map(torch.from_numpy, arrays)
+  actions = actions.long()[:, None]
 
-  def call():
-    grad_hidden, grad_embedding, total = torch.empty_like(hidden), torch.zeros_like(embedding), 0.0
-    for start in range(0, num_tokens, chunk):
-      part = slice(start, start + chunk)
-      h, e = hidden[part].clone().requires_grad_(), embedding.detach().requires_grad_()
-      pick = actions[part, None]
-      log_prob = torch.log_softmax(h @ e.T, -1).gather(1, pick)[:, 0]
-      with torch.no_grad():
-        ref = torch.log_softmax(ref_hidden[part] @ ref_embedding.T, -1).gather(1, pick)[:, 0]
-      k3 = torch.exp(ref - log_prob) - (ref - log_prob) - 1
-      loss = torch.sum(-log_prob * advantages[part] + ALPHA * k3)
-      grads = torch.autograd.grad(loss, (h, e))
-      grad_hidden[part] = grads[0]
-      grad_embedding += grads[1]
-      total += loss.detach()
-    return total
+  def call(of_chunk):
+    grad_hidden, grad_embedding, total = torch.empty_like(hidden), torch.zeros_like(embedding), torch.zeros(())
+    for part in map(slice, range(0, len(hidden), HELD.value), range(HELD.value, len(hidden) + HELD.value, HELD.value)):
+      log_probs, ref_log_probs = (torch.log_softmax(h[part] @ e.T, -1) for h, e in (
+          (hidden, embedding), (ref_hidden, ref_embedding)))
+      loss, gradient = of_chunk(log_probs, ref_log_probs, actions[part], advantages[part, None])
+      torch.mm(gradient, embedding, out=grad_hidden[part])
+      grad_embedding.addmm_(gradient.T, hidden[part])
+      total += loss
+    return total, (grad_hidden, grad_embedding)
 
-  return call
+  names = {'torch, token chunks': torch_exact, 'torch, token chunks, k3 (as Liger)': torch_k3}
+  return {name: functools.partial(torch.no_grad()(call), of_chunk) for name, of_chunk in names.items()}
 
 
-def tokamax_call(num_tokens: int, width: int, vocab_size: int) -> Callable:
-  """Returns tokamax's linear cross-entropy, forward and backward, in its chunked form for any backend."""
+def torch_exact(log_probs, ref_log_probs, actions, advantages):
+  """Returns the loss of all benchmarks for a chunk and the gradient of its logits; overwrites log-probabilities."""
+  import torch
+
+  def row_sums(x, y):
+    return torch.einsum('kv,kv->k', x, y)[:, None]
+
+  scratch = torch.exp(ref_log_probs)
+  sure = 1 + row_sums(scratch, ref_log_probs) / np.log(log_probs.shape[1])
+  weight = ALPHA * sure.clamp(0, 1) ** EXPONENT
+  probs, log_prob = torch.exp(log_probs, out=scratch), log_probs.gather(1, actions)
+  ratios = torch.sub(log_probs, ref_log_probs, out=ref_log_probs)
+  kl, entropy = row_sums(probs, ratios), -row_sums(probs, log_probs)
+  gradient = ratios.mul_(weight).add_(log_probs, alpha=BONUS).add_(advantages - weight * kl + BONUS * entropy)
+  gradient.mul_(probs).scatter_add_(1, actions, -advantages)
+  return torch.sum(-log_prob * advantages + weight * kl - BONUS * entropy), gradient
+
+
+def torch_k3(log_probs, ref_log_probs, actions, advantages):
+  """Returns the loss with the k3 penalty, without weight and entropy, and the gradient of its logits."""
+  import torch
+
+  log_prob = log_probs.gather(1, actions)
+  log_ratio = ref_log_probs.gather(1, actions) - log_prob
+  loss = torch.sum(-log_prob * advantages + ALPHA * (torch.expm1(log_ratio) - log_ratio))
+  slope = advantages + ALPHA * torch.expm1(log_ratio)  # of the loss by log_prob, with its sign turned
+  gradient = log_probs.exp_().mul_(slope).scatter_add_(1, actions, -slope)
+  return loss, gradient
+
+
+def tokamax_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
+  """Returns tokamax's linear cross-entropy, in its chunked form for any backend where the installed version has one."""
   import tokamax
 
-  rng = np.random.default_rng(0)
-  hidden = jnp.asarray(0.2 * rng.normal(size=(num_tokens, width)), jnp.float32)
-  embedding = jnp.asarray(rng.normal(size=(width, vocab_size)), jnp.float32)
-  actions = jnp.asarray(rng.integers(0, vocab_size, num_tokens), jnp.int32)
-  loss = functools.partial(
-      tokamax.linear_softmax_cross_entropy_loss, reduction='sum', implementation='chunked_xla')
-  program = jax.jit(jax.value_and_grad(lambda h, w: loss(h, actions, w), (0, 1)))
-  return lambda: program(hidden, embedding)
+  hidden, embedding, *_, actions, _ = map(jnp.asarray, arrays)
+  embedding = embedding.T.copy()
+  for implementation in ('chunked_xla', 'xla'):  # xla holds all logits
+    loss = functools.partial(
+        tokamax.linear_softmax_cross_entropy_loss, reduction='sum', implementation=implementation)
+    try:
+      jax.eval_shape(loss, hidden, actions, embedding)
+    except ValueError as error:
+      print(f'tokamax {tokamax.__version__} {implementation}: left out, {error}')
+      continue
+    program = jax.jit(jax.value_and_grad(lambda h, w, loss=loss: loss(h, actions, w), (0, 1)))
+    return {f'tokamax {implementation}, no reference': functools.partial(program, hidden, embedding)}
+  return {}
 
 
 def alternate(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
@@ -194,8 +219,11 @@ def report(title: str, seconds: dict[str, float], memory: dict[str, int]) -> dic
 def main() -> None:
   """Times both operations and prints what is picked."""
   size, small = tuple(map(int, SIZE.value)), tuple(map(int, SMALL.value))
-  calls, memory = linear_programs(*size)
-  calls |= other_programs(*size)
+  arrays = linear_arrays(*size)
+  calls, memory = linear_programs(arrays)
+  calls |= other_programs(arrays)
+  if 'torch, token chunks' in calls:
+    check_close(calls['torch, token chunks'](), calls['naive']())
   title = 'From hidden states, N={} D={} V={}, float32, {}'.format(*size, jax.devices()[0].device_kind)
   result = {'device': jax.devices()[0].device_kind, 'linear': report(title, alternate(calls, REPEATS.value), memory)}
   calls, memory = logit_programs(*small)
