@@ -141,7 +141,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
 
 def holds_logits(model: GPT2) -> bool:
   """Returns whether the vocabulary is so small that logits of whole episodes are held; else hidden states are."""
-  return pick_implementation(model.config.vocab_size, from_logits=False) == 'reference'
+  return pick_implementation(model.config.vocab_size, from_logits=False) == 'fused'
 
 
 def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout) -> chex.Array:

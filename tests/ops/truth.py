@@ -82,6 +82,7 @@ def linear_truth(arrays, cotangents):
 
 WAYS = {
     'reference': {'implementation': 'reference'},
+    'fused': {'implementation': 'fused'},
     'chunked': {'implementation': 'chunked'},
     'chunked, small blocks': {'implementation': 'chunked', 'memory_budget': 8 * 128 * 252},
     'chunked, small tiles': {'implementation': 'chunked', 'memory_budget': 8 * 128 * 100},

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from critkl_jax.confidence import certainty_of_statistics, kl_weight
 from critkl_jax.ops.weighted_kl import chunked, linear, reference
 from critkl_jax.ops.weighted_kl.logits import fused_row
-from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, block_logits, scaled, varying_axes
+from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, raw_logits, scaled, varying_axes
 from critkl_jax.ops.weighted_kl.statistics import Row, WeightedKL
 
 LOGIT_IMPLEMENTATIONS = ('reference', 'fused')
-LINEAR_IMPLEMENTATIONS = ('reference', *linear.FORWARD)
+LINEAR_IMPLEMENTATIONS = (*LOGIT_IMPLEMENTATIONS, *linear.FORWARD)
 SMALL_VOCABULARY = 1024  # below it whole logits are no burden
 
 
@@ -70,10 +70,7 @@ def weighted_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array,
   flat, ref_flat = (_masked(x.reshape(-1, vocab_size), keep) for x in (logits, jax.lax.stop_gradient(ref_logits)))
   arrays = flat, ref_flat, _masked(actions.reshape(-1), keep)
   one_temperature, *temperatures = _temperatures(temperature, certainty_temperature)
-  if chosen == 'fused':
-    row = fused_row(one_temperature, *arrays, *temperatures)
-  else:
-    row = reference.row_of_logits(*scaled(*arrays[:2], *temperatures, one_temperature), arrays[2])
+  row = _row_of_logits(chosen, one_temperature, *arrays, *temperatures)
   weighting = _Weighting(certainty, exponent, intercept, vocab_size)
   return _shaped(_record(row, weighting), keep, actions.shape)
 
@@ -107,17 +104,17 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
       gradient. All true if None.
     axis_name: inside `shard_map`, the mesh axis over which the vocabulary is spread: embeddings and biases are then
       this device's equal part of it; hidden states are the same on all its devices, and so are the results.
-    implementation: `reference` (whole logits), `chunked` (plain JAX, a tile at a time), `pallas_tpu`, `pallas_gpu`
-      (Triton, for NVIDIA GPUs), or None for the one that `pick_implementation` names. A kernel on another backend than
-      its own does not compile.
+    implementation: `reference` or `fused` (whole logits, as in `weighted_kl`), `chunked` (plain JAX, some of the logits
+      at a time), `pallas_tpu`, `pallas_gpu` (Triton, for NVIDIA GPUs), or None for the one that `pick_implementation`
+      names. A kernel on another backend than its own does not compile.
     memory_budget: bytes of the logits that `chunked` holds at a time.
 
   Returns:
     `WeightedKL`, float32 `[...]` each.
 
   Raises:
-    ValueError: if shapes do not agree, or the certainty or the implementation is unknown, or `reference` is asked for a
-      part of the vocabulary.
+    ValueError: if shapes do not agree, or the certainty or the implementation is unknown, or one with whole logits is
+      asked for a part of the vocabulary.
   """
   plan, operands, weighting, keep = _prepare(
       hidden, embedding, ref_hidden, ref_embedding, actions, exponent=exponent, intercept=intercept,
@@ -181,10 +178,8 @@ def pick_implementation(vocab_size: int, *, from_logits: bool, backend: str | No
     from_logits: whether for `weighted_kl`, or for the operations on hidden states.
     backend: `cpu`, `tpu` or `gpu`; that of the default device if None.
   """
-  if from_logits:
+  if from_logits or vocab_size < SMALL_VOCABULARY:
     return 'fused'
-  if vocab_size < SMALL_VOCABULARY:
-    return 'reference'
   # On GPUs the kernel has to be named: it has been compiled for them, but not yet timed against the plain program.
   return 'pallas_tpu' if (backend or jax.default_backend()) == 'tpu' else 'chunked'
 
@@ -203,13 +198,13 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
     raise ValueError(f'soft_cap: expected a positive number or None, got {soft_cap}.')
   usual = pick_implementation(vocab_size, from_logits=False)
   if axis_name is not None:
-    usual = 'chunked' if usual == 'reference' else usual
+    usual = 'chunked' if usual in LOGIT_IMPLEMENTATIONS else usual
     if axis_name not in varying_axes(embedding):
       raise ValueError(f'axis_name: expected an embedding spread over {axis_name!r}, in a shard_map that checks it '
                        '(check_vma=True).')
   chosen = _chosen(implementation, LINEAR_IMPLEMENTATIONS, usual)
-  if axis_name is not None and chosen == 'reference':
-    raise ValueError("implementation: 'reference' needs the whole vocabulary, got an axis_name.")
+  if axis_name is not None and chosen in LOGIT_IMPLEMENTATIONS:
+    raise ValueError(f'implementation: {chosen!r} needs the whole vocabulary, got an axis_name.')
 
   keep = _flat_mask(mask, actions.shape)
   states, ref_states = (_masked(x.reshape(-1, x.shape[-1]), keep) for x in (hidden, ref_hidden))
@@ -227,9 +222,18 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
 
 
 def _row(plan: linear.Plan, operands: Operands) -> Row:
-  if plan.implementation == 'reference':
-    return reference.row_of_logits(*block_logits(operands, plan.settings), operands.actions)
-  return linear.row_of(plan, operands.policy, operands)
+  if plan.implementation not in LOGIT_IMPLEMENTATIONS:
+    return linear.row_of(plan, operands.policy, operands)
+  one_temperature = plan.settings.one_temperature
+  return _row_of_logits(plan.implementation, one_temperature, *raw_logits(operands, plan.settings), operands.actions,
+                        operands.temperature, operands.certainty_temperature)
+
+
+def _row_of_logits(implementation, one_temperature, logits, ref_logits, actions, temperature, certainty_temperature):
+  if implementation == 'fused':
+    return fused_row(one_temperature, logits, ref_logits, actions, temperature, certainty_temperature)
+  return reference.row_of_logits(
+      *scaled(logits, ref_logits, temperature, certainty_temperature, one_temperature), actions)
 
 
 def _record(row: Row, weighting: _Weighting) -> WeightedKL:

@@ -22,7 +22,6 @@ from critkl_jax.ops.weighted_kl.operands import (
     add_rows,
     block_logits,
     dot,
-    logits_of_products,
     products,
     spread_like,
     through_scaling,
@@ -193,7 +192,7 @@ def _row_sums(operands, settings, found, size):
       return _get(x, first, size)
 
     actions = get(operands.actions)
-    z, v, v_sure = logits_of_products(tuple(map(get, found)), operands, settings)
+    z, v, v_sure = block_logits(operands, settings, tuple(map(get, found)))
     more = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
     more = more.replace(action_logit=_at_action(z, 0, actions), ref_action_logit=_at_action(v, 0, actions))
     return jax.tree.map(lambda x, new: _set(x, new, first), sums, more)
@@ -207,7 +206,7 @@ def _row_sums(operands, settings, found, size):
 def _add_held_grads(grads, start, operands, settings, found, row, cotangents, block):
   """Adds the gradients of the tokens of `products`, the first of them number `start`."""
   policy = operands.policy
-  z, v, _ = logits_of_products(found, operands, settings._replace(one_temperature=True))
+  z, v, _ = block_logits(operands, settings._replace(one_temperature=True), found)
   is_action = jnp.arange(z.shape[1])[None] == operands.actions[:, None]
   gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, operands, settings)
   count, rest = divmod(z.shape[1], block)

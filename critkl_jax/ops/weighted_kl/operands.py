@@ -87,17 +87,20 @@ def scaled(logits: chex.Array, ref_logits: chex.Array, temperature: chex.Array, 
   return finite(logits / temperature), finite(ref_logits / temperature), v_sure
 
 
-def logits_of_products(found: tuple[chex.Array, chex.Array], operands: Operands, settings: Settings
-                       ) -> tuple[chex.Array, chex.Array, chex.Array | None]:
-  """Returns z, v and v_sure of some rows of `products`, float32 `[K, V]` each."""
-  logits, ref_logits = (biased_and_capped(x, side.bias, settings.soft_cap)
-                        for x, side in zip(found, (operands.policy, operands.reference)))
-  return scaled(logits, ref_logits, operands.temperature, operands.certainty_temperature, settings.one_temperature)
+def raw_logits(operands: Operands, settings: Settings, found: tuple[chex.Array, chex.Array] | None = None
+               ) -> tuple[chex.Array, chex.Array]:
+  """Returns float32 logits `[K, V]` of policy and reference before any temperature, of some rows of `products`, or of
+  all if none are given."""
+  return tuple(biased_and_capped(x, side.bias, settings.soft_cap) for x, side in zip(
+      found or products(operands), (operands.policy, operands.reference)))
 
 
-def block_logits(operands: Operands, settings: Settings) -> tuple[chex.Array, chex.Array, chex.Array | None]:
-  """Returns z, v and v_sure of all of the vocabulary that is in the operands, float32 `[N, V]` each."""
-  return logits_of_products(products(operands), operands, settings)
+def block_logits(operands: Operands, settings: Settings, found: tuple[chex.Array, chex.Array] | None = None
+                 ) -> tuple[chex.Array, chex.Array, chex.Array | None]:
+  """Returns z, v and v_sure of all of the vocabulary that is in the operands, float32 `[K, V]` each; `found` as in
+  `raw_logits`."""
+  return scaled(*raw_logits(operands, settings, found), operands.temperature, operands.certainty_temperature,
+                settings.one_temperature)
 
 
 def through_scaling(gradient: chex.Array, z: chex.Array, operands: Operands, settings: Settings) -> chex.Array:
