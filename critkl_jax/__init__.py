@@ -6,7 +6,13 @@ from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import Coefficients, linear_ppo_loss, masked_mean, ppo_loss, ppo_loss_jit, token_kl
-from critkl_jax.ops.weighted_kl import WeightedKL, linear_weighted_kl, linear_weighted_kl_loss, weighted_kl
+from critkl_jax.ops.weighted_kl import (
+    WeightedKL,
+    linear_weighted_kl,
+    linear_weighted_kl_loss,
+    pick_implementation,
+    weighted_kl,
+)
 from critkl_jax.records import Batch, Problem, Rollout, Solution, Tokens, TrainState
 from critkl_jax.rollout import generate, gpt2_generate, score
 from critkl_jax.tasks.addition import plus_task
@@ -49,6 +55,7 @@ __all__ = (
     'load_checkpoint',
     'make_train_step',
     'masked_mean',
+    'pick_implementation',
     'plus_task',
     'ppo_loss',
     'ppo_loss_jit',
