@@ -197,7 +197,8 @@ def test_tiles_follow_the_budget():
   assert on_gpu(0, 40, 2**20) == Tile(1, 40)
   assert on_gpu(252, 507, 8 * 128 * 252) == Tile(252, 128)
   assert on_gpu(252, 507, 8 * 128 * 100) == Tile(84, 128)
-  assert pick_held(2048, 50257, 64 * 2**20, 'gpu') == Held(158, 158, 2048)
+  assert pick_held(2048, 50257, 2**28, 'gpu') == Held(512, 512, 2048)
+  assert pick_held(2048, 50257, 2**26, 'gpu') is None
   assert pick_held(2048, 50257, 8 * 2**20) is None
   assert pick_held(5, 40, 2**20) == Held(5, 5, 40)
   assert pick_held(0, 40, 2**20) == Held(1, 1, 40)

@@ -33,7 +33,8 @@ LANES = 128  # blocks of the vocabulary are multiples of it on accelerators
 CACHED_ENTRIES = 2**19  # logits that are worked on at a time on a CPU: more leave its cache
 CACHE_LINE = 16  # float32 numbers
 MOST_VOCABULARY = 2048  # of a block: gradients of as many rows of the embedding are held beside the logits
-FEWEST_TOKENS = 32  # of token mode: with fewer, reading the embedding takes longer than multiplying with it
+# Of token mode, by backend: with fewer, reading the embedding takes longer than multiplying with it.
+FEWEST_TOKENS = {'cpu': 32, 'gpu': 256, 'tpu': 256}
 
 
 class Tile(NamedTuple):
@@ -79,7 +80,7 @@ def pick_held(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDG
   Arguments as in `pick_tile`."""
   backend = backend or jax.default_backend()
   most = memory_budget // 8 // vocab_size
-  if most < min(FEWEST_TOKENS, num_tokens):
+  if most < min(FEWEST_TOKENS[backend], num_tokens):
     return None
   tokens = _even(num_tokens, max(most, 1))
   entries = _worked_on(tokens * vocab_size, backend)
