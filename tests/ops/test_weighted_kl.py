@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from truth import TOLERANCE, WAYS, assert_values, combined, error, exact_problem, grads_and_record, linear_truth, truth
 
 from critkl_jax import certainty, kl_weight, linear_weighted_kl, linear_weighted_kl_loss, token_kl, weighted_kl
-from critkl_jax.ops.weighted_kl import pick_implementation
+from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, pick_implementation
 from critkl_jax.ops.weighted_kl.chunked import CACHED_ENTRIES, Held, Tile, pick_held, pick_tile
 
 SIZES = ((3, 47, 31), (252, 507, 123), (1, 300, 5))
@@ -33,6 +33,10 @@ LOGITS = {
     'policy rules out': lambda rng, n, v: (ruled_out(rng.normal(size=(n, v)), rng), rng.normal(size=(n, v))),
     'both rule out': lambda rng, n, v: (lambda r: (r, r + rng.normal(size=r.shape)))(
         ruled_out(rng.normal(size=(n, v)), rng)),
+    'near, both rule out': lambda rng, n, v: (lambda z, w: (z, np.where(np.isneginf(z), z, w)))(
+        *near(ruled_out(rng.normal(size=(n, v)), rng), rng)),
+    'near, but for the most probable': lambda rng, n, v: (lambda z: (z, z - 20 * (z == z.max(-1, keepdims=True))))(
+        1e-3 * rng.normal(size=(n, v))),
     'nearly uniform': lambda rng, n, v: (1e-3 * rng.normal(size=(n, v)), 1e-3 * rng.normal(size=(n, v))),
 }
 
@@ -157,13 +161,19 @@ OPTIONS = {
                   'ref_bias': np.where(np.arange(300) % 7 == 2, -np.inf, 0).astype(np.float32), 'soft_cap': 3.0},
 }
 
+OPTIONS |= {
+    f'policy rules out {first} to {last}': {
+        'bias': np.where((np.arange(300) >= first) & (np.arange(300) < last), -np.inf, 0).astype(np.float32)}
+    for first, last in ((0, 130), (112, 224), (200, 300))}
+
 
 @pytest.mark.parametrize('budget', [2**20, 8 * 128 * 100, 8 * 128 * 60])
 @pytest.mark.parametrize('option', OPTIONS)
 def test_options_mean_the_same_everywhere(option, budget):
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((100, 300, 31), 1, 'apart')
-  actions -= actions % 5 == 1  # no policy draws what it rules out
   options = OPTIONS[option]
+  allowed = np.flatnonzero(options.get('bias', np.zeros(300)) > -np.inf)  # no policy draws what it rules out
+  actions = allowed[actions % len(allowed)]
 
   def logits(side, bias):
     x = side[0] @ side[1].T
@@ -185,6 +195,26 @@ def test_options_mean_the_same_everywhere(option, budget):
                                        implementation='chunked', memory_budget=budget, **options), cotangents)
 
   for one, two in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, embedding)) for f in (plain, fused))):
+    assert error(one, two, 1e-12 if one.ndim else 10.0) <= TOLERANCE  # the loss is a sum of 100 losses of either sign
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_reference_that_rules_everything_out(way):
+  arrays, _ = exact_problem((4, 300, 5), 1, 'apart')
+  record = linear_weighted_kl(*arrays, exponent=1.0, ref_bias=np.full(300, -np.inf, np.float32), **WAYS[way])
+  np.testing.assert_allclose(record.kl, -LOG_PROB_FLOOR - record.entropy, rtol=1e-6)
+
+
+def test_tokens_that_fill_up_a_tile_leave_gradients_finite():
+  arrays, cotangents = exact_problem((7, 300, 5), 1, 'apart')
+  bias = 100.0 * (np.arange(300) == 3).astype(np.float32)
+
+  def gradients(**options):
+    return jax.grad(lambda *x: combined(linear_weighted_kl(
+        *x[:2], *arrays[2:], exponent=1.0, bias=x[2], implementation='chunked', **options), cotangents), (0, 1, 2))(
+            *arrays[:2], bias)
+
+  for one, two in zip(gradients(memory_budget=8 * 128 * 3), gradients()):
     assert error(one, two) <= TOLERANCE
 
 
@@ -316,6 +346,22 @@ def test_the_summed_loss_is_the_sum_of_the_losses(way, masked):
   both = jax.vmap(functools.partial(outer, one_pass=True))(jnp.array([0.7, 0.0]))
   assert error(both[1][0][0], one[1][0]) <= TOLERANCE
   assert error(both[1][0][1], one[1][0]) > 1e-3
+
+
+def test_one_pass_in_low_precision():
+  arrays, _ = exact_problem((252, 507, 123), 1, 'apart')
+  arrays = (*(jnp.asarray(x, jnp.bfloat16) for x in arrays[:4]), arrays[4])
+
+  def gradients(implementation, **options):
+    return jax.grad(lambda *x: 3 * linear_weighted_kl_loss(
+        lambda record: record.kl - record.log_prob, *x, *arrays[2:], exponent=1.0, implementation=implementation,
+        **options)[0], (0, 1))(*arrays[:2])
+
+  for budget in (2**26, 8 * 507 * 100):
+    assert pick_held(252, 507, budget) is not None
+    for one, two in zip(gradients('chunked', memory_budget=budget), gradients('reference')):
+      assert one.dtype == jnp.bfloat16
+      assert error(one.astype(jnp.float32), two.astype(jnp.float32)) <= 2**-7
 
 
 def test_extra_arrays_must_fit():

@@ -33,8 +33,8 @@ LANES = 128  # blocks of the vocabulary are multiples of it on accelerators
 CACHED_ENTRIES = 2**19  # logits that are worked on at a time on a CPU: more leave its cache
 CACHE_LINE = 16  # float32 numbers
 MOST_VOCABULARY = 2048  # of a block: gradients of as many rows of the embedding are held beside the logits
-# Of token mode, by backend: with fewer, reading the embedding takes longer than multiplying with it.
-FEWEST_TOKENS = {'cpu': 32, 'gpu': 256, 'tpu': 256}
+# Of token mode: with fewer, reading the embedding takes longer than multiplying with it.
+FEWEST_TOKENS, FEWEST_TOKENS_ON_CPU = 256, 32
 
 
 class Tile(NamedTuple):
@@ -59,7 +59,8 @@ class Held(NamedTuple):
 
 
 def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET, backend: str | None = None) -> Tile:
-  """Returns the tile of vocabulary mode: all tokens, unless not even `LANES` entries of the vocabulary fit with them.
+  """Returns the tile of vocabulary mode: all tokens, unless not even `LANES` entries of the vocabulary fit with them
+  into the budget or, on a CPU, into its cache.
 
   Args:
     num_tokens: N.
@@ -80,7 +81,7 @@ def pick_held(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDG
   Arguments as in `pick_tile`."""
   backend = backend or jax.default_backend()
   most = memory_budget // 8 // vocab_size
-  if most < min(FEWEST_TOKENS[backend], num_tokens):
+  if most < min(FEWEST_TOKENS_ON_CPU if backend == 'cpu' else FEWEST_TOKENS, num_tokens):
     return None
   tokens = _even(num_tokens, max(most, 1))
   entries = _worked_on(tokens * vocab_size, backend)
@@ -268,7 +269,8 @@ def _add_block(grads, gradient, hidden, first):
 def _sum_over_tokens(gradient, hidden):
   """Returns float32 `[K, D]`, the product of `[N, K]` and `[N, D]` over N.
 
-  XLA's product on a CPU is slow over the first axis of its first factor: the smallest array is transposed beforehand.
+  XLA's product on a CPU is slow over the first axis of its first factor, which is transposed beforehand; or the other
+  one and the result are, where they are smaller.
   """
   if jax.default_backend() != 'cpu':
     return dot(gradient, hidden, (0, 0))

@@ -87,7 +87,7 @@ def _accumulated_forward(plan, row_loss, policy, *others):
 def _accumulated_backward(plan, row_loss, saved, gradients):
   del plan, row_loss
   policy, grads = saved
-  return _like(jax.tree.map(lambda x: x * gradients[0], grads), policy), None, None, None
+  return _like(jax.tree.map(lambda x: x.astype(jnp.float32) * gradients[0], grads), policy), None, None, None
 
 
 accumulated.defvjp(_accumulated_forward, _accumulated_backward)

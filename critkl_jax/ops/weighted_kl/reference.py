@@ -29,7 +29,10 @@ def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actio
   above, ref_above = z - peak, v - ref_peak
   log_sum, ref_log_sum = (jax.nn.logsumexp(x, -1, keepdims=True) for x in (above, ref_above))
   ref_at_peak = jax.lax.stop_gradient(jnp.max(jnp.where(above == 0, v, MINUS_INFINITY), -1, keepdims=True))
-  anchor = anchor_of(peak, ref_at_peak, peak - ref_peak)
+  centre = peak - ref_peak
+  # The most probable token is the anchor where it has half of the probability; elsewhere its t may be unlike others.
+  anchor = jnp.where(log_sum < jnp.log(2.0), anchor_of(peak, ref_at_peak, centre), centre)
+  anchor = jax.lax.stop_gradient(anchor)
   anchor_ratio = (ref_log_sum - log_sum) - centred_difference(peak, ref_peak, anchor)  # a - Delta
   log_p, log_q = above - log_sum, ref_above - ref_log_sum
   p = jnp.exp(log_p)
@@ -38,8 +41,8 @@ def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actio
   log_ratio = t + anchor_ratio
   mean_t = jnp.sum(p * t, -1, keepdims=True)
   # sum p d = sum p (exp(-d) - 1 + d), since sum p exp(-d) = 1; the right side has no terms that cancel.
-  near = jnp.all(jnp.abs(log_ratio) < 10.0, -1, keepdims=True)
-  near_kl = jnp.sum(p * phi(jnp.where(near, log_ratio, 0.0)), -1, keepdims=True)
+  near = jnp.all(jnp.where(ruled, p == 0, log_ratio > -10.0), -1, keepdims=True)
+  near_kl = jnp.sum(p * phi(jnp.where(near & ~ruled, log_ratio, 0.0)), -1, keepdims=True)
   sure = jax.nn.log_softmax(v if v_sure is None else v_sure)
   log_prob, ref_log_prob = (jnp.take_along_axis(x, actions[:, None], -1) for x in (log_p, log_q))
   return Row(

@@ -17,7 +17,7 @@ difference d at the policy's most probable token, so that a policy that is all b
 to its own last digit, and gradients `p (t - mean t)` that are no difference of large numbers either.
 
 A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
-the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-t) is 0.
+the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-s) is 0.
 
 Everything here is plain jnp on `[N, vocabulary block]` and `[N, 1]`, so that the bodies of Pallas kernels call it too.
 """
@@ -257,7 +257,8 @@ def _moved(sums, peak, anchor, centre, ref_peak, sure_peak):
   allowed = sums.sum_e - sums.sum_ruled
   sum_s = _about(sums, sums.centre)
   # A small step is taken in small terms; after a large one nothing is near, and the definition of phi will do.
-  little = jnp.abs(step) < _NEAR
+  # A part that the policy rules out has no terms of its own, but its share of the reference counts.
+  little = (jnp.abs(step) < _NEAR) & (sums.peak > RULED_OUT)
   growth = phi_near(jnp.where(little, -step, 0.0))  # exp(step) - 1 - step
   of_allowed = sums.sum_phi + sums.sum_ruled  # each ruled-out token stands in sum_phi as -e, wherever the centre is
   of_allowed += (growth + step) * (of_allowed - sum_s) + growth * allowed
@@ -292,7 +293,8 @@ def finish(sums: Sums) -> Row:
   anchor_ratio = (sums.anchor - sums.centre) - shift  # a - Delta: log pi - log pi_ref at the anchor
   mean_t = sums.sum_t / sums.sum_e - ruled * anchor_ratio + ruled_kl
   near_kl = sums.sum_phi / sums.sum_e - phi(-jnp.log1p(x)) - ruled * jnp.log1p(x) + ruled_kl
-  kl = jnp.maximum(jnp.where(near, near_kl, mean_t + anchor_ratio), 0.0)
+  far_kl = sums.sum_t / sums.sum_e + (1.0 - ruled) * anchor_ratio + ruled_kl
+  kl = jnp.maximum(jnp.where(near, near_kl, far_kl), 0.0)
 
   return Row(
       peak=sums.peak, log_sum=log_sum, anchor=sums.anchor, mean_t=mean_t, kl=kl,
@@ -322,4 +324,5 @@ def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Ro
   excess = jnp.where(v <= RULED_OUT, above - row.log_sum - LOG_PROB_FLOOR - row.kl,
                      centred_difference(z, v, row.anchor) - row.mean_t)
   inner = g.kl * excess - g.entropy * (above - (row.log_sum - row.entropy)) - g.log_prob
-  return jnp.exp(above - row.log_sum) * inner + jnp.where(is_action, g.log_prob, 0.0)
+  p = jnp.exp(jnp.minimum(above - row.log_sum, 0.0))  # finite also where a row of zeros fills up a tile
+  return p * inner + jnp.where(is_action, g.log_prob, 0.0)
