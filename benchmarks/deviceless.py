@@ -31,18 +31,14 @@ from jax.experimental import topologies
 from jax.extend import core
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
-from critkl_jax.ops.weighted_kl import linear_weighted_kl_loss
+from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
+from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
 from experiments.flags import run
 
 TPUS = {'v5e': ('v5e:2x2', 'v5litepod-4'), 'v5p': ('v5p:2x2x1', 'v5p-8'), 'v6e': ('v6e:2x2', 'v6e-4')}
 GPU = 'H100'
-PROGRAMS = {
-    'naive': None,
-    'pallas_tpu': {'implementation': 'pallas_tpu'},
-    'pallas_gpu': {'implementation': 'pallas_gpu'},
-    'chunked, vocabulary mode': {'implementation': 'chunked', 'memory_budget': 32 * 2**20},
-    'chunked, token mode': {'implementation': 'chunked', 'memory_budget': 320 * 2**20},
-}
+PROGRAMS = ('naive', 'pallas_tpu', 'pallas_gpu', 'chunked, vocabulary mode', 'chunked, token mode')
+VOCABULARY_MODE_BUDGET = 32 * 2**20
 # What XLA asks of the GPU it compiles for: an H100 SXM, from NVIDIA's data sheet and tables of compute capability 9.0.
 H100 = """
 gpu_device_info {
@@ -61,17 +57,22 @@ dnn_version_info { major: 9 minor: 10 }
 SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
 TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
 TARGETS = flags.DEFINE_multi_enum('target', [*TPUS, GPU], [*TPUS, GPU], 'What to compile for; may be repeated.')
-CHOSEN = flags.DEFINE_multi_enum('program', list(PROGRAMS), list(PROGRAMS), 'What to compile; may be repeated.')
+CHOSEN = flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'What to compile; may be repeated.')
 ONLY = flags.DEFINE_string('only', None, 'TARGET/PROGRAM: compiles this one and prints a line of JSON.')
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
 
-def loss_of(program: str) -> Callable:
+def loss_of(program: str, vocab_size: int) -> Callable:
   """Returns the loss as a program takes it."""
-  options = PROGRAMS[program]
-  if options is None:
+  options = {'exponent': EXPONENT, 'implementation': program.split(',')[0]}
+  if program == 'naive':
     return naive_linear_loss
-  return lambda *arrays: linear_weighted_kl_loss(token_loss, *arrays, exponent=EXPONENT, **options)[0]
+  if program == 'chunked, token mode':
+    options['memory_budget'] = 8 * vocab_size * FEWEST_TOKENS
+    return lambda *arrays: linear_weighted_kl_loss(token_loss, *arrays, **options)[0]
+  if program == 'chunked, vocabulary mode':
+    options['memory_budget'] = VOCABULARY_MODE_BUDGET
+  return lambda *arrays: jnp.sum(token_loss(linear_weighted_kl(*arrays[:-1], **options), arrays[-1]))
 
 
 def chip_of(target: str) -> jax.sharding.Sharding:
@@ -94,7 +95,7 @@ def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[s
   rows, table = make(jnp.bfloat16, num_tokens, width), make(jnp.bfloat16, vocab_size, width)
   arrays = rows, table, rows, table, make(jnp.int32, num_tokens), make(jnp.float32, num_tokens)
   with mock.patch('jax.default_backend', return_value='gpu' if target == GPU else 'tpu'):  # which tiles are chosen by
-    traced = jax.jit(jax.value_and_grad(loss_of(program), (0, 1))).trace(*arrays)
+    traced = jax.jit(jax.value_and_grad(loss_of(program, vocab_size), (0, 1))).trace(*arrays)
   compiled = traced.lower().compile()
   text, costs = compiled.as_text(), compiled.cost_analysis()
   return {

@@ -446,6 +446,8 @@ def test_the_choice_can_be_asked_for():
   assert pick_implementation(40, from_logits=False) == 'fused'
   for backend, name in {'cpu': 'chunked', 'gpu': 'chunked', 'tpu': 'pallas_tpu'}.items():
     assert pick_implementation(50257, from_logits=False, backend=backend) == name
+  with pytest.raises(ValueError, match=r"^backend: .*'cuda'"):
+    pick_implementation(50257, from_logits=False, backend='cuda')
 
 
 def test_chunked_never_holds_all_logits():

@@ -107,7 +107,7 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
     implementation: `reference` or `fused` (whole logits, as in `weighted_kl`), `chunked` (plain JAX, some of the logits
       at a time), `pallas_tpu`, `pallas_gpu` (Triton, for NVIDIA GPUs), or None for the one that `pick_implementation`
       names. A kernel on another backend than its own does not compile.
-    memory_budget: bytes of the logits that `chunked` holds at a time.
+    memory_budget: bytes of the logits that `chunked` holds at a time, at most.
 
   Returns:
     `WeightedKL`, float32 `[...]` each.
@@ -177,7 +177,12 @@ def pick_implementation(vocab_size: int, *, from_logits: bool, backend: str | No
     vocab_size: V.
     from_logits: whether for `weighted_kl`, or for the operations on hidden states.
     backend: `cpu`, `tpu` or `gpu`; that of the default device if None.
+
+  Raises:
+    ValueError: if the backend is another one.
   """
+  if backend not in (None, 'cpu', 'tpu', 'gpu'):
+    raise ValueError(f"backend: expected 'cpu', 'tpu', 'gpu' or None, got {backend!r}.")
   if from_logits or vocab_size < SMALL_VOCABULARY:
     return 'fused'
   # On GPUs the kernel has to be named: it has been compiled for them, but not yet timed against the plain program.
