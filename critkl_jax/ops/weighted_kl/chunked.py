@@ -193,10 +193,7 @@ def _row_sums(operands, settings, found, size):
     def get(x):
       return _get(x, first, size)
 
-    actions = get(operands.actions)
-    z, v, v_sure = block_logits(operands, settings, tuple(map(get, found)))
-    more = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
-    more = more.replace(action_logit=_at_action(z, 0, actions), ref_action_logit=_at_action(v, 0, actions))
+    more = _block_sums(operands, block_logits(operands, settings, tuple(map(get, found))), 0, get(operands.actions))
     return jax.tree.map(lambda x, new: _set(x, new, first), sums, more)
 
   num_tokens = operands.actions.shape[0]
@@ -226,10 +223,8 @@ def _token_sums(operands, settings, block):
   count, rest = divmod(operands.policy.embedding.shape[0], block)
 
   def of_part(first, size):
-    z, v, v_sure = block_logits(_part_of(operands, first, size), settings)
-    sums = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
-    return sums.replace(action_logit=_at_action(z, first, operands.actions),
-                        ref_action_logit=_at_action(v, first, operands.actions))
+    logits = block_logits(_part_of(operands, first, size), settings)
+    return _block_sums(operands, logits, first, operands.actions)
 
   def of_block(j, sums):
     return merge(sums, of_part(j * block, block))
@@ -293,6 +288,13 @@ def _part_of(operands, first, size):
       side.replace(**jax.tree.map(lambda x: _get(x, first, size), {'embedding': side.embedding, 'bias': side.bias}))
       for side in (operands.policy, operands.reference))
   return operands.replace(policy=policy, reference=reference)
+
+
+def _block_sums(operands, logits, first, actions):
+  """Returns the sums over the entries of the vocabulary from `first` on, whose z, v and v_sure are the logits."""
+  z, v, v_sure = logits
+  sums = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
+  return sums.replace(action_logit=_at_action(z, first, actions), ref_action_logit=_at_action(v, first, actions))
 
 
 def _at_action(logits, first, actions):

@@ -32,7 +32,6 @@ def row_of_logits(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, actio
   centre = peak - ref_peak
   # The most probable token is the anchor where it has half of the probability; elsewhere its t may be unlike others.
   anchor = jnp.where(log_sum < jnp.log(2.0), anchor_of(peak, ref_at_peak, centre), centre)
-  anchor = jax.lax.stop_gradient(anchor)
   anchor_ratio = (ref_log_sum - log_sum) - centred_difference(peak, ref_peak, anchor)  # a - Delta
   log_p, log_q = above - log_sum, ref_above - ref_log_sum
   p = jnp.exp(log_p)

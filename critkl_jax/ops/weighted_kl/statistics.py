@@ -34,7 +34,7 @@ from flax import struct
 LOG_PROB_FLOOR = -1e4
 MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
 RULED_OUT = -1e20  # logits below count as -inf
-_NEAR = 0.5  # |t| for which the series of phi is taken
+_NEAR = 0.5  # |s| for which the series of phi is taken
 _MOST_EXPONENT = 40.0  # beyond, only that it is much counts
 
 
