@@ -52,8 +52,8 @@ class GPT2Config:
     value_head: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
     value_head_detached: whether the gradient of the values stops before the trunk.
     dtype: type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
-    attention: implementation of `jax.nn.dot_product_attention`: `xla`, `cudnn` (NVIDIA GPUs, bfloat16), or `auto` for
-      its own choice.
+    attention: how a whole text attends to itself: `auto` in blocks of queries, or an implementation of
+      `jax.nn.dot_product_attention`, `xla` or `cudnn` (NVIDIA GPUs, bfloat16).
     remat: whether blocks are recomputed in the backward pass, to save memory.
   """
 
@@ -197,6 +197,9 @@ class FinetuneConfig:
     dtype: type of activations; empty for the reference's.
     attention: implementation of attention; empty for the reference's.
     remat: whether blocks are recomputed in the backward pass, to save memory.
+    rollout: how responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
+      time, or `auto` for the one that measures best. The samples are the same.
+    window: tokens of a window; 0 for 16 on a CPU and 32 elsewhere.
     seed: seed of problems and samples.
     save_every: iterations between checkpoints.
     eval_problems: problems in each accuracy before and after.
@@ -222,19 +225,22 @@ class FinetuneConfig:
   dtype: str = ''
   attention: str = ''
   remat: bool = False
+  rollout: str = 'auto'
+  window: int = 0
   seed: int = 0
   save_every: int = 4
   eval_problems: int = 128
 
   def __post_init__(self):
     _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
-    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'seed', 'eval_problems')
+    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems')
     _positive(self, 'learning_rate', 'max_grad_norm')
     _between(self, 0, 1, 'discount', 'gae_lambda')
     _one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
     _one_of(self, 'value_head', 'linear', 'mlp')
     _one_of(self, 'dtype', '', 'float32', 'bfloat16')
     _one_of(self, 'attention', '', 'auto', 'xla', 'cudnn')
+    _one_of(self, 'rollout', 'auto', 'cached', 'speculative')
     for name in ('episodes_per_problem', 'minibatches'):
       if self.episodes % getattr(self, name):
         raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')

@@ -13,7 +13,7 @@ from critkl_jax.confidence import certainty
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem, Rollout
-from critkl_jax.rollout import gpt2_generate, score
+from critkl_jax.rollout import respond, score
 from critkl_jax.tasks import addition
 from critkl_jax.tasks.task import Task
 
@@ -31,10 +31,7 @@ def make_answer(model: GPT2, task: Task, greedy: bool = True, temperature: float
 
   @jax.jit
   def answer(params, problems, key):
-    prompt = jax.vmap(task.prompt)(problems)
-    rollout = gpt2_generate(
-        model, params, prompt.tokens, prompt.mask, key, max_new_tokens=task.response_length, stop=task.stop,
-        temperature=temperature, greedy=greedy, pad_id=task.tokenizer.pad_id)
+    rollout = respond(model, params, task, problems, key, temperature=temperature, greedy=greedy)
     return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
 
   return answer

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from critkl_jax.attention import attend, causal_attention
 from critkl_jax.config import GPT2Config
 
 
@@ -21,8 +22,8 @@ class KVCache:
   Attributes:
     keys: L arrays `[B, H, S, K]`; heads stand before slots, so that a decoding step multiplies without a transposition.
     values: L arrays `[B, H, S, K]`.
-    mask: bool `[B, S]` true at slots that hold a real token.
-    index: int32 `[]` first free slot.
+    mask: bool `[B, S]` true at slots that hold a real token; what stands at the index and beyond does not count.
+    index: int32 first free slot, `[]` of all episodes or `[B]` of each.
   """
 
   keys: tuple[chex.Array, ...]
@@ -53,32 +54,36 @@ def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
   return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
 
-def init_cache(config: GPT2Config, batch_size: int, length: int) -> KVCache:
-  """Returns an empty cache with `length` slots (S) for each of `batch_size` (B) episodes."""
+def init_cache(config: GPT2Config, batch_size: int, length: int, in_step: bool = True) -> KVCache:
+  """Returns an empty cache of `length` slots (S) for `batch_size` (B) episodes, in step or each at its own pace."""
   shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
   zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-  return KVCache(keys=zeros, values=zeros, mask=jnp.zeros((batch_size, length), bool), index=jnp.int32(0))
+  index = jnp.zeros(() if in_step else batch_size, jnp.int32)
+  return KVCache(keys=zeros, values=zeros, mask=jnp.zeros((batch_size, length), bool), index=index)
 
 
 class Attention(nn.Module):
-  """Causal self-attention over the cached and the new tokens."""
+  """Causal self-attention over the cached and the new tokens; the mask is that of `_place`."""
 
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BxTxD, mask_Bx1xTxS, cached, index):
+  def __call__(self, x_BxTxD, mask, cached, index):
     config = self.config
     dtype = jnp.dtype(config.dtype)
     qkv = nn.Dense(3 * config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_attn')(x_BxTxD)
     heads = (*x_BxTxD.shape[:-1], config.num_heads, -1)
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
     if cached is not None:
-      cached = tuple(jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), index, axis=2)
+      cached = tuple(_write(old, jnp.swapaxes(new, 1, 2), index, axis=2)
                      for old, new in zip(cached, (k_BxTxHxK, v_BxTxHxK)))
-      k_BxTxHxK, v_BxTxHxK = (jnp.swapaxes(x, 1, 2) for x in cached)  # of all slots
-    implementation = None if config.attention == 'auto' else config.attention
-    out_BxTxHxK = jax.nn.dot_product_attention(
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=mask_Bx1xTxS, implementation=implementation)
+      out_BxTxHxK = jnp.swapaxes(attend(jnp.swapaxes(q_BxTxHxK, 1, 2), *cached, mask), 1, 2)
+    elif config.attention == 'auto':
+      out_BxTxHxK = causal_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask)
+    else:
+      sees = mask[:, None, None] | jnp.eye(mask.shape[1], dtype=bool)  # at padding itself: no row may be empty
+      out_BxTxHxK = jax.nn.dot_product_attention(
+          q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=sees, is_causal=True, implementation=config.attention)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
     return projection(out_BxTxHxK.reshape(x_BxTxD.shape)), cached
 
@@ -102,10 +107,10 @@ class Block(nn.Module):
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BxTxD, mask_Bx1xTxS, cached, index):
+  def __call__(self, x_BxTxD, mask, cached, index):
     norm = {'epsilon': 1e-5, 'dtype': jnp.dtype(self.config.dtype)}
     attended, cached = Attention(self.config, name='attn')(
-        nn.LayerNorm(**norm, name='ln_1')(x_BxTxD), mask_Bx1xTxS, cached, index)
+        nn.LayerNorm(**norm, name='ln_1')(x_BxTxD), mask, cached, index)
     x_BxTxD = x_BxTxD + attended
     return x_BxTxD + MLP(self.config, name='mlp')(nn.LayerNorm(**norm, name='ln_2')(x_BxTxD)), cached
 
@@ -154,12 +159,11 @@ class GPT2(nn.Module):
       `GPT2Output`, its logits at `[b, t]` those of the token that follows `tokens[b, t]`.
 
     Raises:
-      ValueError: if T, or the length of the cache's arrays, exceeds the context.
+      ValueError: if T exceeds the context.
     """
     config = self.config
-    length = tokens.shape[1] if cache is None else cache.mask.shape[1]
-    if length > config.context_length:
-      raise ValueError(f'tokens: {length} positions do not fit into a context of {config.context_length}.')
+    if tokens.shape[1] > config.context_length:
+      raise ValueError(f'tokens: {tokens.shape[1]} positions do not fit into a context of {config.context_length}.')
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     attention_mask, positions, cache = _place(mask, cache)
     positions = positions + jnp.reshape(jnp.asarray(position_offset, jnp.int32), (-1, 1))
@@ -185,19 +189,24 @@ class GPT2(nn.Module):
 
 
 def _place(mask, cache):
-  """Returns the attention mask `[B, 1, T, S]`, the positions `[B, T]` and the cache with its mask updated."""
-  num_new = mask.shape[1]
+  """Returns the attention mask, `[B, T]` of keys or over a cache `[B, 1, T, S]`, the positions `[B, T]` and the cache
+  with its mask updated."""
   if cache is None:
-    start, all_mask, before = 0, mask, 0
-  else:
-    start, before = cache.index, jnp.sum(cache.mask, axis=1, keepdims=True)
-    all_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-    cache = cache.replace(mask=all_mask)
-  query, key = start + jnp.arange(num_new)[None, :, None], jnp.arange(all_mask.shape[1])[None, None, :]
-  # A padded query sees itself, so that no row of the softmax is empty.
-  visible = (key <= query) & all_mask[:, None, :] | (key == query)
+    return mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), None
+  start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1])
+  before = jnp.sum(cache.mask & (slots < start), axis=1, keepdims=True)
+  all_mask = _write(cache.mask, mask, cache.index, axis=1)
+  query = (start + jnp.arange(mask.shape[1]))[:, :, None]
+  visible = (slots <= query) & all_mask[:, None, :]
   positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
-  return visible[:, None], positions, cache
+  return visible[:, None], positions, cache.replace(mask=all_mask)
+
+
+def _write(old, new, index, axis):
+  """Writes new slots into old ones from `index` on, `[]` for all episodes or `[B]`; in place where XLA may."""
+  if index.ndim == 0:
+    return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+  return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(old, new, index, axis - 1)
 
 
 def _residual_init(config: GPT2Config):

@@ -62,6 +62,8 @@ class Rollout:
     log_probs: float32 `[B, T]` natural log-probability of each action under the policy at the sampling temperature;
       0 after the end.
     values: float32 `[B, T]` value estimate of the state in which each action was taken; 0 after the end.
+    num_calls: int32 `[B]` calls of the policy, after the prompt, until the episode ended: its greatest entry is the
+      number of sequential steps of the rollout. None where nothing was sampled.
   """
 
   prompt: chex.Array
@@ -70,6 +72,7 @@ class Rollout:
   mask: chex.Array
   log_probs: chex.Array
   values: chex.Array
+  num_calls: chex.Array | None = None
 
 
 @struct.dataclass

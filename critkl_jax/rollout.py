@@ -1,31 +1,31 @@
-"""Sampling: a prompt is read once, then a loop on the device writes one token for every episode at a time."""
+"""Sampling: a prompt is read once, then a loop on the device writes the responses of all episodes at their own pace."""
 
-from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, start
+from critkl_jax.drafts import Draft, prompt_lookup
 from critkl_jax.gpt2 import GPT2, init_cache
 from critkl_jax.records import Rollout
-
-# (tokens [B, T], mask [B, T], policy state) -> (logits [B, T, V], values [B, T], policy state)
-Policy = Callable[[chex.Array, chex.Array, Any], tuple[chex.Array, chex.Array, Any]]
+from critkl_jax.tasks.task import Task
 
 
 def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
              max_new_tokens: int, stop: chex.Array, temperature: chex.Numeric = 1.0, top_p: float = 1.0,
-             greedy: bool = False, pad_id: int = 0) -> Rollout:
+             greedy: bool = False, pad_id: int = 0, window: int = 1, draft: Draft | None = None,
+             rewind: Rewind | None = None) -> Rollout:
   """Samples a response to each prompt, in one loop that ends when all episodes have ended.
 
   The noise of a token is a function of the key, the episode's index and the token's position in the response alone, so
-  the same key gives the same tokens however many other episodes there are to wait for.
+  the same key gives the same tokens however many other episodes there are to wait for, and with any draft.
 
   Args:
-    policy: called once with the whole prompt, then with one token an episode: `(tokens [B, T], mask [B, T], state) ->
-      (logits [B, T, V], values [B, T], state)`; what it must remember it keeps in its state, a PyTree of arrays whose
-      shapes do not change. Of the first call only the outputs at the last column are used.
+    policy: called with the prompt but for its last column, then with the K tokens of a window an episode: `(tokens
+      [B, K], mask [B, K], state) -> (logits [B, K, V], values [B, K], state)`; what it must remember it keeps in its
+      state, a PyTree of arrays whose shapes do not change. Of the first call only the state is used.
     policy_state: the state before the prompt, for example an empty `KVCache`.
     prompt: int32 `[B, Q]` prompts, padded on the left.
     prompt_mask: bool `[B, Q]` true at the tokens of the prompts.
@@ -36,57 +36,28 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
     top_p: tokens outside the smallest set of at least this probability are not drawn; 1 draws from all.
     greedy: whether the most probable token is taken instead of a draw.
     pad_id: what stands in `actions` after the end of an episode.
+    window: K, tokens that the policy reads at a time; above 1 decoding is speculative.
+    draft: `(rows [B], actions [B, T'], number of actions [B], K - 1) -> int32 [B, K - 1]`: guesses, -1 for none, of
+      what follows the first so many actions of the answer to prompt `rows[b]`. It decides how fast the loop is, and
+      nothing else.
+    rewind: `(state, n [B]) -> state` without the last n tokens of each episode.
 
   Returns:
     A `Rollout`. Its log-probabilities are those of the policy at this temperature, before `top_p` cuts it.
 
   Raises:
-    ValueError: if max_new_tokens is less than 1 or top_p is not in (0, 1].
+    ValueError: if max_new_tokens or window is less than 1, top_p is not in (0, 1], or a window above 1 comes without
+      draft and rewind.
     AssertionError: if the shapes of prompt and mask differ.
   """
-  if max_new_tokens < 1:
-    raise ValueError(f'max_new_tokens: expected 1 or more, got {max_new_tokens}.')
-  if not 0 < top_p <= 1:
-    raise ValueError(f'top_p: expected more than 0 and at most 1, got {top_p}.')
-  chex.assert_rank([prompt, prompt_mask], 2)
-  chex.assert_equal_shape([prompt, prompt_mask])
-  batch_size, stop = prompt.shape[0], jnp.asarray(stop)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
-
-  def choose(t, logits):
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    if greedy:
-      action = jnp.argmax(log_probs, -1)
-    else:
-      draw = jax.vmap(lambda k, row: jax.random.categorical(jax.random.fold_in(k, t), row))
-      action = draw(keys, _keep_top_p(log_probs, top_p))
-    return action.astype(jnp.int32), jnp.take_along_axis(log_probs, action[:, None], -1)[:, 0]
-
-  def write(t, logits, values, active, stop_state, rollout):
-    action, log_prob = choose(t, logits)
-    log_prob, values = (jnp.where(active, x.astype(jnp.float32), 0.0) for x in (log_prob, values))
-    column = {'actions': jnp.where(active, action, pad_id), 'mask': active, 'log_probs': log_prob, 'values': values}
-    rollout = rollout.replace(**{
-        name: jax.lax.dynamic_update_slice_in_dim(getattr(rollout, name), value[:, None], t, axis=1)
-        for name, value in column.items()})
-    next_state = stop[jnp.minimum(stop_state, stop.shape[0] - 1), jnp.minimum(action, stop.shape[1] - 1)]
-    stop_state = jnp.where(active, next_state, stop_state)
-    return column['actions'], active & (stop_state < stop.shape[0]), stop_state, rollout
-
-  def advance(carry):
-    t, tokens, active, stop_state, rollout, state = carry
-    logits, values, state = policy(tokens[:, None], active[:, None], state)
-    written = write(t, logits[:, 0], values[:, 0], active, stop_state, rollout)
-    return (t + 1, *written, state)
-
-  shape = (batch_size, max_new_tokens)
-  rollout = Rollout(prompt=prompt, prompt_mask=prompt_mask, actions=jnp.full(shape, pad_id, jnp.int32),
-                    mask=jnp.zeros(shape, bool), log_probs=jnp.zeros(shape), values=jnp.zeros(shape))
-  logits, values, policy_state = policy(prompt, prompt_mask, policy_state)
-  first = write(0, logits[:, -1], values[:, -1], jnp.ones(batch_size, bool), jnp.zeros(batch_size, jnp.int32), rollout)
-  carry = (jnp.int32(1), *first, policy_state)
-  carry = jax.lax.while_loop(lambda c: (c[0] < max_new_tokens) & jnp.any(c[2]), advance, carry)
-  return carry[4]
+  if window > 1 and (draft is None or rewind is None):
+    raise ValueError(f'window: {window} tokens at a time need a draft and a rewind.')
+  decoder = _check(Decoder(
+      policy=policy, stop=jnp.asarray(stop), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+      greedy=greedy, pad_id=pad_id, window=window, draft=draft, rewind=rewind), prompt, prompt_mask)
+  episodes = start(decoder, policy_state, prompt, prompt_mask, key)
+  episodes = jax.lax.while_loop(lambda e: any_of_all(e.active), lambda e: advance(decoder, e), episodes)
+  return finish(decoder, episodes, prompt, prompt_mask)
 
 
 def gpt2_policy(model: GPT2, params: Any) -> Policy:
@@ -97,7 +68,7 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
     params: its parameters.
 
   Returns:
-    A `Policy` whose state is a `KVCache` with a slot for each token of prompt and response.
+    A `Policy` whose state is a `KVCache` with a slot for each token of prompt and response, and K - 1 more.
   """
 
   def policy(tokens, mask, cache):
@@ -108,15 +79,85 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
 
 
 def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
-                  max_new_tokens: int, **options: Any) -> Rollout:
-  """Samples responses from a GPT-2 with a key-value cache; arguments and results are those of `generate`.
+                  max_new_tokens: int, method: str = 'auto', window: int = 0, draft: Draft | None = None,
+                  **options: Any) -> Rollout:
+  """Samples responses from a GPT-2 with a key-value cache, which is no longer than the episodes need at the time.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    prompt: as in `generate`.
+    prompt_mask: as in `generate`.
+    key: PRNG key, consumed.
+    max_new_tokens: T, at which an episode is cut.
+    method: `cached` reads one token at a time, `speculative` a window; `auto` picks, see `pick_method`.
+    window: K of `speculative`; 0 for 16 on CPUs, which pay for every token, and 32 elsewhere, where a call has its
+      price.
+    draft: as in `generate`; None repeats what followed the last few tokens earlier in the episode.
+    **options: `stop`, and what else `generate` takes.
+
+  Returns:
+    A `Rollout`.
 
   Raises:
-    ValueError: if prompt and response do not fit into the model's context.
+    ValueError: if prompt and response do not fit into the model's context, the method is unknown, or as `generate`.
   """
-  cache = init_cache(model.config, prompt.shape[0], prompt.shape[1] + max_new_tokens)
-  return generate(
-      gpt2_policy(model, params), cache, prompt, prompt_mask, key, max_new_tokens=max_new_tokens, **options)
+  num_slots = prompt.shape[1] + max_new_tokens
+  if num_slots > model.config.context_length:
+    raise ValueError(
+        f'max_new_tokens: {num_slots} positions do not fit into a context of {model.config.context_length}.')
+  method = pick_method(draft is not None) if method == 'auto' else method
+  if method not in ('cached', 'speculative'):
+    raise ValueError(f"method: expected 'auto', 'cached' or 'speculative', got {method!r}.")
+  on_cpu = jax.default_backend() == 'cpu'
+  window = 1 if method == 'cached' else window or (16 if on_cpu else 32)
+  decoder = _check(Decoder(
+      policy=gpt2_policy(model, params), max_new_tokens=max_new_tokens, window=window, rewind=_rewind,
+      draft=draft or prompt_lookup(prompt, prompt_mask), **options | {'stop': jnp.asarray(options['stop'])}),
+      prompt, prompt_mask)
+
+  lengths = _cache_lengths(prompt.shape[1], num_slots + window - 1)
+  cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
+  episodes = start(decoder, cache, prompt, prompt_mask, key)
+  fewer = [prompt.shape[0] // n for n in (4, 16)] if on_cpu else []
+  fewer = [n for n in fewer if n >= 4]
+  for length in lengths:
+    episodes = episodes.replace(policy_state=_grow(episodes.policy_state, length))
+    episodes = _advance_while(decoder, episodes, prompt.shape[1], length, fewer[0] if fewer else 0)
+  done = []
+  for n, least in zip(fewer, [*fewer[1:], 0]):
+    ended, episodes = _split(episodes, n)
+    done.append(ended)
+    episodes = _advance_while(decoder, episodes, prompt.shape[1], lengths[-1], least)
+  results = [e.replace(policy_state=None) for e in (*done, episodes)]
+  return finish(decoder, jax.tree.map(lambda *x: jnp.concatenate(x), *results), prompt, prompt_mask)
+
+
+def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGKey, **options: Any) -> Rollout:
+  """Samples a response to each of B problems of a task, its draft at hand.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    task: gives prompts, lengths, the end of a response and the draft.
+    problems: with a leading axis B.
+    key: PRNG key, consumed.
+    **options: what else `gpt2_generate` takes.
+
+  Returns:
+    A `Rollout`.
+  """
+  prompt = jax.vmap(task.prompt)(problems)
+  draft = _task_draft(task, problems) if task.draft else None
+  return gpt2_generate(
+      model, params, prompt.tokens, prompt.mask, key, max_new_tokens=task.response_length, stop=task.stop,
+      pad_id=task.tokenizer.pad_id, draft=draft, **options)
+
+
+def pick_method(has_draft: bool) -> str:
+  """Returns the faster method where none is named: `speculative` with a task's draft; without one, `cached` on a CPU,
+  where the many wrong tokens of a prompt lookup cost more than they save."""
+  return 'speculative' if has_draft or jax.default_backend() != 'cpu' else 'cached'
 
 
 def score(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array, chex.Array]:
@@ -148,11 +189,56 @@ def _read(model, params, rollout):
   return model.apply({'params': params}, tokens, mask), rollout.prompt.shape[1] - 1
 
 
-def _keep_top_p(log_probs, top_p):
-  """Sets log-probabilities `[B, V]` outside the smallest set of probability `top_p` or more to -inf."""
-  if top_p == 1:
-    return log_probs
-  descending = -jnp.sort(-log_probs, -1)
-  before = jnp.cumsum(jnp.exp(descending), -1) - jnp.exp(descending)
-  threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf), -1, keepdims=True)
-  return jnp.where(log_probs >= threshold, log_probs, -jnp.inf)
+def _task_draft(task: Task, problems: Any) -> Draft:
+  """Returns the draft of a task for the answers to B problems (a leading axis B)."""
+
+  def draft(rows, actions, num_actions, size):
+    own = jax.tree.map(lambda x: x[rows], problems)
+    return jax.vmap(lambda problem, a, n: task.draft(problem, a, n, size))(own, actions, num_actions)
+
+  return draft
+
+
+def _check(decoder, prompt, prompt_mask):
+  for name in ('max_new_tokens', 'window'):
+    if getattr(decoder, name) < 1:
+      raise ValueError(f'{name}: expected 1 or more, got {getattr(decoder, name)}.')
+  if not 0 < decoder.top_p <= 1:
+    raise ValueError(f'top_p: expected more than 0 and at most 1, got {decoder.top_p}.')
+  chex.assert_rank([prompt, prompt_mask], 2)
+  chex.assert_equal_shape([prompt, prompt_mask])
+  return decoder
+
+
+def _rewind(cache, num_tokens):
+  return cache.replace(index=cache.index - num_tokens)
+
+
+def _cache_lengths(num_prompt, num_slots):
+  """Returns the lengths that the cache takes on one after another: quarters of the response, the prompt in each."""
+  quarter = -(-(num_slots - num_prompt) // 4)
+  return [min(num_prompt + i * quarter, num_slots) for i in range(1, 5)]
+
+
+def _grow(cache, length):
+  more = length - cache.mask.shape[1]
+  grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), (cache.keys, cache.values))
+  return cache.replace(keys=grown[0], values=grown[1], mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
+
+
+def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, least: int) -> Episodes:
+  """Advances episodes while more than `least` of them are active and the windows of all fit into the cache."""
+
+  def go_on(e):
+    end = num_prompt - 1 + e.length + decoder.window
+    return any_of_all(jnp.sum(e.active) > least) & ~any_of_all(e.active & (end > length))
+
+  return jax.lax.while_loop(go_on, lambda e: advance(decoder, e), episodes)
+
+
+def _split(episodes: Episodes, num_active: int) -> tuple[Episodes, Episodes]:
+  """Returns episodes that have ended, and `num_active` that have all the active ones among them."""
+  order = jnp.argsort(~episodes.active, stable=True)
+  ended, others = (jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, episodes)
+                   for rows in (order[num_active:], order[:num_active]))
+  return ended.replace(policy_state=None), others

@@ -18,7 +18,7 @@ from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
 from critkl_jax.records import Batch, Rollout, TrainState
-from critkl_jax.rollout import gpt2_generate, score, score_hidden
+from critkl_jax.rollout import respond, score, score_hidden
 from critkl_jax.tasks.task import Task
 
 
@@ -132,10 +132,8 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
   problems = jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems)
-  prompt = jax.vmap(task.prompt)(problems)
-  rollout = gpt2_generate(
-      model, params, prompt.tokens, prompt.mask, sample_key, max_new_tokens=task.response_length, stop=task.stop,
-      temperature=temperature, pad_id=task.tokenizer.pad_id)
+  rollout = respond(model, params, task, problems, sample_key, method=config.rollout, window=config.window,
+                    temperature=temperature)
   return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
 
 

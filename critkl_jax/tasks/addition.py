@@ -1,37 +1,25 @@
 """Addition with a written-out scratchpad, the task of Vassoyan et al. (arXiv 2502.06533, section 4).
 
-Operands are digit arrays, least significant digit first, so that no number of digits overflows. Text is rendered by
-writing, for fixed shapes, every character that might stand somewhere together with a flag that says whether it does,
-and compacting the valid ones with a cumulative sum.
+Operands are digit arrays, least significant digit first, so that no number of digits overflows. Text is rendered in
+pieces of fixed shape (tasks/text.py).
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from critkl_jax.records import Problem, Solution, Tokens
+from critkl_jax.tasks.addition_draft import draft_addition
 from critkl_jax.tasks.task import Task, stop_after
-from critkl_jax.tokenizer import CharTokenizer
+from critkl_jax.tasks.text import DIGIT_ZERO, END_OF_SCRATCHPAD, TOKENIZER, Piece, compact, digit, join, literal
 
-TOKENIZER = CharTokenizer()
 LENGTH_MARGIN = 100
-END_OF_SCRATCHPAD = '</scratch>\n'
 NUM_CRITICAL_LINES = 3  # scratchpad lines in which the released code looks for critical tokens
 
-_DIGIT_ZERO = int(TOKENIZER.encode('0')[0])  # the ids of the ten digits are consecutive
 _END_OF_SCRATCHPAD_IDS = TOKENIZER.encode(END_OF_SCRATCHPAD)
-
-
-class _Piece(NamedTuple):
-  """Candidate characters `[C]`: their token ids, whether they stand in the text, whether they are critical."""
-
-  tokens: chex.Array
-  valid: chex.Array
-  critical: chex.Array
 
 
 # Problems.
@@ -129,8 +117,8 @@ def prompt_length(num_digits: int) -> int:
 def render_prompt(problem: Problem) -> Tokens:
   """Returns the prompt as `Tokens` `[prompt_length(M)]`, padded on the left."""
   a, b = (_number(problem.digits[i], problem.lengths[i]) for i in range(2))
-  pieces = _join(_text('Input:\n'), a, _text('+'), b, _text('\nTarget:'))
-  text = _compact(pieces, prompt_length(problem.digits.shape[-1]))
+  pieces = join(literal('Input:\n'), a, literal('+'), b, literal('\nTarget:'))
+  text = compact(pieces, prompt_length(problem.digits.shape[-1]))
   shift = jnp.sum(~text.mask)
   return Tokens(tokens=jnp.roll(text.tokens, shift), mask=jnp.roll(text.mask, shift))
 
@@ -154,18 +142,19 @@ def render_solution(problem: Problem, known_digits: int, length: int) -> Solutio
   line = functools.partial(_line, problem=problem, sums=sums, carries=carries, known_digits=known_digits)
   lines = jax.vmap(line)(jnp.arange(problem.digits.shape[-1]))
   carry = carries[num_lines]
-  last_line = _join(_text('[] + [] , A='), _list(sums, 0, num_lines), _text(' C='), _digit(carry), _text(' , END\n'))
-  pieces = _join(
-      _text('\n<scratch>\n'), _Piece(*(x.reshape(-1) for x in lines)), last_line, _text(END_OF_SCRATCHPAD),
+  last_line = join(
+      literal('[] + [] , A='), _list(sums, 0, num_lines), literal(' C='), digit(carry), literal(' , END\n'))
+  pieces = join(
+      literal('\n<scratch>\n'), Piece(*(x.reshape(-1) for x in lines)), last_line, literal(END_OF_SCRATCHPAD),
       _result(sums, carry, num_lines))
-  return _compact(pieces, length)
+  return compact(pieces, length)
 
 
 def render_result(problem: Problem) -> Tokens:
   """Returns the result line, digits with one blank between and a line break at the end, as `Tokens` `[2 (M + 1)]`."""
   sums, carries = add(problem)
   num_lines = jnp.max(problem.lengths)
-  text = _compact(_result(sums, carries[num_lines], num_lines), 2 * (problem.digits.shape[-1] + 1))
+  text = compact(_result(sums, carries[num_lines], num_lines), 2 * (problem.digits.shape[-1] + 1))
   return Tokens(tokens=text.tokens, mask=text.mask)
 
 
@@ -180,20 +169,20 @@ def add(problem: Problem) -> tuple[chex.Array, chex.Array]:
   return sums, jnp.append(carries, last)
 
 
-def _line(i, problem, sums, carries, known_digits) -> _Piece:
+def _line(i, problem, sums, carries, known_digits) -> Piece:
   (a, b), (a_length, b_length) = problem.digits, problem.lengths
   total = a[i] + b[i] + carries[i]
   seen = jnp.where(i < NUM_CRITICAL_LINES, known_digits, a.shape[-1])
-  pieces = _join(
-      _list(a, i, a_length, seen), _text(' + '), _list(b, i, b_length, seen),
-      _text(' , A='), _list(sums, 0, i), _text(' , C='), _digit(carries[i]),
-      _text(' , '), _digit(a[i]), _text('+'), _digit(b[i]), _text('+'), _digit(carries[i]), _text('='),
-      _digit(total // 10, total >= 10), _digit(total % 10),
-      _text(' , A->'), _digit(sums[i]), _text(' , C->'), _digit(carries[i + 1]), _text('\n'))
+  pieces = join(
+      _list(a, i, a_length, seen), literal(' + '), _list(b, i, b_length, seen),
+      literal(' , A='), _list(sums, 0, i), literal(' , C='), digit(carries[i]),
+      literal(' , '), digit(a[i]), literal('+'), digit(b[i]), literal('+'), digit(carries[i]), literal('='),
+      digit(total // 10, total >= 10), digit(total % 10),
+      literal(' , A->'), digit(sums[i]), literal(' , C->'), digit(carries[i + 1]), literal('\n'))
   return pieces._replace(valid=pieces.valid & (i < jnp.max(problem.lengths)))
 
 
-def _list(digits, start, stop, known_digits=None) -> _Piece:
+def _list(digits, start, stop, known_digits=None) -> Piece:
   """Writes `[d,d,d]`: the digits of places start..stop-1, most significant first."""
   size = digits.shape[-1]
   place = jnp.arange(size)[::-1]
@@ -201,48 +190,27 @@ def _list(digits, start, stop, known_digits=None) -> _Piece:
   stands = (place >= start) & (place < stop)
   critical = stands & (position > (size if known_digits is None else known_digits))
   comma = stands & (position > 1)
-  characters = _Piece(
-      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(',')[0]), digits[::-1] + _DIGIT_ZERO], -1).reshape(-1),
+  characters = Piece(
+      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(',')[0]), digits[::-1] + DIGIT_ZERO], -1).reshape(-1),
       valid=jnp.stack([comma, stands], -1).reshape(-1),
       critical=jnp.stack([critical, critical], -1).reshape(-1))
-  return _join(_text('['), characters, _text(']'))
+  return join(literal('['), characters, literal(']'))
 
 
-def _number(digits, length) -> _Piece:
+def _number(digits, length) -> Piece:
   stands = jnp.arange(digits.shape[-1])[::-1] < length
-  return _Piece(digits[::-1] + _DIGIT_ZERO, stands, jnp.zeros_like(stands))
+  return Piece(digits[::-1] + DIGIT_ZERO, stands, jnp.zeros_like(stands))
 
 
-def _result(sums, carry, num_digits) -> _Piece:
+def _result(sums, carry, num_digits) -> Piece:
   size = sums.shape[-1]
   place = jnp.arange(size)[::-1]
   stands = place < num_digits
   blank = stands & ((place < num_digits - 1) | (carry > 0))
-  digits = _Piece(
-      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(' ')[0]), sums[::-1] + _DIGIT_ZERO], -1).reshape(-1),
+  digits = Piece(
+      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(' ')[0]), sums[::-1] + DIGIT_ZERO], -1).reshape(-1),
       valid=jnp.stack([blank, stands], -1).reshape(-1), critical=jnp.zeros(2 * size, bool))
-  return _join(_digit(carry, carry > 0), digits, _text('\n'))
-
-
-def _text(text: str) -> _Piece:
-  tokens = jnp.asarray(TOKENIZER.encode(text))
-  return _Piece(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape, bool))
-
-
-def _digit(digit, valid=True) -> _Piece:
-  return _Piece((digit + _DIGIT_ZERO)[None], jnp.asarray(valid)[None], jnp.zeros(1, bool))
-
-
-def _join(*pieces: _Piece) -> _Piece:
-  return _Piece(*(jnp.concatenate(parts) for parts in zip(*pieces)))
-
-
-def _compact(piece: _Piece, length: int) -> Solution:
-  """Moves the valid characters to the front of arrays `[length]`."""
-  target = jnp.where(piece.valid, jnp.cumsum(piece.valid) - 1, length)
-  tokens = jnp.full(length, TOKENIZER.pad_id, jnp.int32).at[target].set(piece.tokens, mode='drop')
-  critical = jnp.zeros(length, bool).at[target].set(piece.critical, mode='drop')
-  return Solution(tokens=tokens, mask=jnp.arange(length) < jnp.sum(piece.valid), critical=critical)
+  return join(digit(carry, carry > 0), digits, literal('\n'))
 
 
 # Reward.
@@ -311,7 +279,8 @@ def addition(known_digits: int, max_digits: int, lengths: Callable[[chex.PRNGKey
       sample=sample,
       prompt=render_prompt,
       solution=functools.partial(render_solution, known_digits=known_digits, length=response_length),
-      reward=reward)
+      reward=reward,
+      draft=draft_addition)
 
 
 def plus_task(known_digits: int, extra_digits: int) -> Task:

@@ -1,0 +1,194 @@
+"""The loop that samples: plain decoding and exact speculative decoding are one and the same.
+
+Each call of the policy reads a window of K tokens an episode, the last one that was sampled and K - 1 drafted ones, and
+samples at each of the K places. As long as a sample equals the draft, the next place has read the right tokens, and its
+sample counts too (Leviathan et al. 2023, arXiv 2211.17192, with the noise of a place fixed beforehand, so that samples
+are compared instead of probabilities). The noise of a token is a function of (key, episode, position) alone: with any
+draft, or none, the tokens are the same. Every episode advances at its own pace. K = 1 is plain decoding.
+
+Letters: B episodes, T tokens of a response, K tokens of a window, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from critkl_jax.drafts import Draft
+from critkl_jax.records import Rollout
+
+# (tokens [B, K], mask [B, K], policy state) -> (logits [B, K, V], values [B, K], policy state)
+Policy = Callable[[chex.Array, chex.Array, Any], tuple[chex.Array, chex.Array, Any]]
+# (policy state, number of its last tokens to forget [B]) -> policy state
+Rewind = Callable[[Any, chex.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """How to sample; see `rollout.generate` for the arguments.
+
+  Attributes:
+    policy: the policy.
+    stop: int32 `[S, C]` automaton that ends an episode.
+    max_new_tokens: T.
+    temperature: logits are divided by it; may be traced.
+    top_p: tokens outside the smallest set of at least this probability are not drawn.
+    greedy: whether the most probable token is taken.
+    pad_id: what stands in `actions` after the end of an episode.
+    window: K.
+    draft: guesses the next tokens; unused at K = 1.
+    rewind: makes the policy forget its last tokens; unused at K = 1.
+  """
+
+  policy: Policy
+  stop: chex.Array
+  max_new_tokens: int
+  temperature: chex.Numeric = 1.0
+  top_p: float = 1.0
+  greedy: bool = False
+  pad_id: int = 0
+  window: int = 1
+  draft: Draft | None = None
+  rewind: Rewind | None = None
+
+
+@struct.dataclass
+class Episodes:
+  """Episodes under way; the first axis of every array but the policy's state is theirs.
+
+  Attributes:
+    rows: int32 `[B]` which prompt each of them answers.
+    keys: `[B]` PRNG keys of their noise.
+    token: int32 `[B]` the last token that the policy has not read.
+    length: int32 `[B]` number of sampled tokens.
+    active: bool `[B]` false once the episode has ended.
+    stop_state: int32 `[B]` state of the automaton.
+    num_calls: int32 `[B]` calls of the policy so far, the prompt's not counted.
+    actions: int32 `[B, T + K - 1]` sampled tokens; what stands at `length` and beyond is overwritten later.
+    log_probs: float32 `[B, T + K - 1]`.
+    values: float32 `[B, T + K - 1]`.
+    policy_state: the policy's.
+  """
+
+  rows: chex.Array
+  keys: chex.PRNGKey
+  token: chex.Array
+  length: chex.Array
+  active: chex.Array
+  stop_state: chex.Array
+  num_calls: chex.Array
+  actions: chex.Array
+  log_probs: chex.Array
+  values: chex.Array
+  policy_state: Any
+
+
+def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey
+          ) -> Episodes:
+  """Reads prompts `[B, Q]`, padded on the left, but for their last token; the key is consumed."""
+  batch_size, num_columns = prompt.shape
+  if num_columns > 1:
+    _, _, policy_state = decoder.policy(prompt[:, :-1], prompt_mask[:, :-1], policy_state)
+  zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window - 1)
+  return Episodes(
+      rows=jnp.arange(batch_size), keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size)),
+      token=prompt[:, -1], length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros, num_calls=zeros,
+      actions=jnp.full(shape, decoder.pad_id, jnp.int32), log_probs=jnp.zeros(shape), values=jnp.zeros(shape),
+      policy_state=policy_state)
+
+
+def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
+  """Calls the policy once and adds 1 to K tokens to each active episode."""
+  e, window = episodes, decoder.window
+  tokens = e.token[:, None]
+  if window > 1:
+    drafted = decoder.draft(e.rows, e.actions, e.length, window - 1)
+    tokens = jnp.concatenate([tokens, jnp.maximum(drafted, 0)], 1)
+  read = jnp.broadcast_to(e.active[:, None], tokens.shape)
+  logits, values, policy_state = decoder.policy(tokens, read, e.policy_state)
+  position = e.length[:, None] + jnp.arange(window)
+  sampled, log_probs = _sample(decoder, e.keys, position, logits)
+  stop_states = _stop_states(decoder.stop, e.stop_state, sampled)  # before each of the tokens, and after the last
+
+  final = decoder.stop.shape[0]
+  counts = e.active[:, None] & (position < decoder.max_new_tokens) & (stop_states[:, :-1] < final)
+  if window > 1:
+    counts &= jnp.pad(jnp.cumprod(sampled[:, :-1] == drafted, 1) > 0, ((0, 0), (1, 0)), constant_values=True)
+  added = jnp.sum(counts, 1)
+  length = e.length + added
+  stop_state = jnp.take_along_axis(stop_states, added[:, None], 1)[:, 0]
+  last = jnp.take_along_axis(sampled, jnp.maximum(added - 1, 0)[:, None], 1)[:, 0]
+  if window > 1:
+    policy_state = decoder.rewind(policy_state, window - added)
+  return e.replace(
+      token=jnp.where(added > 0, last, e.token), length=length, stop_state=stop_state,
+      active=e.active & (stop_state < final) & (length < decoder.max_new_tokens), num_calls=e.num_calls + e.active,
+      actions=_write(e.actions, sampled, e.length), log_probs=_write(e.log_probs, log_probs, e.length),
+      values=_write(e.values, values.astype(jnp.float32), e.length), policy_state=policy_state)
+
+
+def finish(decoder: Decoder, episodes: Episodes, prompt: chex.Array, prompt_mask: chex.Array) -> Rollout:
+  """Returns what was sampled, in the order of the prompts."""
+  e = jax.tree.map(lambda x: x[jnp.argsort(episodes.rows)], episodes.replace(policy_state=None))
+  mask = jnp.arange(decoder.max_new_tokens) < e.length[:, None]
+  actions, log_probs, values = (x[:, :decoder.max_new_tokens] for x in (e.actions, e.log_probs, e.values))
+  return Rollout(prompt=prompt, prompt_mask=prompt_mask, actions=jnp.where(mask, actions, decoder.pad_id), mask=mask,
+                 log_probs=jnp.where(mask, log_probs, 0.0), values=jnp.where(mask, values, 0.0), num_calls=e.num_calls)
+
+
+@jax.custom_batching.custom_vmap
+def any_of_all(condition: chex.Array) -> chex.Array:
+  """Returns whether the condition, bool of any shape, holds anywhere, and under `vmap` in any member.
+
+  A loop whose condition differed between members would be made to copy its whole state in every step.
+  """
+  return jnp.any(condition)
+
+
+@any_of_all.def_vmap
+def _any_of_members(axis_size, in_batched, condition):
+  del axis_size, in_batched
+  return any_of_all(condition), False
+
+
+def _sample(decoder, keys, position, logits):
+  """Returns the tokens `[B, K]` and their log-probabilities."""
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / decoder.temperature)
+  if decoder.greedy:
+    sampled = jnp.argmax(log_probs, -1)
+  else:
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
+    sampled = jax.vmap(jax.vmap(jax.random.categorical))(keys, _keep_top_p(log_probs, decoder.top_p))
+  return sampled.astype(jnp.int32), jnp.take_along_axis(log_probs, sampled[..., None], -1)[..., 0]
+
+
+def _stop_states(stop, state, tokens):
+  """Returns the automaton's states `[B, K + 1]` before each of the tokens `[B, K]` and after the last one."""
+  final, columns = stop.shape
+
+  def follow(state, token):
+    after = stop[jnp.minimum(state, final - 1), jnp.minimum(token, columns - 1)]
+    state = jnp.where(state < final, after, state)
+    return state, state
+
+  _, states = jax.lax.scan(follow, state, tokens.T)
+  return jnp.concatenate([state[None], states]).T
+
+
+def _write(old, new, start):
+  """Writes `[B, K]` into `[B, S]` from `start` `[B]` on."""
+  return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(old, new, start, 0)
+
+
+def _keep_top_p(log_probs, top_p):
+  """Sets log-probabilities `[..., V]` outside the smallest set of probability `top_p` or more to -inf."""
+  if top_p == 1:
+    return log_probs
+  descending = -jnp.sort(-log_probs, -1)
+  before = jnp.cumsum(jnp.exp(descending), -1) - jnp.exp(descending)
+  threshold = jnp.min(jnp.where(before < top_p, descending, jnp.inf), -1, keepdims=True)
+  return jnp.where(log_probs >= threshold, log_probs, -jnp.inf)
