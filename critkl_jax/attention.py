@@ -26,20 +26,22 @@ def causal_attention(query: chex.Array, key: chex.Array, value: chex.Array, mask
   Returns:
     `[B, T, H, K]` in the queries' type; the softmax is taken in float32.
   """
-  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  query, value, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(value, 1, 2), jnp.transpose(key, (0, 2, 3, 1))
   length = query.shape[2]
   blocks = []
   for start in range(0, length, BLOCK):
     end = min(start + BLOCK, length)
-    visible = mask[:, None, None, :end] & (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None, None]
-    blocks.append(attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], visible))
+    causal = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+    visible = mask[:, None, None, :end] & causal[None, None]
+    blocks.append(attend(query[:, :, start:end], key[..., :end], value[:, :, :end], visible))
   return jnp.swapaxes(jnp.concatenate(blocks, 2), 1, 2)
 
 
 def attend(query: chex.Array, key: chex.Array, value: chex.Array, visible: chex.Array) -> chex.Array:
-  """Returns attention of queries `[B, H, T, K]` over keys and values `[B, H, S, K]` where `visible` (bool, to be
-  broadcast to `[B, H, T, S]`), as `[B, H, T, K]`; the softmax is taken in float32."""
+  """Returns attention of queries `[B, H, T, K]` over keys `[B, H, K, S]` and values `[B, H, S, K]` as `[B, H, T, K]`.
+
+  `visible`, bool, to be broadcast to `[B, H, T, S]`, says which keys a query sees. The softmax is taken in float32."""
   query = query * query.shape[-1] ** -0.5
-  scores = jnp.einsum('bhtk,bhsk->bhts', query, key, preferred_element_type=jnp.float32)
+  scores = jnp.einsum('bhtk,bhks->bhts', query, key, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN))
   return jnp.einsum('bhts,bhsk->bhtk', weights.astype(value.dtype), value)

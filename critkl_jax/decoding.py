@@ -68,9 +68,9 @@ class Episodes:
     active: bool `[B]` false once the episode has ended.
     stop_state: int32 `[B]` state of the automaton.
     num_calls: int32 `[B]` calls of the policy so far, the prompt's not counted.
-    actions: int32 `[B, T + K - 1]` sampled tokens; what stands at `length` and beyond is overwritten later.
-    log_probs: float32 `[B, T + K - 1]`.
-    values: float32 `[B, T + K - 1]`.
+    actions: int32 `[B, T + K]` sampled tokens; what stands at `length` and beyond is overwritten later.
+    log_probs: float32 `[B, T + K]`.
+    values: float32 `[B, T + K]`.
     policy_state: the policy's.
   """
 
@@ -93,7 +93,7 @@ def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: 
   batch_size, num_columns = prompt.shape
   if num_columns > 1:
     _, _, policy_state = decoder.policy(prompt[:, :-1], prompt_mask[:, :-1], policy_state)
-  zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window - 1)
+  zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window)
   return Episodes(
       rows=jnp.arange(batch_size), keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size)),
       token=prompt[:, -1], length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros, num_calls=zeros,
@@ -110,7 +110,7 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
     tokens = jnp.concatenate([tokens, jnp.maximum(drafted, 0)], 1)
   read = jnp.broadcast_to(e.active[:, None], tokens.shape)
   logits, values, policy_state = decoder.policy(tokens, read, e.policy_state)
-  position = e.length[:, None] + jnp.arange(window)
+  position = e.length[:, None] + jnp.arange(window)[None]
   sampled, log_probs = _sample(decoder, e.keys, position, logits)
   stop_states = _stop_states(decoder.stop, e.stop_state, sampled)  # before each of the tokens, and after the last
 
@@ -126,15 +126,16 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
     policy_state = decoder.rewind(policy_state, window - added)
   return e.replace(
       token=jnp.where(added > 0, last, e.token), length=length, stop_state=stop_state,
-      active=e.active & (stop_state < final) & (length < decoder.max_new_tokens), num_calls=e.num_calls + e.active,
+      active=e.active & (stop_state < final) & (length < decoder.max_new_tokens),
+      num_calls=e.num_calls + e.active.astype(jnp.int32),
       actions=_write(e.actions, sampled, e.length), log_probs=_write(e.log_probs, log_probs, e.length),
       values=_write(e.values, values.astype(jnp.float32), e.length), policy_state=policy_state)
 
 
 def finish(decoder: Decoder, episodes: Episodes, prompt: chex.Array, prompt_mask: chex.Array) -> Rollout:
-  """Returns what was sampled, in the order of the prompts."""
-  e = jax.tree.map(lambda x: x[jnp.argsort(episodes.rows)], episodes.replace(policy_state=None))
-  mask = jnp.arange(decoder.max_new_tokens) < e.length[:, None]
+  """Returns what was sampled by the episodes, which are in the order of the prompts."""
+  e = episodes
+  mask = jnp.arange(decoder.max_new_tokens)[None] < e.length[:, None]
   actions, log_probs, values = (x[:, :decoder.max_new_tokens] for x in (e.actions, e.log_probs, e.values))
   return Rollout(prompt=prompt, prompt_mask=prompt_mask, actions=jnp.where(mask, actions, decoder.pad_id), mask=mask,
                  log_probs=jnp.where(mask, log_probs, 0.0), values=jnp.where(mask, values, 0.0), num_calls=e.num_calls)

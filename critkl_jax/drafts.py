@@ -43,7 +43,7 @@ def agreement(tokens: chex.Array, last: chex.Array) -> chex.Array:
   agrees, total = jnp.ones(num_places, bool), jnp.zeros(num_places)
   for k in range(1, last.size + 1):
     agrees &= (padded[last.size - k:last.size - k + num_places] == last[-k]) & (last[-k] >= 0)
-    total += agrees
+    total += agrees.astype(jnp.float32)
   return total
 
 
@@ -51,7 +51,7 @@ def _repeat(text, length, size):
   """Returns the `size` tokens after the latest longest agreement with the end of `text[:length]`."""
   place = jnp.arange(text.size)
   last = jax.lax.dynamic_slice(jnp.pad(text, (NUM_LOOKED_UP, 0), constant_values=-1), (length,), (NUM_LOOKED_UP,))
-  found = agreement(text, last)[:-1] + place / text.size  # less than one for being later
+  found = agreement(text, last)[:-1] + place.astype(jnp.float32) / text.size  # less than one for being later
   start = jnp.argmax(jnp.where(place < length, found, -1.0))
   period = length - start  # a guess that reaches the end of the text goes on where it began
   return text[start + jnp.arange(size) % period]

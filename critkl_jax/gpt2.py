@@ -20,7 +20,7 @@ class KVCache:
   """Keys and values of the tokens seen so far.
 
   Attributes:
-    keys: L arrays `[B, H, S, K]`; heads stand before slots, so that a decoding step multiplies without a transposition.
+    keys: L arrays `[B, H, K, S]`; axes stand as a decoding step multiplies them, so that nothing is transposed.
     values: L arrays `[B, H, S, K]`.
     mask: bool `[B, S]` true at slots that hold a real token; what stands at the index and beyond does not count.
     index: int32 first free slot, `[]` of all episodes or `[B]` of each.
@@ -57,9 +57,10 @@ def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
 def init_cache(config: GPT2Config, batch_size: int, length: int, in_step: bool = True) -> KVCache:
   """Returns an empty cache of `length` slots (S) for `batch_size` (B) episodes, in step or each at its own pace."""
   shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
-  zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+  values = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+  keys = tuple(jnp.swapaxes(x, 2, 3) for x in values)
   index = jnp.zeros(() if in_step else batch_size, jnp.int32)
-  return KVCache(keys=zeros, values=zeros, mask=jnp.zeros((batch_size, length), bool), index=index)
+  return KVCache(keys=keys, values=values, mask=jnp.zeros((batch_size, length), bool), index=index)
 
 
 class Attention(nn.Module):
@@ -75,13 +76,14 @@ class Attention(nn.Module):
     heads = (*x_BxTxD.shape[:-1], config.num_heads, -1)
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
     if cached is not None:
-      cached = tuple(_write(old, jnp.swapaxes(new, 1, 2), index, axis=2)
-                     for old, new in zip(cached, (k_BxTxHxK, v_BxTxHxK)))
+      cached = (_write(cached[0], jnp.transpose(k_BxTxHxK, (0, 2, 3, 1)), index, axis=3),
+                _write(cached[1], jnp.swapaxes(v_BxTxHxK, 1, 2), index, axis=2))
       out_BxTxHxK = jnp.swapaxes(attend(jnp.swapaxes(q_BxTxHxK, 1, 2), *cached, mask), 1, 2)
     elif config.attention == 'auto':
       out_BxTxHxK = causal_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask)
     else:
-      sees = mask[:, None, None] | jnp.eye(mask.shape[1], dtype=bool)  # at padding itself: no row may be empty
+      itself = jnp.eye(mask.shape[1], dtype=bool)  # at padding, so that no row is empty
+      sees = mask[:, None, None] | itself[None, None]
       out_BxTxHxK = jax.nn.dot_product_attention(
           q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=sees, is_causal=True, implementation=config.attention)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
@@ -146,8 +148,8 @@ class GPT2(nn.Module):
     """Runs the model over new tokens, after those of the cache if one is given.
 
     The position of a token is the number of real tokens before it in its episode plus the offset, so padding on the
-    left changes nothing. What shapes do not show is the caller's care: offsets that keep positions inside the context,
-    and no more tokens than the cache has free slots.
+    left changes nothing; positions past the context are taken for its last one. What shapes do not show is the caller's
+    care: offsets that keep positions inside the context, and no more tokens than the cache has free slots.
 
     Args:
       tokens: int32 `[B, T]`.
@@ -170,7 +172,7 @@ class GPT2(nn.Module):
 
     wte = nn.Embed(config.vocab_size, config.width, embedding_init=nn.initializers.normal(0.02), name='wte')
     wpe = nn.Embed(config.context_length, config.width, embedding_init=nn.initializers.normal(0.01), name='wpe')
-    x_BxTxD = (wte(tokens) + wpe(positions)).astype(config.dtype)
+    x_BxTxD = (wte(tokens) + wpe(jnp.minimum(positions, config.context_length - 1))).astype(config.dtype)
     block = nn.remat(Block) if config.remat else Block
     layers = []
     for i in range(config.num_layers):
@@ -193,11 +195,11 @@ def _place(mask, cache):
   with its mask updated."""
   if cache is None:
     return mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), None
-  start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1])
+  start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1])[None]
   before = jnp.sum(cache.mask & (slots < start), axis=1, keepdims=True)
   all_mask = _write(cache.mask, mask, cache.index, axis=1)
-  query = (start + jnp.arange(mask.shape[1]))[:, :, None]
-  visible = (slots <= query) & all_mask[:, None, :]
+  query = (start + jnp.arange(mask.shape[1])[None])[:, :, None]
+  visible = (slots[None] <= query) & all_mask[:, None, :]
   positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
   return visible[:, None], positions, cache.replace(mask=all_mask)
 

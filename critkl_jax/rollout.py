@@ -81,7 +81,7 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
 def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
                   max_new_tokens: int, method: str = 'auto', window: int = 0, draft: Draft | None = None,
                   **options: Any) -> Rollout:
-  """Samples responses from a GPT-2 with a key-value cache, which is no longer than the episodes need at the time.
+  """Samples responses from a GPT-2 with a key-value cache, half as long while the episodes are short.
 
   Args:
     model: the network.
@@ -116,21 +116,16 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
       draft=draft or prompt_lookup(prompt, prompt_mask), **options | {'stop': jnp.asarray(options['stop'])}),
       prompt, prompt_mask)
 
-  lengths = _cache_lengths(prompt.shape[1], num_slots + window - 1)
-  cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
+  num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
+  cache = init_cache(model.config, prompt.shape[0], num_prompt, in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
-  fewer = [prompt.shape[0] // n for n in (4, 16)] if on_cpu else []
-  fewer = [n for n in fewer if n >= 4]
-  for length in lengths:
+  few = prompt.shape[0] // 8 if on_cpu else 0
+  for length in ((num_prompt + num_slots) // 2, num_slots):
     episodes = episodes.replace(policy_state=_grow(episodes.policy_state, length))
-    episodes = _advance_while(decoder, episodes, prompt.shape[1], length, fewer[0] if fewer else 0)
-  done = []
-  for n, least in zip(fewer, [*fewer[1:], 0]):
-    ended, episodes = _split(episodes, n)
-    done.append(ended)
-    episodes = _advance_while(decoder, episodes, prompt.shape[1], lengths[-1], least)
-  results = [e.replace(policy_state=None) for e in (*done, episodes)]
-  return finish(decoder, jax.tree.map(lambda *x: jnp.concatenate(x), *results), prompt, prompt_mask)
+    episodes = _advance_while(decoder, episodes, num_prompt, length, few)
+  if few:
+    episodes = _advance_few(decoder, episodes, num_prompt, num_slots, few)
+  return finish(decoder, episodes, prompt, prompt_mask)
 
 
 def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGKey, **options: Any) -> Rollout:
@@ -214,16 +209,11 @@ def _rewind(cache, num_tokens):
   return cache.replace(index=cache.index - num_tokens)
 
 
-def _cache_lengths(num_prompt, num_slots):
-  """Returns the lengths that the cache takes on one after another: quarters of the response, the prompt in each."""
-  quarter = -(-(num_slots - num_prompt) // 4)
-  return [min(num_prompt + i * quarter, num_slots) for i in range(1, 5)]
-
-
 def _grow(cache, length):
   more = length - cache.mask.shape[1]
-  grown = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), (cache.keys, cache.values))
-  return cache.replace(keys=grown[0], values=grown[1], mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
+  keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in cache.keys)
+  values = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache.values)
+  return cache.replace(keys=keys, values=values, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
 
 
 def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, least: int) -> Episodes:
@@ -236,9 +226,12 @@ def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, le
   return jax.lax.while_loop(go_on, lambda e: advance(decoder, e), episodes)
 
 
-def _split(episodes: Episodes, num_active: int) -> tuple[Episodes, Episodes]:
-  """Returns episodes that have ended, and `num_active` that have all the active ones among them."""
-  order = jnp.argsort(~episodes.active, stable=True)
-  ended, others = (jax.tree.map(lambda x, rows=rows: x[rows] if x.ndim else x, episodes)
-                   for rows in (order[num_active:], order[:num_active]))
-  return ended.replace(policy_state=None), others
+def _advance_few(decoder, episodes: Episodes, num_prompt: int, length: int, num: int) -> Episodes:
+  """Ends the last `num` active episodes in arrays of their own, so that those that have ended cost nothing."""
+  active = episodes.active
+  rank = jnp.where(active, jnp.cumsum(active) - 1, jnp.sum(active) + jnp.cumsum(~active) - 1)  # the active ones first
+  rows = jnp.argmax(rank[None] == jnp.arange(num)[:, None], 1)
+  few = jax.tree.map(lambda x: x[rows] if x.ndim else x, episodes)
+  few = _advance_while(decoder, few, num_prompt, length, 0)
+  whole, few = (e.replace(policy_state=None, keys=None) for e in (episodes, few))
+  return jax.tree.map(lambda x, y: x.at[rows].set(y), whole, few)

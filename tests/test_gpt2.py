@@ -184,5 +184,12 @@ def test_too_long_texts_are_refused(small_model):
   model, params = small_model
   with pytest.raises(ValueError, match='33 positions do not fit into a context of 32'):
     model.apply({'params': params}, jnp.zeros((1, 33), jnp.int32))
-  with pytest.raises(ValueError, match='40 positions'):
-    model.apply({'params': params}, jnp.zeros((1, 1), jnp.int32), cache=init_cache(model.config, 1, 40))
+
+
+def test_a_cache_may_be_longer_than_the_context(small_model):
+  """The last window of a response may end beyond its last token."""
+  model, params = small_model
+  tokens = jnp.zeros((1, 8), jnp.int32)
+  cache = init_cache(model.config, 1, 40).replace(index=jnp.int32(28), mask=jnp.arange(40)[None] < 28)
+  output = model.apply({'params': params}, tokens, cache=cache)
+  assert jnp.all(jnp.isfinite(output.logits))

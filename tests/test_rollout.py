@@ -111,7 +111,8 @@ def test_the_loop_ends_when_all_episodes_have_ended():
   jax.block_until_ready(rollout)
   jax.effects_barrier()
   assert rollout.mask.sum() == 2
-  assert len(calls) == 1
+  assert len(calls) == 2  # the prompt but for its last token, then the one that ends the episode
+  np.testing.assert_array_equal(rollout.num_calls, [1, 1])
 
 
 def test_one_token(small_model, prompts):
@@ -132,7 +133,132 @@ def test_under_vmap_over_keys_and_parameters(small_model, prompts):
     np.testing.assert_allclose(both.log_probs[i], single.log_probs, atol=1e-5)
 
 
+DRAFTS = ('right', 'wrong', 'empty', 'random')
+
+
+def guess(right, kind):
+  """A draft of one of four kinds: what will be sampled, what will not, nothing, or anything; `kind` may be traced."""
+
+  def draft(rows, actions, num, size):
+    del actions
+    padded = jnp.pad(right, ((0, 0), (0, size)), constant_values=-1)
+    next_ones = jax.vmap(lambda row, n: jax.lax.dynamic_slice(padded[row], (n,), (size,)))(rows, num)
+    keys = jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(jax.random.key(3), row), n))(rows, num)
+    anything = jax.vmap(lambda key: jax.random.randint(key, (size,), -1, 11))(keys)
+    return jnp.stack([next_ones, (next_ones + 1) % 11, jnp.full_like(anything, -1), anything])[kind]
+
+  return draft
+
+
+@pytest.fixture(scope='module')
+def many_prompts():
+  """Enough episodes that the last ones go on by themselves."""
+  mask = jnp.arange(6)[None] >= (jnp.arange(17) % 6)[:, None]
+  return jnp.where(mask, jax.random.randint(jax.random.key(2), (17, 6), 4, 11), 0), mask
+
+
+@pytest.mark.parametrize('greedy', [True, False])
+def test_speculative_decoding_gives_the_tokens_of_plain_decoding(small_model, many_prompts, greedy):
+  plain_fn = jax.jit(lambda temperature: sample(
+      small_model, many_prompts, method='cached', greedy=greedy, temperature=temperature))
+  fn = jax.jit(lambda temperature, right, kind: sample(
+      small_model, many_prompts, method='speculative', window=5, draft=guess(right, kind), greedy=greedy,
+      temperature=temperature))
+  for temperature in (0.7, 1.0, 2.0):
+    plain = plain_fn(temperature)
+    lengths = plain.mask.sum(1)
+    np.testing.assert_array_equal(plain.num_calls, lengths)
+    assert len(set(lengths.tolist())) > (1 if greedy else 5)
+    for kind, name in enumerate(DRAFTS):
+      rollout = fn(temperature, plain.actions, kind)
+      _assert_same(rollout, plain)
+      if name == 'right':
+        np.testing.assert_array_equal(rollout.num_calls, -(-lengths // 5))
+      elif name in ('wrong', 'empty'):
+        np.testing.assert_array_equal(rollout.num_calls, lengths)
+
+
+def test_prompt_lookup_and_top_p_change_no_token(small_model, many_prompts):
+  for options in ({'top_p': 0.8}, {'greedy': True, 'stop': NEVER}):
+    plain = sample(small_model, many_prompts, method='cached', **options)
+    rollout = sample(small_model, many_prompts, method='speculative', window=8, **options)
+    _assert_same(rollout, plain)
+    assert rollout.num_calls.sum() < plain.num_calls.sum()
+
+
+def _assert_same(rollout, plain):
+  np.testing.assert_array_equal(rollout.actions, plain.actions)
+  np.testing.assert_array_equal(rollout.mask, plain.mask)
+  np.testing.assert_allclose(rollout.log_probs, plain.log_probs, atol=2e-5)
+  np.testing.assert_allclose(rollout.values, plain.values, atol=2e-5)
+
+
+def test_a_draft_sees_its_own_prompt_and_what_was_sampled(small_model, many_prompts):
+  plain = sample(small_model, many_prompts, method='cached')
+  seen = []
+
+  def draft(rows, actions, num, size):
+    jax.debug.callback(lambda *x: seen.append(jax.tree.map(np.array, x)), rows, actions, num)
+    return jnp.full((rows.size, size), -1)
+
+  jax.block_until_ready(sample(small_model, many_prompts, method='speculative', window=4, draft=draft))
+  jax.effects_barrier()
+  assert {len(rows) for rows, _, _ in seen} == {17, 2}  # the last two by themselves
+  for rows, actions, num in seen:
+    for row, own, n in zip(rows, actions, num):
+      np.testing.assert_array_equal(own[:n], plain.actions[row, :n])
+
+
+def test_any_policy_that_can_forget_is_sampled_in_windows():
+  logits = jax.random.normal(jax.random.key(5), (5, 5)) * 2
+
+  def policy(tokens, mask, state):  # a Markov chain that checks that it has read what it was told to read
+    del mask
+    text, length = state
+    text = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(text, tokens, length, 0)
+    shape = tokens.shape
+    return logits[tokens], jnp.broadcast_to(length[:, None], shape).astype(jnp.float32), (text, length + shape[1])
+
+  def rewind(state, num):
+    return state[0], state[1] - num
+
+  prompt = jnp.ones((6, 2), jnp.int32)
+  state = (jnp.zeros((6, 60), jnp.int32), jnp.zeros(6, jnp.int32))
+  run = lambda **options: generate(policy, state, prompt, prompt > 0, jax.random.key(1), max_new_tokens=40, stop=STOP,
+                                   **options)
+  plain = run()
+  rollout = run(window=5, rewind=rewind, draft=guess(plain.actions, 3))
+  np.testing.assert_array_equal(rollout.actions, plain.actions)
+  with pytest.raises(ValueError, match='window'):
+    run(window=5)
+
+
+@pytest.mark.parametrize('method', ['cached', 'speculative'])
+def test_a_response_may_fill_the_context(small_model, prompts, method):
+  rollout = sample(small_model, prompts, stop=NEVER, max_new_tokens=26, method=method, window=8)
+  assert rollout.mask.all()
+  logits, _ = score(*small_model, rollout)
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), rollout.actions[..., None], -1)[..., 0]
+  np.testing.assert_allclose(rollout.log_probs, log_probs, atol=1e-5)
+
+
+def test_members_under_vmap_do_not_copy_the_cache(small_model, many_prompts):
+  """A loop whose end differed between members would select between old and new cache in every step."""
+  _, params = small_model
+  members = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+  for method in ('cached', 'speculative'):
+    run = lambda params, key, m=method: sample(small_model, many_prompts, params=params, method=m)
+    program = jax.make_jaxpr(jax.vmap(run))(members, jax.random.split(jax.random.key(0), 2))
+    loops = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == 'while']
+    assert loops
+    for loop in loops:
+      assert loop.params['cond_jaxpr'].out_avals[0].shape == ()
+      assert 'cond_consts' not in str(loop.params['body_jaxpr'].jaxpr.outvars)
+
+
 def test_errors(small_model, prompts):
+  with pytest.raises(ValueError, match='method'):
+    sample(small_model, prompts, method='fast')
   with pytest.raises(ValueError, match='top_p'):
     sample(small_model, prompts, top_p=0.0)
   with pytest.raises(ValueError, match='max_new_tokens'):

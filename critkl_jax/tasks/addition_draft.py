@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from critkl_jax.drafts import NUM_LOOKED_UP, agreement
 from critkl_jax.records import Problem
-from critkl_jax.tasks.text import DIGIT_ZERO, END_OF_SCRATCHPAD, TOKENIZER, Piece, compact, digit, join, literal
+from critkl_jax.tasks.text import DIGIT_ZERO, END_OF_SCRATCHPAD, TOKENIZER, compact, fill
 
 _NONE = -1  # no token: it agrees with nothing
 _NEWLINE = int(TOKENIZER.encode('\n')[0])
@@ -23,9 +23,20 @@ _LAST_LINE = int(TOKENIZER.encode('N')[0])  # stands in END alone
 _AFTER_SCRATCHPAD = TOKENIZER.encode('</')
 # A field of a line begins behind these two characters; the first one at the start of the line.
 _MARKERS = tuple(TOKENIZER.encode(marker) for marker in (' +', 'A=', 'C=', 'A-', 'C-'))
-_LIST_A, _LIST_B, _LIST_SUM, _CARRY, _NEW_DIGIT, _NEW_CARRY = range(6)
+_NUM_FIELDS = 6
+_LIST_A, _LIST_B, _LIST_SUM, _CARRY, _NEW_DIGIT, _NEW_CARRY = range(_NUM_FIELDS)
 _DISTANCE = 0.1  # agreeing characters that outweigh one character of distance
 _MARGIN = 2.0  # agreeing characters that the text itself must have more than what is expected
+
+
+# A line as `text.fill` takes it: what is written, and the flag that says whether it stands there.
+_LINE = (
+    ('[', 'line'), ('{a},', 'a'), ('] + [', 'line'), ('{b},', 'b'), ('] , A=[', 'line'), ('{sums},', 'sums'),
+    ('] ', 'line'), (', ', 'goes_on'), ('C=', 'line'), ('{carry}', 'line'), (' , ', 'line'), ('END\n', 'ends'),
+    ('{x}', 'goes_on'), ('+', 'goes_on'), ('{y}', 'goes_on'), ('+', 'goes_on'), ('{again}', 'goes_on'),
+    ('=', 'goes_on'), ('{tens}', 'has_tens'), ('{ones}', 'goes_on'), (' , A->', 'goes_on'), ('{new_digit}', 'goes_on'),
+    (' , C->', 'goes_on'), ('{new_carry}', 'goes_on'), ('\n', 'goes_on'))
+_ANSWER = (('{carry}', 'carry'), (' ', 'blank'), ('{sums} ', 'sums'), ('\n', 'answer'))
 
 
 class _Digits(NamedTuple):
@@ -78,29 +89,36 @@ def draft_addition(problem: Problem, actions: chex.Array, num_actions: chex.Arra
   source = jnp.where(in_answer, starts[2], starts[1])
   before = (place >= source) & (place < jnp.where(in_answer, starts[1], starts[0]) - 1)
   unfinished = place >= jnp.where(in_header, lookback - num_actions, starts[0])
-  last, _ = _fields(text, before, capacity)
-  own, field = _fields(text, unfinished & ~in_header, capacity)
+  fields, field = jax.vmap(lambda line: _fields(text, line, capacity))(jnp.stack([before, unfinished & ~in_header]))
+  last = _split(jax.tree.map(lambda x: x[0], fields))
   ended = jnp.any(before & (text == _LAST_LINE)) | starts_answer(starts[0])
+  writes = ~(ended | in_answer)
 
-  state = _choose(first_line, _first(problem, capacity), _next(last[_LIST_A], last[_LIST_B], last[_LIST_SUM],
-                                                               last[_NEW_DIGIT].get(0, 0), last[_NEW_CARRY].get(0, 0)))
-  line, state, line_ends = _line(state, own, field)
-  second, state, second_ends = _line(state, jax.tree.map(jnp.zeros_like, own), 0)
-  found = _State(last[_LIST_A], last[_LIST_B], last[_LIST_SUM], last[_CARRY].get(0, 0))
-  state = _choose(ended | in_answer, found, state)
-  writes_line = ~(ended | in_answer)
-  ends = ~writes_line | line_ends | second_ends
-  expected = compact(join(
-      literal('\n<scratch>\n', in_header), _only(line, writes_line), _only(second, writes_line & ~line_ends),
-      literal(END_OF_SCRATCHPAD, ends & ~in_answer), _only(_result(state), ends)), 2 * line_length + 20)
+  after_last = _next(*last[:3], last[_NEW_DIGIT].get(0, 0), last[_NEW_CARRY].get(0, 0))
+  state = _choose(first_line, _first(problem, capacity), after_last)
+  # The unfinished line and the one after it, of which nothing has been written.
+  own = jax.tree.map(lambda x: jnp.stack([x[1], jnp.zeros_like(x[1])]), (fields, field))
+  (state, _), (values, stands) = jax.lax.scan(_line, (state, writes), own)
+  state = _choose(writes, state, _State(*last[:3], last[_CARRY].get(0, 0)))
+  parts = [(_LINE, *(jax.tree.map(lambda x, i=i: x[i], x) for x in (values, stands))) for i in range(2)]
+  parts.append((_ANSWER, *_answer(state, ~writes | jnp.any(stands['ends']))))
+  template, values = [('\n<scratch>\n', 'header')], {}
+  stands = {'header': in_header, 'end': parts[-1][2]['answer'] & ~in_answer}
+  for i, (part, part_values, part_stands) in enumerate(parts):
+    if part is _ANSWER:
+      template.append((END_OF_SCRATCHPAD, 'end'))
+    template += [(text.replace('}', f'{i}}}'), f'{flag}{i}') for text, flag in part]
+    values |= {f'{name}{i}': x for name, x in part_values.items()}
+    stands |= {f'{name}{i}': x for name, x in part_stands.items()}
+  expected = compact(fill(template, values, stands), 2 * line_length + 20)
   start = _align(text, jnp.sum(unfinished), expected)
   tokens = jnp.append(jnp.where(expected.mask, expected.tokens, _NONE), text)
   tokens = jnp.pad(tokens, (0, size), constant_values=_NONE)
   return jax.lax.dynamic_slice(tokens, (start,), (size,))
 
 
-def _fields(text, line, capacity) -> tuple[list[_Digits], chex.Array]:
-  """Returns the digits in each field of a line, a mask `[R]` of the text, and the field in which it ends."""
+def _fields(text, line, capacity) -> tuple[_Digits, chex.Array]:
+  """Returns the digits `[6, K]` in each field of a line, a mask `[R]` of the text, and the field in which it ends."""
   place = jnp.arange(text.size)
   earlier, line_before = jnp.pad(text[:-1], (1, 0), constant_values=_NONE), jnp.pad(line[:-1], (1, 0))
   kind = jnp.zeros(text.shape, jnp.int32)
@@ -108,18 +126,14 @@ def _fields(text, line, capacity) -> tuple[list[_Digits], chex.Array]:
     kind = jnp.where(line & line_before & (earlier == one) & (text == two), i + 1, kind)
   marker = jax.lax.cummax(jnp.where(kind > 0, place, -1))  # the last one up to here
   field = jnp.where(marker >= 0, kind[marker], 0)
-  is_digit = line & (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
-
-  def digits(i):
-    last = jnp.max(jnp.where(kind == i, place, -1))  # a field that begins twice counts from its second beginning
-    total = jnp.cumsum(is_digit & (field == i) & (marker == jnp.where(i > 0, last, -1)))
-    source = jnp.searchsorted(total, jnp.arange(1, capacity + 1), method='scan_unrolled')
-    count = jnp.minimum(total[-1], capacity)
-    values = jnp.where(jnp.arange(capacity) < count, text[jnp.minimum(source, text.size - 1)] - DIGIT_ZERO, 0)
-    return _Digits(values, count)
-
-  every = jax.vmap(digits)(jnp.arange(len(_MARKERS) + 1))
-  return [jax.tree.map(lambda x, i=i: x[i], every) for i in range(len(_MARKERS) + 1)], field[-1]
+  number = jnp.arange(_NUM_FIELDS)[:, None]
+  begins = jnp.max(jnp.where(kind[None] == number, place[None], -1), 1)  # one that begins twice counts from there
+  digits = line & (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
+  digits = digits[None] & (field[None] == number) & (marker[None] == jnp.where(number > 0, begins[:, None], -1))
+  rank = jnp.cumsum(digits, 1)
+  wanted = digits[:, None] & (rank[:, None] == jnp.arange(1, capacity + 1)[None, :, None])
+  values = jnp.sum(jnp.where(wanted, (text - DIGIT_ZERO)[None, None], 0), -1)
+  return _Digits(values, jnp.minimum(rank[:, -1], capacity)), field[-1]
 
 
 def _first(problem, capacity) -> _State:
@@ -138,51 +152,46 @@ def _next(a, b, sums, new_digit, new_carry) -> _State:
   return _State(*shorter, longer, new_carry)
 
 
-def _line(state, own, field) -> tuple[Piece, _State, chex.Array]:
-  """Returns a line, the state of the next one, and whether this is the last line.
+def _line(carry, of_line) -> tuple[tuple[_State, chex.Array], tuple[dict, dict]]:
+  """Returns the state of the next line and whether there is one, and the values and the flags of a line's template.
 
   `own` are the fields of the unfinished line, of which those before `field` are finished: what they say goes before
   what the state says. Of the sum `x+y+c=s` every digit that stands there counts at once.
   """
+  (state, writes), (own, field) = carry, (_split(of_line[0]), of_line[1])
   a, b, sums = (_choose(field > i, own[i], expected) for i, expected in enumerate(state[:3]))
   written = own[_CARRY]  # C, x, y, C again, then the sum
   carry = written.get(0, state.carry)
   x, y = (written.get(1 + i, jnp.where(n.count > 0, n.values[n.count - 1], 0)) for i, n in enumerate((a, b)))
   again = written.get(3, carry)
-  total = x + y + again
-  first, second = written.get(4, 0), written.get(5, 0)
-  total = jnp.where(field > _CARRY, jnp.where(written.count > 5, 10 * first + second, first), total)
-  new_digit = own[_NEW_DIGIT].get(0, total % 10)
-  new_carry = own[_NEW_CARRY].get(0, total // 10)
+  total = jnp.where(written.count > 5, 10 * written.values[4] + written.values[5], written.values[4])
+  total = jnp.where(field > _CARRY, total, x + y + again)
+  new_digit, new_carry = own[_NEW_DIGIT].get(0, total % 10), own[_NEW_CARRY].get(0, total // 10)
   ends = (a.count == 0) & (b.count == 0)
-  goes_on = ~ends
-  piece = join(
-      _list(a), literal(' + '), _list(b), literal(' , A='), _list(sums), literal(' '), literal(', ', goes_on),
-      literal('C='), digit(carry), literal(' , '), literal('END\n', ends),
-      digit(x, goes_on), literal('+', goes_on), digit(y, goes_on), literal('+', goes_on), digit(again, goes_on),
-      literal('=', goes_on), digit(total // 10, goes_on & (total >= 10)), digit(total % 10, goes_on),
-      literal(' , A->', goes_on), digit(new_digit, goes_on), literal(' , C->', goes_on), digit(new_carry, goes_on),
-      literal('\n', goes_on))
+  values = {'a': a.values, 'b': b.values, 'sums': sums.values, 'carry': carry, 'x': x, 'y': y, 'again': again,
+            'tens': total // 10, 'ones': total % 10, 'new_digit': new_digit, 'new_carry': new_carry}
+  goes_on = writes & ~ends
+  stands = {'line': writes, 'goes_on': goes_on, 'ends': writes & ends, 'has_tens': goes_on & (total >= 10)}
+  stands |= {name: writes & _present(n) for name, n in (('a', a), ('b', b), ('sums', sums))}
   after = _choose(ends, _State(a, b, sums, carry), _next(a, b, sums, new_digit, new_carry))
-  return piece, after, ends
+  return (after, goes_on), (values, stands)
 
 
-def _list(digits) -> Piece:
-  return join(literal('['), _separated(digits, ','), literal(']'))
+def _answer(state, writes) -> tuple[dict, dict]:
+  """Returns the values and the flags of the answer's template."""
+  carry = writes & (state.carry > 0)
+  stands = {'carry': carry, 'blank': carry & (state.sums.count > 0), 'sums': writes & _present(state.sums),
+            'answer': writes}
+  return {'carry': state.carry, 'sums': state.sums.values}, stands
 
 
-def _result(state) -> Piece:
-  has_carry = state.carry > 0
-  return join(digit(state.carry, has_carry), literal(' ', has_carry & (state.sums.count > 0)),
-              _separated(state.sums, ' '), literal('\n'))
+def _split(fields) -> list[_Digits]:
+  """Returns the digits of each field."""
+  return [_Digits(values, count) for values, count in zip(fields.values, fields.count)]
 
 
-def _separated(digits, separator) -> Piece:
-  place = jnp.arange(digits.values.size)
-  stands = place < digits.count
-  separators = jnp.full(place.shape, int(TOKENIZER.encode(separator)[0]), jnp.int32)
-  return Piece(jnp.stack([separators, digits.values + DIGIT_ZERO], -1).reshape(-1),
-               jnp.stack([stands & (place > 0), stands], -1).reshape(-1), jnp.zeros(2 * place.size, bool))
+def _present(digits) -> chex.Array:
+  return jnp.arange(digits.values.size) < digits.count
 
 
 def _align(text, written, expected) -> chex.Array:
@@ -193,19 +202,15 @@ def _align(text, written, expected) -> chex.Array:
   own = jnp.take(text, length - written + place, mode='fill', fill_value=_NONE)
   as_expected = jnp.all((own == expected.tokens) | (place >= written)) & (written <= size)
   tokens = jnp.where(expected.mask, expected.tokens, _NONE - 1)
-  distance = _DISTANCE * jnp.abs(jnp.arange(size + 1) - written)
+  distance = _DISTANCE * jnp.abs(jnp.arange(size + 1) - written).astype(jnp.float32)
   last = text[-NUM_LOOKED_UP:]
   own_last = jnp.where(jnp.arange(NUM_LOOKED_UP) >= NUM_LOOKED_UP - written, last, _NONE)
   likely = jnp.where(jnp.arange(size + 1) <= jnp.sum(expected.mask), agreement(tokens, own_last) - distance, 0.0)
   # The text itself has the copies of a policy that has left the rules; the latest of equal ones.
-  likely_again = agreement(text, last)[:-1] - _MARGIN + 1e-3 * jnp.arange(length) / length
+  likely_again = agreement(text, last)[:-1] - _MARGIN + 1e-3 * jnp.arange(length, dtype=jnp.float32) / length
   again = jnp.max(likely_again) > jnp.max(likely)
   start = jnp.where(again, size + jnp.argmax(likely_again), jnp.argmax(likely))
   return jnp.where(as_expected, written, start)
-
-
-def _only(piece, valid) -> Piece:
-  return piece._replace(valid=piece.valid & valid)
 
 
 def _choose(condition, one, other):
