@@ -3,7 +3,7 @@
 The parts are functions of their own, so that they can be timed and replaced one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from critkl_jax import advantages
+from critkl_jax import advantages, slices
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
@@ -100,12 +100,14 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
     `response_length`, tokens in an episode, and `num_tokens`, tokens sampled.
   """
 
+  lengths = shorter_lengths(task)
+
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
     rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
     rollout, rewards = collect(model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
-    ref_output = reference_pass(model, config, state.ref_params, rollout)
+    ref_output = reference_pass(model, config, state.ref_params, rollout, lengths)
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
-    state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters)
+    state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     return state, metrics | {
         'accuracy': jnp.mean(rewards), 'response_length': num_tokens / config.episodes,
@@ -137,28 +139,46 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
 
 
+def shorter_lengths(task: Task) -> tuple[int, ...]:
+  """Returns the lengths below the limit at which passes over a rollout are compiled too: that of right responses."""
+  return (task.solution_length,) if 0 < task.solution_length < task.response_length else ()
+
+
 def holds_logits(model: GPT2) -> bool:
   """Returns whether the vocabulary is so small that logits of whole episodes are held; else hidden states are."""
   return pick_implementation(model.config.vocab_size, from_logits=False) == 'fused'
 
 
-def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout) -> chex.Array:
-  """Returns what the reference says at each action, a minibatch at a time, so that no pass needs more memory than an
-  update.
+def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout: Rollout,
+                   lengths: Sequence[int] = ()) -> chex.Array:
+  """Returns what the reference says at each action, at most a minibatch at a time, so that no pass needs more memory
+  than an update.
 
   Args:
     model: the network.
     config: number of episodes and minibatches.
     ref_params: the reference's parameters.
     rollout: B episodes of T tokens.
+    lengths: shorter lengths than T, in rising order, at which episodes that fit are read.
 
   Returns:
     float32 logits `[B, T, V]`, before any temperature, where `holds_logits`; hidden states `[B, T, D]` else.
   """
   read = score if holds_logits(model) else score_hidden
-  minibatches = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), rollout)
-  read_out = jax.lax.map(lambda minibatch: read(model, ref_params, minibatch)[0], minibatches)
-  return read_out.reshape(*rollout.actions.shape, -1)
+  num_tokens = rollout.actions.shape[1]
+
+  def read_slice(part):
+    def at(length):
+      said = read(model, ref_params, slices.cut(part, length))[0]
+      return jnp.pad(said, ((0, 0), (0, num_tokens - length), (0, 0)))
+
+    return slices.at_length(at, (*lengths, num_tokens), part.mask)
+
+  size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + num_tokens)
+  order = slices.by_length(rollout.mask)
+  parts = slices.split(jax.tree.map(lambda x: x[order], rollout), size)
+  said = jax.lax.map(read_slice, parts).reshape(*rollout.actions.shape, -1)
+  return said[jnp.argsort(order)]
 
 
 def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, rewards: chex.Array,
@@ -205,7 +225,7 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
 
 
 def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
-           batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters
+           batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters, lengths: Sequence[int] = ()
            ) -> tuple[TrainState, dict[str, chex.Array]]:
   """Makes `epochs` x `minibatches` updates; each epoch shuffles the episodes anew.
 
@@ -213,11 +233,12 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     model: the policy network.
     config: structure and estimators.
     state: the state at the time of the rollout.
-    rollout: B episodes.
+    rollout: B episodes of T tokens.
     ref_output: of `reference_pass`.
     batch: `[B, T]`.
     key: PRNG key, consumed.
     hyperparameters: the numbers.
+    lengths: shorter lengths than T, in rising order, at which episodes that fit are read.
 
   Returns:
     The state one step later, and the means of the loss's metrics over the updates.
@@ -227,8 +248,7 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
   if config.advantage != 'gae':  # nothing asks for values: their gradient would only take its share of the norm
     numbers = numbers.replace(value_coefficient=0.0)
 
-  def loss_fn(params, minibatch):
-    rollout, ref_output, batch = minibatch
+  def loss_fn(params, rollout, ref_output, batch):
     if holds_logits(model):
       logits, values = score(model, params, rollout)
       return ppo_loss(logits, values, ref_output, batch, config.loss, numbers)
@@ -239,7 +259,7 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
   def one_update(carry, indices):
     params, opt_state = carry
     minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_output, batch))
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, minibatch)
+    grads, metrics = _mean_gradient(loss_fn, params, *minibatch, lengths)
     grads = {name: grad if name == 'value_head' else jax.tree.map(lambda x: jnp.where(warming_up, 0.0, x), grad)
              for name, grad in grads.items()}
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -251,6 +271,29 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
       hyperparams=state.opt_state.hyperparams | {'learning_rate': jnp.float32(hyperparameters.learning_rate)})
   (params, opt_state), metrics = jax.lax.scan(one_update, (state.params, opt_state), indices)
   return state.replace(params=params, opt_state=opt_state, step=state.step + 1), jax.tree.map(jnp.mean, metrics)
+
+
+def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
+  """Returns gradient and metrics of a loss that is a mean over tokens, from slices weighted by their tokens."""
+  num_tokens = rollout.actions.shape[1]
+  count = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1.0)
+
+  def of_slice(part):
+    rollout, ref_output, batch = part
+    weight = jnp.sum(batch.mask, dtype=jnp.float32) / count
+
+    def at(length):
+      rest = jax.tree.map(lambda x: x[:, :length], (ref_output, batch))
+      return jax.grad(loss_fn, has_aux=True)(params, slices.cut(rollout, length), *rest)
+
+    return jax.tree.map(lambda x: weight * x, slices.at_length(at, (*lengths, num_tokens), rollout.mask))
+
+  size = slices.pick_size(rollout.mask.shape[0], rollout.prompt.shape[1] + num_tokens)
+  order = slices.by_length(rollout.mask)
+  parts = slices.split(jax.tree.map(lambda x: x[order], (rollout, ref_output, batch)), size)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                       jax.eval_shape(of_slice, jax.tree.map(lambda x: x[0], parts)))
+  return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_slice(part)), None), zeros, parts)[0]
 
 
 def _matching(old, fresh):

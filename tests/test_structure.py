@@ -16,7 +16,8 @@ ORDER = [
     'attention', 'gpt2', 'confidence',
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
-    'decoding', 'rollout', 'advantages', 'losses', 'pretrain_step', 'train_step', 'evaluate', 'checkpoint', 'runner',
+    'decoding', 'rollout', 'slices', 'advantages', 'losses', 'pretrain_step', 'train_step',
+    'evaluate', 'checkpoint', 'runner',
     'analysis.curves',
 ]
 

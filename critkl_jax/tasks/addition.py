@@ -280,6 +280,7 @@ def addition(known_digits: int, max_digits: int, lengths: Callable[[chex.PRNGKey
       prompt=render_prompt,
       solution=functools.partial(render_solution, known_digits=known_digits, length=response_length),
       reward=reward,
+      solution_length=solution_length(max_digits),
       draft=draft_addition)
 
 

@@ -24,6 +24,8 @@ class Task:
     prompt: problem -> `Tokens` `[Q]`, padded on the left.
     solution: problem -> `Solution` `[T]`, padded on the right.
     reward: (problem, actions `[T]`, mask `[T]`) -> float32 `[]`, 1 for a right response and 0 for any other.
+    solution_length: no right response is longer; 0 if that is not known. Passes over episodes that keep to it do not
+      pay for the longer limit.
     draft: (problem, actions `[T]`, number of actions `[]`, K) -> int32 `[K]`: what is expected to follow the first so
       many actions, -1 for nothing; it makes rollouts faster and changes nothing else. None where the task has no idea.
   """
@@ -36,6 +38,7 @@ class Task:
   prompt: Callable[[Any], Tokens]
   solution: Callable[[Any], Solution]
   reward: Callable[[Any, chex.Array, chex.Array], chex.Array]
+  solution_length: int = 0
   draft: Callable[[Any, chex.Array, chex.Array, int], chex.Array] | None = None
 
 

@@ -1,0 +1,51 @@
+"""Episodes a few at a time, in arrays no longer than they are.
+
+On a CPU a pass over a few thousand tokens stays in the caches and in memory that is already mapped; over a whole
+minibatch every array is written to fresh memory, and the products wait for it. Accelerators take a minibatch whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from critkl_jax.decoding import any_of_all
+from critkl_jax.records import Rollout
+
+_CPU_TOKENS = 2048  # in a slice
+
+
+def pick_size(num_episodes: int, num_tokens: int) -> int:
+  """Returns how many of `num_episodes` episodes of `num_tokens` tokens to take at a time, a divisor of their number."""
+  if jax.default_backend() != 'cpu':
+    return num_episodes
+  most = max(_CPU_TOKENS // num_tokens, 1)
+  return max(n for n in range(1, min(most, num_episodes) + 1) if num_episodes % n == 0)
+
+
+def by_length(mask: chex.Array) -> chex.Array:
+  """Returns the permutation `[B]` that brings episodes with masks `[B, T]` into the order of their lengths."""
+  return jnp.argsort(jnp.sum(mask, 1))
+
+
+def split(tree: Any, size: int) -> Any:
+  """Returns arrays `[B, ...]` as `[B / size, size, ...]`."""
+  return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+
+
+def at_length(fn: Callable[[int], Any], lengths: Sequence[int], mask: chex.Array) -> Any:
+  """Calls `fn(length)` with the smallest of the lengths, in rising order, that holds the episodes with masks `[B, T]`.
+
+  Every length is compiled, one is executed; under `vmap` the same one for all members. Results have one shape.
+  """
+  branches = [lambda n=n: fn(n) for n in lengths]
+  longest = jnp.max(jnp.sum(mask, 1))
+  return jax.lax.switch(sum(any_of_all(longest > n).astype(jnp.int32) for n in lengths[:-1]), branches)
+
+
+def cut(rollout: Rollout, length: int) -> Rollout:
+  """Returns a rollout without what stands beyond `length` tokens of the responses."""
+  names = ('actions', 'mask', 'log_probs', 'values')
+  return rollout.replace(**{name: getattr(rollout, name)[:, :length] for name in names})
