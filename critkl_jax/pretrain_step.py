@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from critkl_jax import slices
 from critkl_jax.config import PretrainConfig
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import masked_mean
@@ -78,11 +79,10 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     mask = jnp.concatenate([prompt.mask, solution.mask], 1)
     logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits
     logits = logits[:, task.prompt_length - 1:]
-    num_tokens = jnp.sum(solution.mask, dtype=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, solution.tokens)
     right = jnp.argmax(logits, -1) == solution.tokens
     loss, accuracy = masked_mean(losses, solution.mask), masked_mean(right.astype(jnp.float32), solution.mask)
-    return loss, {'loss': loss, 'accuracy': accuracy, 'num_tokens': num_tokens}
+    return loss, {'loss': loss, 'accuracy': accuracy}
 
   def step(state: TrainState, key: chex.PRNGKey):
     problem_key, offset_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -90,7 +90,10 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
     used = jnp.sum(prompt.mask, 1) + jnp.sum(solution.mask, 1)
     offset = jax.random.randint(offset_key, (config.batch_size,), 0, model.config.context_length + 1 - used)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, prompt, solution, offset)
+    grads, metrics = slices.mean_over_tokens(
+        lambda part: jax.grad(loss_fn, has_aux=True)(state.params, *part), (prompt, solution, offset), solution.mask,
+        slices.pick_size(config.batch_size, length))
+    metrics['num_tokens'] = jnp.sum(solution.mask, dtype=jnp.float32)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics

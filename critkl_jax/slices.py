@@ -45,6 +45,32 @@ def at_length(fn: Callable[[int], Any], lengths: Sequence[int], mask: chex.Array
   return jax.lax.switch(sum(any_of_all(longest > n).astype(jnp.int32) for n in lengths[:-1]), branches)
 
 
+def mean_over_tokens(fn: Callable[[Any], Any], tree: Any, mask: chex.Array, size: int) -> Any:
+  """Returns what `fn` returns for episodes `tree`, arrays `[B, ...]`, from slices of `size` episodes.
+
+  Args:
+    fn: slice -> PyTree of means over its tokens, where `mask` is true.
+    tree: the episodes.
+    mask: bool `[B, T]`.
+    size: a divisor of B.
+
+  Returns:
+    The means over all tokens: those of the slices, weighted by their numbers of tokens.
+  """
+  count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+
+  def of_slice(part, part_mask):
+    weight = jnp.sum(part_mask, dtype=jnp.float32) / count
+    return jax.tree.map(lambda x: weight * x, fn(part))
+
+  if size == mask.shape[0]:
+    return fn(tree)
+  parts = split((tree, mask), size)
+  first = jax.eval_shape(of_slice, *jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+  return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_slice(*part)), None), zeros, parts)[0]
+
+
 def cut(rollout: Rollout, length: int) -> Rollout:
   """Returns a rollout without what stands beyond `length` tokens of the responses."""
   names = ('actions', 'mask', 'log_probs', 'values')

@@ -274,26 +274,22 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
 
 
 def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
-  """Returns gradient and metrics of a loss that is a mean over tokens, from slices weighted by their tokens."""
+  """Returns gradient and metrics of a loss that is a mean over tokens."""
   num_tokens = rollout.actions.shape[1]
-  count = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1.0)
 
   def of_slice(part):
     rollout, ref_output, batch = part
-    weight = jnp.sum(batch.mask, dtype=jnp.float32) / count
 
     def at(length):
       rest = jax.tree.map(lambda x: x[:, :length], (ref_output, batch))
       return jax.grad(loss_fn, has_aux=True)(params, slices.cut(rollout, length), *rest)
 
-    return jax.tree.map(lambda x: weight * x, slices.at_length(at, (*lengths, num_tokens), rollout.mask))
+    return slices.at_length(at, (*lengths, num_tokens), rollout.mask)
 
-  size = slices.pick_size(rollout.mask.shape[0], rollout.prompt.shape[1] + num_tokens)
   order = slices.by_length(rollout.mask)
-  parts = slices.split(jax.tree.map(lambda x: x[order], (rollout, ref_output, batch)), size)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                       jax.eval_shape(of_slice, jax.tree.map(lambda x: x[0], parts)))
-  return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_slice(part)), None), zeros, parts)[0]
+  episodes = jax.tree.map(lambda x: x[order], (rollout, ref_output, batch))
+  size = slices.pick_size(order.size, rollout.prompt.shape[1] + num_tokens)
+  return slices.mean_over_tokens(of_slice, episodes, episodes[0].mask, size)
 
 
 def _matching(old, fresh):

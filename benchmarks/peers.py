@@ -1,0 +1,217 @@
+"""The same weights, prompts and reward in what people would use instead: Hugging Face `generate` and a TRL GRPO step.
+
+    pip install '.[bench]'
+    python -m benchmarks.peers --json=peers.json
+
+Everything runs on the CPU in one process, one after another in turns. Only tokens of responses count, up to the end of
+the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8
+to each of 12 problems, a reward, a reference pass and one epoch of three updates.
+"""
+
+import json
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import models, timing
+from critkl_jax import train_step
+from critkl_jax.config import FinetuneConfig, GPT2Config
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.rollout import respond, score
+from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import Task
+from critkl_jax.tasks.text import END_OF_SCRATCHPAD
+from experiments.flags import run
+
+try:
+  import datasets
+  import tokenizers
+  import torch
+  import transformers
+  import trl
+except ImportError as error:
+  raise SystemExit(f"error: {error.name} is not installed: pip install '.[bench]'") from error
+
+PRESETS = flags.DEFINE_list('presets', ['tiny', 'paper'], 'Sizes of the model.')
+EPISODES = flags.DEFINE_list('episodes', ['64', '16'], 'Episodes in a rollout, for each of the sizes.')
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed turns at `tiny`, after a first one; one elsewhere.', lower_bound=1)
+GRPO = flags.DEFINE_bool('grpo', True, 'Time a whole iteration beside TRL too.')
+JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+
+RESPONSES, PER_PROBLEM, UPDATES = 96, 8, 3
+PAPER_SECONDS = 45.0  # for one episode of the official code at the tiny size, as measured on such a machine
+
+
+def torch_gpt2(config: GPT2Config, params: Any) -> 'transformers.GPT2LMHeadModel':
+  """Returns the same model in PyTorch."""
+  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+      vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.width, n_layer=config.num_layers,
+      n_head=config.num_heads, activation_function='gelu_new', resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+      layer_norm_epsilon=1e-5, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+  names = {'embedding': 'weight', 'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+  weights = {}
+  for path, value in jax.tree_util.tree_leaves_with_path({k: v for k, v in params.items() if k != 'value_head'}):
+    parts = [entry.key for entry in path]
+    parts = (['h', parts[0].removeprefix('h_')] if parts[0].startswith('h_') else [parts[0]]) + parts[1:]
+    weights['.'.join(['transformer', *parts[:-1], names[parts[-1]]])] = torch.tensor(np.array(value))
+  weights['lm_head.weight'] = weights['transformer.wte.weight']
+  model.load_state_dict(weights, strict=True)
+  return model.eval()
+
+
+class AnswerEnded(transformers.StoppingCriteria):
+  """Ends each episode where the task does; called once a token."""
+
+  def __init__(self, task: Task, num_prompt: int):
+    self._stop = torch.tensor(np.array(task.stop), dtype=torch.long)
+    self._num_prompt, self._state = num_prompt, None
+
+  def __call__(self, input_ids, scores, **options):
+    del scores, options
+    if input_ids.shape[1] == self._num_prompt + 1:
+      self._state = torch.zeros(input_ids.shape[0], dtype=torch.long)
+    final, columns = self._stop.shape
+    after = self._stop[self._state.clamp(max=final - 1), input_ids[:, -1].clamp(max=columns - 1)]
+    self._state = torch.where(self._state < final, after, self._state)
+    return self._state >= final
+
+
+def torch_generate(model, task: Task, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+  """Samples responses, and returns how many tokens they have."""
+  with torch.inference_mode():
+    text = model.generate(
+        input_ids=tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=task.response_length, eos_token_id=None, pad_token_id=0,
+        stopping_criteria=transformers.StoppingCriteriaList([AnswerEnded(task, tokens.shape[1])]))
+  return int((text[:, tokens.shape[1]:] != 0).sum())
+
+
+def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:
+  """Times rollouts and teacher-forced passes of one size, here and in PyTorch."""
+  config, params, known_digits = models.load(preset)
+  model, task = GPT2(config), plus_task(known_digits, 1)
+  peer = torch_gpt2(config, params)
+  sample = jax.jit(lambda params, problems, key: respond(model, params, task, problems, key))
+  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), episodes))
+  prompt = jax.vmap(task.prompt)(problems)
+  tokens, mask = (torch.tensor(np.array(x)).long() for x in (prompt.tokens, prompt.mask))
+  rollout = sample(params, problems, jax.random.key(0))
+  text = np.concatenate([rollout.prompt, rollout.actions], 1)[:, :-1]
+  with torch.inference_mode():
+    said = torch.log_softmax(peer(torch.tensor(text[:1, -60:]).long()).logits, -1).numpy()
+  wanted = jax.nn.log_softmax(model.apply({'params': params}, jnp.asarray(text[:1, -60:])).logits)
+  np.testing.assert_allclose(said, wanted, atol=0.01)  # the same model
+
+  force = jax.jit(lambda params, rollout: jax.lax.map(lambda r: score(model, params, r)[0], jax.tree.map(
+      lambda x: x.reshape(-1, 4, *x.shape[1:]), rollout)))
+  speed = {name: [] for name in ('rollout', 'generate', 'teacher_forced', 'torch_forward')}
+  for turn in range(repeats + 1):
+    rollout, time = timing.result_and_seconds(sample, params, problems, jax.random.key(turn))
+    speed['rollout'].append(int(rollout.mask.sum()) / time)
+    num_tokens, time = timing.result_and_seconds(torch_generate, peer, task, tokens, mask)
+    speed['generate'].append(num_tokens / time)
+    _, time = timing.result_and_seconds(force, params, rollout)
+    speed['teacher_forced'].append(text.size / time)
+    with torch.inference_mode():
+      _, time = timing.result_and_seconds(lambda: peer(torch.tensor(text).long()).logits[0, 0, 0].item())
+    speed['torch_forward'].append(text.size / time)
+    latest = ', '.join(f'{name} {values[-1]:.0f} tokens/s' for name, values in speed.items())
+    print(f'{preset} {turn or "warm-up"}: {latest}', flush=True)
+  found = {name: statistics.median(values[1:]) for name, values in speed.items()}
+  return found | {'episodes': episodes, 'ratio': found['rollout'] / found['generate']}
+
+
+def iterations(preset: str, repeats: int) -> dict[str, float]:
+  """Times whole iterations of reinforcement, here and in TRL."""
+  model_config, params, known_digits = models.load(preset)
+  task = plus_task(known_digits, 1)
+  config = FinetuneConfig(episodes=RESPONSES, episodes_per_problem=PER_PROBLEM, minibatches=UPDATES, learning_rate=1e-6)
+  model = GPT2(config.model_of(model_config))
+  state = train_step.init_finetuning(model, config, params)
+  step = train_step.make_train_step(model, task, config)
+  _, key = train_step.finetuning_keys(config)
+  numbers = train_step.Hyperparameters.of(config)
+  trainer = grpo_trainer(model_config, params, task)
+  seconds = {'iteration': [], 'trl': []}
+  for turn in range(repeats + 1):
+    (state, _), time = timing.result_and_seconds(step, state, key, numbers)
+    seconds['iteration'].append(time)
+    trainer.args.max_steps = UPDATES
+    trainer.state = transformers.TrainerState()
+    _, time = timing.result_and_seconds(trainer.train)
+    seconds['trl'].append(time)
+    print(f'{preset} {turn or "warm-up"}: ' + ', '.join(f'{k} {v[-1]:.2f} s' for k, v in seconds.items()), flush=True)
+  found = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+  return found | {'responses': RESPONSES, 'ratio': found['trl'] / found['iteration'],
+                  'episodes_per_second_over_official': RESPONSES / found['iteration'] * PAPER_SECONDS}
+
+
+def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTrainer':
+  """Returns a trainer of the same model on the same prompts with the same reward."""
+  alphabet = task.tokenizer.alphabet
+  characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token='%'))
+  characters.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
+  characters.decoder = tokenizers.decoders.Fuse()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=characters, pad_token='%', eos_token='%', padding_side='left')
+  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), RESPONSES // PER_PROBLEM))
+  prompts = [task.tokenizer.decode(t, m) for t, m in zip(*(np.asarray(x) for x in (lambda p: (p.tokens, p.mask))(
+      jax.vmap(task.prompt)(problems))))]
+  peer = torch_gpt2(config, params)
+  generate = peer.generate
+
+  def generate_until_answered(input_ids, **options):
+    stop = transformers.StoppingCriteriaList([AnswerEnded(task, input_ids.shape[1])])
+    return generate(input_ids=input_ids, stopping_criteria=stop, **options)
+
+  peer.generate = generate_until_answered
+
+  def reward(prompts, completions, **columns):
+    del columns
+    answers = []
+    for prompt in prompts:
+      a, b = prompt.split('\n')[1].split('+')
+      answers.append(' '.join(str(int(a) + int(b))) + '\n')
+    return [float(END_OF_SCRATCHPAD in text and text.split(END_OF_SCRATCHPAD, 1)[1] == answer)
+            for text, answer in zip(completions, answers)]
+
+  arguments = trl.GRPOConfig(
+      output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], save_strategy='no', logging_strategy='no',
+      disable_tqdm=True, per_device_train_batch_size=RESPONSES // UPDATES, gradient_accumulation_steps=1,
+      steps_per_generation=UPDATES, num_generations=PER_PROBLEM, max_completion_length=task.response_length,
+      num_iterations=1, max_steps=UPDATES, learning_rate=1e-6, lr_scheduler_type='constant', temperature=1.0, top_k=0,
+      beta=0.5, gradient_checkpointing=False, dataloader_pin_memory=False)
+  return trl.GRPOTrainer(model=peer, reward_funcs=reward, args=arguments, processing_class=tokenizer,
+                         train_dataset=datasets.Dataset.from_dict({'prompt': prompts}))
+
+
+def main() -> None:
+  """Measures in turns and prints a table."""
+  transformers.logging.set_verbosity_error()
+  results = {'device': jax.devices()[0].device_kind, 'torch': torch.__version__,
+             'transformers': transformers.__version__, 'trl': trl.__version__}
+  for preset, episodes in zip(PRESETS.value, EPISODES.value):
+    repeats = REPEATS.value if preset == 'tiny' else 1
+    results[preset] = {'rollout': rollouts(preset, int(episodes), repeats)}
+    if GRPO.value and preset == 'tiny':
+      results[preset]['iteration'] = iterations(preset, repeats)
+  for preset in PRESETS.value:
+    found = results[preset]['rollout']
+    print(f'{preset:>8}: rollout {found["rollout"]:.0f} tokens/s, generate {found["generate"]:.0f}: '
+          f'{found["ratio"]:.2f} times; forward {found["teacher_forced"]:.0f}, in PyTorch {found["torch_forward"]:.0f}')
+    if 'iteration' in results[preset]:
+      found = results[preset]['iteration']
+      print(f'{preset:>8}: iteration {found["iteration"]:.2f} s, TRL {found["trl"]:.2f} s: {found["ratio"]:.2f} times; '
+            f'{found["episodes_per_second_over_official"]:.0f} times the episodes per second of the official code')
+  if JSON.value:
+    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  run(main)
