@@ -79,9 +79,9 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
 
 
 def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
-                  max_new_tokens: int, method: str = 'auto', window: int = 0, draft: Draft | None = None,
-                  **options: Any) -> Rollout:
-  """Samples responses from a GPT-2 with a key-value cache, half as long while the episodes are short.
+                  max_new_tokens: int, usual_length: int = 0, method: str = 'auto', window: int = 0,
+                  draft: Draft | None = None, **options: Any) -> Rollout:
+  """Samples responses from a GPT-2 with a key-value cache that grows with the longest episode.
 
   Args:
     model: the network.
@@ -90,6 +90,7 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
     prompt_mask: as in `generate`.
     key: PRNG key, consumed.
     max_new_tokens: T, at which an episode is cut.
+    usual_length: length that few responses exceed; the cache becomes longer only if one does. 0 if not known.
     method: `cached` reads one token at a time, `speculative` a window; `auto` picks, see `pick_method`.
     window: K of `speculative`; 0 for 16 on CPUs, which pay for every token, and 32 elsewhere, where a call has its
       price.
@@ -120,11 +121,11 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
   cache = init_cache(model.config, prompt.shape[0], num_prompt, in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
   few = prompt.shape[0] // 8 if on_cpu else 0
-  for length in ((num_prompt + num_slots) // 2, num_slots):
+  for length in _cache_lengths(num_prompt, usual_length, window, num_slots):
     episodes = episodes.replace(policy_state=_grow(episodes.policy_state, length))
     episodes = _advance_while(decoder, episodes, num_prompt, length, few)
   if few:
-    episodes = _advance_few(decoder, episodes, num_prompt, num_slots, few)
+    episodes = _advance_few(decoder, episodes, num_prompt, few)
   return finish(decoder, episodes, prompt, prompt_mask)
 
 
@@ -146,7 +147,7 @@ def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGK
   draft = _task_draft(task, problems) if task.draft else None
   return gpt2_generate(
       model, params, prompt.tokens, prompt.mask, key, max_new_tokens=task.response_length, stop=task.stop,
-      pad_id=task.tokenizer.pad_id, draft=draft, **options)
+      usual_length=task.solution_length, pad_id=task.tokenizer.pad_id, draft=draft, **options)
 
 
 def pick_method(has_draft: bool) -> str:
@@ -209,6 +210,13 @@ def _rewind(cache, num_tokens):
   return cache.replace(index=cache.index - num_tokens)
 
 
+def _cache_lengths(num_prompt, usual_length, window, num_slots):
+  """Returns the lengths that a cache takes on one after another: half of what is usual, the usual one, all."""
+  usual = min(num_prompt + usual_length + window, num_slots) if usual_length else num_slots
+  lengths = ((num_prompt + usual) // 2, usual, num_slots)
+  return sorted({-(-n // 32) * 32 for n in lengths})
+
+
 def _grow(cache, length):
   more = length - cache.mask.shape[1]
   keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in cache.keys)
@@ -226,12 +234,12 @@ def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, le
   return jax.lax.while_loop(go_on, lambda e: advance(decoder, e), episodes)
 
 
-def _advance_few(decoder, episodes: Episodes, num_prompt: int, length: int, num: int) -> Episodes:
+def _advance_few(decoder, episodes: Episodes, num_prompt: int, num: int) -> Episodes:
   """Ends the last `num` active episodes in arrays of their own, so that those that have ended cost nothing."""
   active = episodes.active
   rank = jnp.where(active, jnp.cumsum(active) - 1, jnp.sum(active) + jnp.cumsum(~active) - 1)  # the active ones first
   rows = jnp.argmax(rank[None] == jnp.arange(num)[:, None], 1)
   few = jax.tree.map(lambda x: x[rows] if x.ndim else x, episodes)
-  few = _advance_while(decoder, few, num_prompt, length, 0)
+  few = _advance_while(decoder, few, num_prompt, episodes.policy_state.mask.shape[1], 0)
   whole, few = (e.replace(policy_state=None, keys=None) for e in (episodes, few))
   return jax.tree.map(lambda x, y: x.at[rows].set(y), whole, few)

@@ -127,13 +127,15 @@ def _fields(text, line, capacity) -> tuple[_Digits, chex.Array]:
   marker = jax.lax.cummax(jnp.where(kind > 0, place, -1))  # the last one up to here
   field = jnp.where(marker >= 0, kind[marker], 0)
   number = jnp.arange(_NUM_FIELDS)[:, None]
-  begins = jnp.max(jnp.where(kind[None] == number, place[None], -1), 1)  # one that begins twice counts from there
+  begins = jnp.max(jnp.where((kind[None] == number) & (number > 0), place[None], -1), 1)  # the second time, if twice
   digits = line & (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
-  digits = digits[None] & (field[None] == number) & (marker[None] == jnp.where(number > 0, begins[:, None], -1))
-  rank = jnp.cumsum(digits, 1)
-  wanted = digits[:, None] & (rank[:, None] == jnp.arange(1, capacity + 1)[None, :, None])
+  total = jnp.cumsum(digits)
+  before = jnp.where(begins >= 0, total[begins], 0)  # digits before the field
+  digits = digits[None] & (field[None] == number) & (marker[None] == begins[:, None])
+  rank = jnp.where(digits, total[None] - before[:, None], 0)
+  wanted = rank[:, None] == jnp.arange(1, capacity + 1)[None, :, None]
   values = jnp.sum(jnp.where(wanted, (text - DIGIT_ZERO)[None, None], 0), -1)
-  return _Digits(values, jnp.minimum(rank[:, -1], capacity)), field[-1]
+  return _Digits(values, jnp.minimum(jnp.sum(digits, 1), capacity)), field[-1]
 
 
 def _first(problem, capacity) -> _State:
