@@ -137,6 +137,7 @@ def iterations(preset: str, repeats: int) -> dict[str, float]:
   step = train_step.make_train_step(model, task, config)
   _, key = train_step.finetuning_keys(config)
   numbers = train_step.Hyperparameters.of(config)
+  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))  # as the first step returns it
   trainer = grpo_trainer(model_config, params, task)
   seconds = {'iteration': [], 'trl': []}
   for turn in range(repeats + 1):
@@ -163,7 +164,9 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), RESPONSES // PER_PROBLEM))
   prompts = [task.tokenizer.decode(t, m) for t, m in zip(*(np.asarray(x) for x in (lambda p: (p.tokens, p.mask))(
       jax.vmap(task.prompt)(problems))))]
-  peer = torch_gpt2(config, params)
+  directory = tempfile.mkdtemp()
+  torch_gpt2(config, params).save_pretrained(directory)  # from which the trainer reads its reference
+  peer = transformers.GPT2LMHeadModel.from_pretrained(directory)
   generate = peer.generate
 
   def generate_until_answered(input_ids, **options):
@@ -182,11 +185,11 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
             for text, answer in zip(completions, answers)]
 
   arguments = trl.GRPOConfig(
-      output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], save_strategy='no', logging_strategy='no',
+      output_dir=directory, use_cpu=True, bf16=False, report_to=[], save_strategy='no', logging_strategy='no',
       disable_tqdm=True, per_device_train_batch_size=RESPONSES // UPDATES, gradient_accumulation_steps=1,
       steps_per_generation=UPDATES, num_generations=PER_PROBLEM, max_completion_length=task.response_length,
       num_iterations=1, max_steps=UPDATES, learning_rate=1e-6, lr_scheduler_type='constant', temperature=1.0, top_k=0,
-      beta=0.5, gradient_checkpointing=False, dataloader_pin_memory=False)
+      beta=0.5, dataloader_pin_memory=False)
   return trl.GRPOTrainer(model=peer, reward_funcs=reward, args=arguments, processing_class=tokenizer,
                          train_dataset=datasets.Dataset.from_dict({'prompt': prompts}))
 
