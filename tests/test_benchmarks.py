@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from critkl_jax import GPT2, GPT2Config, load_checkpoint, plus_task
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -79,3 +81,54 @@ def test_flops_count_a_loop_as_often_as_it_runs(deviceless):
 ])
 def test_reasons_in_one_line(deviceless, message, expected):
   assert deviceless.reason(f'some warning\n{message}\n') == expected
+
+
+@pytest.fixture
+def models(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT)
+  return importlib.import_module('benchmarks.models')
+
+
+def test_a_widened_model_writes_as_the_shipped_one(models):
+  shipped = load_checkpoint()
+  config, params, known_digits = models.load('small')
+  assert known_digits == shipped.info.known_digits
+  task = plus_task(known_digits, 0)
+  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), 2))
+  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+  tokens = jnp.concatenate([prompt.tokens, solution.tokens], 1)
+  mask = jnp.concatenate([prompt.mask, solution.mask], 1)
+  found, wanted = (jax.nn.log_softmax(GPT2(c).apply({'params': p}, tokens, mask).logits)
+                   for c, p in ((config, params), (shipped.info.model, shipped.params)))
+  assert sum(x.size for x in jax.tree.leaves(params)) > 2.5e6
+  assert jnp.max(jnp.abs(found - wanted)[mask]) < 0.05
+  with pytest.raises(ValueError, match='large'):
+    models.widen(params, config, shipped.info.model)
+
+
+def test_flops_are_those_of_the_products(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT)
+  timing = importlib.import_module('benchmarks.timing')
+  config = GPT2Config(vocab_size=11, num_layers=2, num_heads=2, width=16)
+  # one token: qkv 3, projection 1, MLP 8 times D^2, embedding; it attends to itself alone: q k and weights times v
+  one = 2 * (2 * 12 * 16**2 + 11 * 16) + 2 * 2 * 2 * 16
+  assert timing.forward_flops(config, [1]) == one
+  assert timing.forward_flops(config, [1, 1]) == 2 * one
+  assert timing.forward_flops(config, [2]) == 2 * one + 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(('name', 'flags'), [
+    ('rollout', ['--presets=tiny', '--episodes=2', '--repeats=1', '--window=8']),
+    ('train_step', ['--presets=tiny', '--episodes=2', '--repeats=1'])])
+def test_timings_are_written(tmp_path, name, flags):
+  path = tmp_path / 'found.json'
+  done = subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *flags, f'--json={path}'], cwd=ROOT, text=True,
+                        capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})
+  assert done.returncode == 0, done.stderr
+  found = json.loads(path.read_text())['tiny']
+  if name == 'rollout':
+    assert {'teacher_forced', 'cached', 'speculative', 'default'} <= found.keys()
+    assert 0 < found['sequential_steps']['speculative'] < found['sequential_steps']['cached']
+  else:
+    assert {'rollout', 'reward', 'reference', 'advantages', 'update', 'pretrain', 'whole'} == found['seconds'].keys()
+    assert 0 < found['fraction']['update'] < 1

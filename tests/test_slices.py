@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from critkl_jax import slices, train_step
+from critkl_jax.config import FinetuneConfig, GPT2Config
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import Rollout
+from critkl_jax.tasks.addition import plus_task
+
+
+def test_sizes_divide_and_keep_within_the_tokens():
+  assert slices.pick_size(32, 573) == 2
+  assert slices.pick_size(32, 512) == 4
+  assert slices.pick_size(6, 512) == 3
+  assert slices.pick_size(7, 300) == 1
+  assert slices.pick_size(4, 10) == 4
+  assert slices.pick_size(5, 10_000) == 1
+
+
+def test_accelerators_take_all(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert slices.pick_size(32, 573) == 32
+
+
+def test_means_are_those_over_all_tokens():
+  mask = jax.random.bernoulli(jax.random.key(0), 0.4, (6, 9)).at[2].set(False).at[3].set(False)
+  values = jax.random.normal(jax.random.key(1), (6, 9))
+
+  def mean(part):
+    values, mask = part
+    total = jnp.sum(jnp.where(mask, values, 0.0))
+    return {'mean': total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)}
+
+  for size in (1, 2, 3, 6):
+    found = slices.mean_over_tokens(mean, (values, mask), mask, size)['mean']
+    np.testing.assert_allclose(found, values[mask].mean(), rtol=1e-6)
+
+
+def test_the_shortest_sufficient_length_is_taken():
+  taken = jax.jit(lambda mask: slices.at_length(lambda n: jnp.int32(n), (2, 5, 9), mask))
+  for longest, length in ((0, 2), (2, 2), (3, 5), (5, 5), (6, 9), (9, 9)):
+    mask = jnp.arange(9)[None] < jnp.array([1, longest])[:, None]
+    assert taken(mask) == length
+  both = jax.vmap(taken)(jnp.stack([jnp.arange(9)[None] < 1, jnp.arange(9)[None] < 4]))
+  np.testing.assert_array_equal(both, [5, 5])  # members share a length, so that only one is executed
+
+
+def test_under_vmap_one_branch_alone_is_executed():
+  fn = jax.vmap(lambda mask: slices.at_length(lambda n: jnp.sum(mask[:, :n]), (2, 9), mask))
+  jaxpr = str(jax.make_jaxpr(fn)(jnp.ones((3, 1, 9), bool)))
+  assert 'cond[' in jaxpr
+  assert 'select_n' not in jaxpr
+
+
+def test_cut_keeps_prompts():
+  ones = jnp.ones((2, 7))
+  rollout = slices.cut(Rollout(prompt=ones, prompt_mask=ones, actions=ones, mask=ones, log_probs=ones, values=ones), 3)
+  assert rollout.prompt.shape == rollout.prompt_mask.shape == (2, 7)
+  assert rollout.actions.shape == rollout.mask.shape == rollout.log_probs.shape == rollout.values.shape == (2, 3)
+
+
+@pytest.fixture(scope='module')
+def iteration():
+  """A rollout of right solutions and junk of full length, all of which the update has to see."""
+  task, config = plus_task(1, 0), FinetuneConfig(episodes=8, minibatches=2, learning_rate=1e-3)
+  model = GPT2(config.model_of(GPT2Config(context_length=384, num_layers=2, num_heads=2, width=16)))
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  state = train_step.init_finetuning(model, config, params)
+  state = state.replace(params=jax.tree.map(lambda x: 1.05 * x, state.params))
+  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), 8))
+  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+  actions, mask = solution.tokens.at[0].set(5), solution.mask.at[0].set(True)
+  blank = jnp.where(mask, -1.0, 0.0)
+  rollout = Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=actions, mask=mask, log_probs=blank,
+                    values=0 * blank)
+  rewards = jnp.arange(8, dtype=jnp.float32)
+  return model, task, config, state, rollout, rewards
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_slices_and_lengths_change_nothing(iteration, monkeypatch):
+  model, task, config, state, rollout, rewards = iteration
+  numbers = train_step.Hyperparameters.of(config)
+  assert train_step.shorter_lengths(task) == (task.solution_length,)
+  assert rollout.mask.sum(1).max() == task.response_length > task.solution_length >= rollout.mask.sum(1)[1:].max()
+  results = []
+  for size, lengths in ((4, ()), (1, train_step.shorter_lengths(task)), (2, (task.solution_length, 250))):
+    monkeypatch.setattr(slices, 'pick_size', lambda *_, size=size: size)
+    ref_output = train_step.reference_pass(model, config, state.ref_params, rollout, lengths)
+    ref_output = jnp.where(rollout.mask[..., None], ref_output, 0.0)
+    batch = train_step.make_batch(model, config, state, rollout, rewards, ref_output, numbers)
+    new, metrics = train_step.update(
+        model, config, state, rollout, ref_output, batch, jax.random.key(2), numbers, lengths)
+    results.append((ref_output, new.params, metrics))
+  for found in results[1:]:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, results[0])
