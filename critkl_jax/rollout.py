@@ -118,14 +118,16 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
       prompt, prompt_mask)
 
   num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
-  cache = init_cache(model.config, prompt.shape[0], num_prompt, in_step=window == 1)
+  *lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
+  cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
   few = prompt.shape[0] // 8 if on_cpu else 0
-  for length in _cache_lengths(num_prompt, usual_length, window, num_slots):
-    episodes = episodes.replace(policy_state=_grow(episodes.policy_state, length))
-    episodes = _advance_while(decoder, episodes, num_prompt, length, few)
+  for length in lengths:
+    episodes = _advance_while(decoder, _grow(episodes, length), num_prompt, few)
+  many_left = any_of_all(jnp.sum(episodes.active) > few)
+  episodes = jax.lax.cond(many_left, lambda e: _end_all(decoder, e, num_prompt, full), lambda e: e, episodes)
   if few:
-    episodes = _advance_few(decoder, episodes, num_prompt, few)
+    episodes = _end_few(decoder, episodes, num_prompt, full, few)
   return finish(decoder, episodes, prompt, prompt_mask)
 
 
@@ -213,19 +215,21 @@ def _rewind(cache, num_tokens):
 def _cache_lengths(num_prompt, usual_length, window, num_slots):
   """Returns the lengths that a cache takes on one after another: half of what is usual, the usual one, all."""
   usual = min(num_prompt + usual_length + window, num_slots) if usual_length else num_slots
-  lengths = ((num_prompt + usual) // 2, usual, num_slots)
-  return sorted({-(-n // 32) * 32 for n in lengths})
+  return [-(-n // 32) * 32 for n in ((num_prompt + usual) // 2, usual, num_slots)]
 
 
-def _grow(cache, length):
+def _grow(episodes, length):
+  cache = episodes.policy_state
   more = length - cache.mask.shape[1]
   keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in cache.keys)
   values = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache.values)
-  return cache.replace(keys=keys, values=values, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
+  cache = cache.replace(keys=keys, values=values, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
+  return episodes.replace(policy_state=cache)
 
 
-def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, least: int) -> Episodes:
+def _advance_while(decoder, episodes: Episodes, num_prompt: int, least: int) -> Episodes:
   """Advances episodes while more than `least` of them are active and the windows of all fit into the cache."""
+  length = episodes.policy_state.mask.shape[1]
 
   def go_on(e):
     end = num_prompt - 1 + e.length + decoder.window
@@ -234,12 +238,18 @@ def _advance_while(decoder, episodes: Episodes, num_prompt: int, length: int, le
   return jax.lax.while_loop(go_on, lambda e: advance(decoder, e), episodes)
 
 
-def _advance_few(decoder, episodes: Episodes, num_prompt: int, num: int) -> Episodes:
+def _end_all(decoder, episodes: Episodes, num_prompt: int, length: int) -> Episodes:
+  """Ends all episodes in a longer cache."""
+  ended = _advance_while(decoder, _grow(episodes, length), num_prompt, 0)
+  return ended.replace(policy_state=episodes.policy_state)  # no longer needed
+
+
+def _end_few(decoder, episodes: Episodes, num_prompt: int, length: int, num: int) -> Episodes:
   """Ends the last `num` active episodes in arrays of their own, so that those that have ended cost nothing."""
   active = episodes.active
   rank = jnp.where(active, jnp.cumsum(active) - 1, jnp.sum(active) + jnp.cumsum(~active) - 1)  # the active ones first
   rows = jnp.argmax(rank[None] == jnp.arange(num)[:, None], 1)
   few = jax.tree.map(lambda x: x[rows] if x.ndim else x, episodes)
-  few = _advance_while(decoder, few, num_prompt, episodes.policy_state.mask.shape[1], 0)
+  few = _advance_while(decoder, _grow(few, length), num_prompt, 0)
   whole, few = (e.replace(policy_state=None, keys=None) for e in (episodes, few))
   return jax.tree.map(lambda x, y: x.at[rows].set(y), whole, few)
