@@ -11,11 +11,13 @@ import pathlib
 import statistics
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import models, timing
 from critkl_jax import slices
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import action_log_probs
 from critkl_jax.rollout import pick_method, respond, score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.train_step import shorter_lengths
@@ -40,14 +42,18 @@ def measure(preset: str, repeats: int) -> dict:
 
   @jax.jit
   def teacher_force(params, rollout):
-    """Reads the responses as fast as the reference pass of a train step does."""
+    """Returns log-probabilities and values of the responses, as fast as the reference pass of a train step."""
     order = slices.by_length(rollout.mask)
     size = slices.pick_size(EPISODES.value, rollout.prompt.shape[1] + rollout.actions.shape[1])
     parts = slices.split(jax.tree.map(lambda x: x[order], rollout), size)
 
     def read(part):
-      return slices.at_length(lambda n: score(model, params, slices.cut(part, n))[0].max((1, 2)),
-                              (*shorter_lengths(task), task.response_length), part.mask)
+      def at(length):
+        logits, values = score(model, params, slices.cut(part, length))
+        found = action_log_probs(logits, part.actions[:, :length]), values
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, task.response_length - length))), found)
+
+      return slices.at_length(at, (*shorter_lengths(task), task.response_length), part.mask)
 
     return jax.lax.map(read, parts)
 
