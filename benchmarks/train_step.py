@@ -15,7 +15,8 @@ import json
 import math
 import pathlib
 import resource
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from critkl_jax.gpt2 import GPT2
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.records import Rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
+from critkl_jax.tasks.task import Task
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'small', 'paper'], 'Sizes of the model.')
@@ -43,64 +45,69 @@ PICTURE = flags.DEFINE_string('picture', 'growth.png', 'File that takes the pict
 PARTS = ('rollout', 'reward', 'reference', 'advantages', 'update')
 
 
-class Iteration:
-  """The parts of one iteration, each jitted alone, with their arguments at hand."""
+class Parts(NamedTuple):
+  """One iteration, taken apart.
 
-  def __init__(self, preset: str, episodes: int, digits: int | None = None, solutions: bool = False):
-    model_config, params, known_digits = models.load(preset, dtype=DTYPE.value)
-    config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3))
-    digits = digits or known_digits + 1
-    self.task = task = plus_task(min(known_digits, digits), max(digits - known_digits, 0))
-    self.model, self.config, self.model_config = GPT2(config.model_of(model_config)), config, model_config
-    self.state = train_step.init_finetuning(self.model, config, params)
-    _, self.key = train_step.finetuning_keys(config)
-    self.numbers = train_step.Hyperparameters.of(config)
-    bind = functools.partial
-    lengths = train_step.shorter_lengths(task)
-    self.collect = jax.jit(bind(train_step.collect, self.model, task, config))
-    self.reference_pass = jax.jit(bind(train_step.reference_pass, self.model, config, lengths=lengths))
-    self.make_batch = jax.jit(bind(train_step.make_batch, self.model, config))
-    self.update = jax.jit(bind(train_step.update, self.model, config, lengths=lengths))
-    self.problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), episodes))
-    self.reward = jax.jit(jax.vmap(task.reward))
-    self.rollout = self._solutions() if solutions else self.collect(self.state.params, self.key, 1.0)[0]
-    self.rewards = self.reward(self.problems, self.rollout.actions, self.rollout.mask)
-    self.ref_output = self.reference_pass(self.state.ref_params, self.rollout)
-    self.batch = self.make_batch(self.state, self.rollout, self.rewards, self.ref_output, self.numbers)
+  Attributes:
+    calls: of each part, jitted alone, by name.
+    flops: that a part needs, where it is made of products.
+    step: a call of the whole.
+    num_tokens: in the responses.
+  """
 
-  def _solutions(self) -> Rollout:
-    prompt, solution = (jax.vmap(f)(self.problems) for f in (self.task.prompt, self.task.solution))
-    blank = jnp.zeros(solution.mask.shape)
-    return Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
-                   log_probs=blank, values=blank)
+  calls: dict[str, Callable[[], Any]]
+  flops: dict[str, float]
+  step: Callable[[], Any]
+  num_tokens: int
 
-  def calls(self) -> dict[str, Any]:
-    """Returns a call of each part."""
-    return {
-        'rollout': lambda: self.collect(self.state.params, self.key, 1.0),
-        'reward': lambda: self.reward(self.problems, self.rollout.actions, self.rollout.mask),
-        'reference': lambda: self.reference_pass(self.state.ref_params, self.rollout),
-        'advantages': lambda: self.make_batch(self.state, self.rollout, self.rewards, self.ref_output, self.numbers),
-        'update': lambda: self.update(self.state, self.rollout, self.ref_output, self.batch, self.key, self.numbers)}
 
-  def flops(self) -> dict[str, float]:
-    """Returns the FLOP that each part needs, where it is made of products."""
-    lengths = np.asarray(self.rollout.mask.sum(1) + self.rollout.prompt_mask.sum(1) - 1)
-    forward = timing.forward_flops(self.model_config, lengths)
-    return {'rollout': forward, 'reference': forward, 'update': 3 * forward}
+def take_apart(preset: str, episodes: int, digits: int | None = None, solutions: bool = False) -> Parts:
+  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions."""
+  model_config, params, known_digits = models.load(preset, dtype=DTYPE.value)
+  config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3))
+  digits = digits or known_digits + 1
+  task, model = plus_task(min(known_digits, digits), max(digits - known_digits, 0)), GPT2(config.model_of(model_config))
+  state, numbers = train_step.init_finetuning(model, config, params), train_step.Hyperparameters.of(config)
+  _, key = train_step.finetuning_keys(config)
+  lengths = train_step.shorter_lengths(task)
+  collect = jax.jit(functools.partial(train_step.collect, model, task, config))
+  reference_pass = jax.jit(functools.partial(train_step.reference_pass, model, config, lengths=lengths))
+  make_batch = jax.jit(functools.partial(train_step.make_batch, model, config))
+  update = jax.jit(functools.partial(train_step.update, model, config, lengths=lengths))
+  reward = jax.jit(jax.vmap(task.reward))
+  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), episodes))
+  rollout = right_answers(task, problems) if solutions else collect(state.params, key, 1.0)[0]
+  rewards = reward(problems, rollout.actions, rollout.mask)
+  ref_output = reference_pass(state.ref_params, rollout)
+  batch = make_batch(state, rollout, rewards, ref_output, numbers)
+  step = train_step.make_train_step(model, task, config)
+  calls = {'rollout': lambda: collect(state.params, key, 1.0),
+           'reward': lambda: reward(problems, rollout.actions, rollout.mask),
+           'reference': lambda: reference_pass(state.ref_params, rollout),
+           'advantages': lambda: make_batch(state, rollout, rewards, ref_output, numbers),
+           'update': lambda: update(state, rollout, ref_output, batch, key, numbers)}
+  forward = timing.forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
+  return Parts(calls=calls, flops={'rollout': forward, 'reference': forward, 'update': 3 * forward},
+               step=lambda: step(jax.tree.map(jnp.copy, state), key, numbers), num_tokens=int(rollout.mask.sum()))
+
+
+def right_answers(task: Task, problems: Any) -> Rollout:
+  """Returns the solutions of problems as if they had been sampled."""
+  prompt, solution = (jax.vmap(f)(problems) for f in (task.prompt, task.solution))
+  blank = jnp.zeros(solution.mask.shape)
+  return Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
+                 log_probs=blank, values=blank)
 
 
 def measure(preset: str, episodes: int, repeats: int, rate: float) -> dict[str, Any]:
   """Times the parts, the whole step and a step of pre-training."""
-  iteration = Iteration(preset, episodes)
-  seconds = {name: timing.median_seconds(call, repeats) for name, call in iteration.calls().items()}
-  step = train_step.make_train_step(iteration.model, iteration.task, iteration.config)
-  seconds['whole'] = timing.median_seconds(
-      lambda: step(jax.tree.map(jnp.copy, iteration.state), iteration.key, iteration.numbers), repeats)
-  flops = iteration.flops() | pretraining(preset, seconds, repeats)
+  parts = take_apart(preset, episodes)
+  seconds = {name: timing.median_seconds(call, repeats) for name, call in parts.calls.items()}
+  seconds['whole'] = timing.median_seconds(parts.step, repeats)
+  flops = parts.flops | pretraining(preset, seconds, repeats)
   flops['whole'] = sum(flops[name] for name in ('rollout', 'reference', 'update'))
   total = sum(seconds[name] for name in PARTS)
-  return {'episodes': episodes, 'tokens': int(iteration.rollout.mask.sum()), 'repeats': repeats, 'seconds': seconds,
+  return {'episodes': episodes, 'tokens': parts.num_tokens, 'repeats': repeats, 'seconds': seconds,
           'share': {name: seconds[name] / total for name in PARTS},
           'flops_per_second': {name: value / seconds[name] for name, value in flops.items()},
           'fraction': {name: value / seconds[name] / rate for name, value in flops.items()},
@@ -129,11 +136,10 @@ def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
   for name, settings in cases.items():
     rows[name] = []
     for preset, episodes, digits in settings:
-      iteration = Iteration(preset, episodes, digits, solutions=True)
-      calls, flops = iteration.calls(), iteration.flops()
-      row = {'preset': preset, 'episodes': episodes, 'digits': digits, 'tokens': int(iteration.rollout.mask.sum())}
+      parts = take_apart(preset, episodes, digits, solutions=True)
+      row = {'preset': preset, 'episodes': episodes, 'digits': digits, 'tokens': parts.num_tokens}
       for part in ('reference', 'update'):
-        row |= {part: timing.median_seconds(calls[part], repeats), f'{part}_flops': flops[part]}
+        row |= {part: timing.median_seconds(parts.calls[part], repeats), f'{part}_flops': parts.flops[part]}
       rows[name].append(row)
       print(f'{name}: {row}', flush=True)
   return rows
