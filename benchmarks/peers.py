@@ -3,8 +3,8 @@
     pip install '.[bench]'
     python -m benchmarks.peers --json=peers.json
 
-Everything runs on the CPU in one process, one after another in turns. Only tokens of responses count, up to the end of
-the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8
+Everything runs on the CPU in one process, one after another in turns. Of a rollout only tokens of responses count, up to
+the end of the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8
 to each of 12 problems, a reward, a reference pass and one epoch of three updates.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import train_step
+from critkl_jax import slices, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.rollout import respond, score
@@ -108,8 +108,9 @@ def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:
   wanted = jax.nn.log_softmax(model.apply({'params': params}, jnp.asarray(text[:1, -60:])).logits)
   np.testing.assert_allclose(said, wanted, atol=0.01)  # the same model
 
-  force = jax.jit(lambda params, rollout: jax.lax.map(lambda r: score(model, params, r)[0], jax.tree.map(
-      lambda x: x.reshape(-1, 4, *x.shape[1:]), rollout)))
+  size = slices.pick_size(episodes, text.shape[1])
+  force = jax.jit(lambda params, rollout: jax.lax.map(
+      lambda part: score(model, params, part)[0], slices.split(rollout, size)))
   speed = {name: [] for name in ('rollout', 'generate', 'teacher_forced', 'torch_forward')}
   for turn in range(repeats + 1):
     rollout, time = timing.result_and_seconds(sample, params, problems, jax.random.key(turn))
@@ -199,7 +200,7 @@ def main() -> None:
   transformers.logging.set_verbosity_error()
   results = {'device': jax.devices()[0].device_kind, 'torch': torch.__version__,
              'transformers': transformers.__version__, 'trl': trl.__version__}
-  for preset, episodes in zip(PRESETS.value, EPISODES.value):
+  for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
     repeats = REPEATS.value if preset == 'tiny' else 1
     results[preset] = {'rollout': rollouts(preset, int(episodes), repeats)}
     if GRPO.value and preset == 'tiny':

@@ -180,7 +180,7 @@ def main() -> None:
             f'{found["reference"]:.2f} (reference pass), {found["update"]:.2f} (update)')
     draw(result['growth'], PICTURE.value)
   else:
-    for preset, episodes in zip(PRESETS.value, EPISODES.value):
+    for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
       result[preset] = found = measure(preset, int(episodes), 1 if preset == 'paper' else REPEATS.value, rate)
       print(f'\n{preset}: {episodes} episodes, {found["tokens"]} tokens, medians of {found["repeats"]}, peak memory of '
             f'the process {found["peak_memory_mib"]:.0f} MiB')

@@ -198,8 +198,8 @@ class FinetuneConfig:
     attention: implementation of attention; empty for the reference's.
     remat: whether blocks are recomputed in the backward pass, to save memory.
     rollout: how responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
-      time, or `auto` for the one that measures best. The samples are the same.
-    window: tokens of a window; 0 for 16 on a CPU and 32 elsewhere.
+      time, or `auto` for `speculative` where the task has a draft. The samples are the same up to rounding.
+    window: tokens of a window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
     seed: seed of problems and samples.
     save_every: iterations between checkpoints.
     eval_problems: problems in each accuracy before and after.

@@ -4,7 +4,8 @@ Each call of the policy reads a window of K tokens an episode, the last one that
 samples at each of the K places. As long as a sample equals the draft, the next place has read the right tokens, and its
 sample counts too (Leviathan et al. 2023, arXiv 2211.17192, with the noise of a place fixed beforehand, so that samples
 are compared instead of probabilities). The noise of a token is a function of (key, episode, position) alone: with any
-draft, or none, the tokens are the same. Every episode advances at its own pace. K = 1 is plain decoding.
+draft, or none, the tokens are the same, up to the rounding of the logits. Every episode advances at its own pace. K = 1
+is plain decoding.
 
 Letters: B episodes, T tokens of a response, K tokens of a window, V vocabulary.
 """
@@ -95,9 +96,11 @@ def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: 
     _, _, policy_state = decoder.policy(prompt[:, :-1], prompt_mask[:, :-1], policy_state)
   zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window)
   return Episodes(
-      rows=jnp.arange(batch_size), keys=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size)),
-      token=prompt[:, -1], length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros, num_calls=zeros,
-      actions=jnp.full(shape, decoder.pad_id, jnp.int32), log_probs=jnp.zeros(shape), values=jnp.zeros(shape),
+      rows=jnp.arange(batch_size),
+      keys=jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size)),
+      token=prompt[:, -1].astype(jnp.int32), length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros, num_calls=zeros,
+      actions=jnp.full(shape, decoder.pad_id, jnp.int32), log_probs=jnp.zeros(shape, jnp.float32),
+      values=jnp.zeros(shape, jnp.float32),
       policy_state=policy_state)
 
 
@@ -106,7 +109,7 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
   e, window = episodes, decoder.window
   tokens = e.token[:, None]
   if window > 1:
-    drafted = decoder.draft(e.rows, e.actions, e.length, window - 1)
+    drafted = decoder.draft(e.rows, e.actions, e.length, window - 1).astype(jnp.int32)
     tokens = jnp.concatenate([tokens, jnp.maximum(drafted, 0)], 1)
   read = jnp.broadcast_to(e.active[:, None], tokens.shape)
   logits, values, policy_state = decoder.policy(tokens, read, e.policy_state)
@@ -118,7 +121,7 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
   counts = e.active[:, None] & (position < decoder.max_new_tokens) & (stop_states[:, :-1] < final)
   if window > 1:
     counts &= jnp.pad(jnp.cumprod(sampled[:, :-1] == drafted, 1) > 0, ((0, 0), (1, 0)), constant_values=True)
-  added = jnp.sum(counts, 1)
+  added = jnp.sum(counts, 1, dtype=jnp.int32)
   length = e.length + added
   stop_state = jnp.take_along_axis(stop_states, added[:, None], 1)[:, 0]
   last = jnp.take_along_axis(sampled, jnp.maximum(added - 1, 0)[:, None], 1)[:, 0]
@@ -156,6 +159,15 @@ def _any_of_members(axis_size, in_batched, condition):
   return any_of_all(condition), False
 
 
+def _threefry(key):
+  """Returns a key of the generator whose numbers under `vmap` are those of each key alone; `rbg` is none of that kind,
+  and the noise of a place would depend on the other episodes."""
+  key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+  if str(jax.random.key_impl(key)) == 'threefry2x32':
+    return key
+  return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl='threefry2x32')
+
+
 def _sample(decoder, keys, position, logits):
   """Returns the tokens `[B, K]` and their log-probabilities."""
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / decoder.temperature)
@@ -176,7 +188,7 @@ def _stop_states(stop, state, tokens):
     state = jnp.where(state < final, after, state)
     return state, state
 
-  _, states = jax.lax.scan(follow, state, tokens.T)
+  _, states = jax.lax.scan(follow, state, tokens.T, unroll=jax.default_backend() != 'cpu')
   return jnp.concatenate([state[None], states]).T
 
 

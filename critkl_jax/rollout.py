@@ -12,6 +12,8 @@ from critkl_jax.gpt2 import GPT2, init_cache
 from critkl_jax.records import Rollout
 from critkl_jax.tasks.task import Task
 
+_LOGITS_IN_WINDOW = 2**26  # 256 MiB
+
 
 def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
              max_new_tokens: int, stop: chex.Array, temperature: chex.Numeric = 1.0, top_p: float = 1.0,
@@ -28,7 +30,7 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
       state, a PyTree of arrays whose shapes do not change. Of the first call only the state is used.
     policy_state: the state before the prompt, for example an empty `KVCache`.
     prompt: int32 `[B, Q]` prompts, padded on the left.
-    prompt_mask: bool `[B, Q]` true at the tokens of the prompts.
+    prompt_mask: bool `[B, Q]` true at the tokens of the prompts; the last column is.
     key: PRNG key, consumed.
     max_new_tokens: T, at which an episode is cut.
     stop: int32 `[S, C]` automaton that ends an episode, see `tasks.task.stop_after`.
@@ -37,10 +39,11 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
     greedy: whether the most probable token is taken instead of a draw.
     pad_id: what stands in `actions` after the end of an episode.
     window: K, tokens that the policy reads at a time; above 1 decoding is speculative.
-    draft: `(rows [B], actions [B, T'], number of actions [B], K - 1) -> int32 [B, K - 1]`: guesses, -1 for none, of
-      what follows the first so many actions of the answer to prompt `rows[b]`. It decides how fast the loop is, and
-      nothing else.
-    rewind: `(state, n [B]) -> state` without the last n tokens of each episode.
+    draft: `(rows [B], actions [B, T + K], number of actions [B], K - 1) -> int32 [B, K - 1]`: guesses, token ids or -1
+      for none, of what follows the first so many actions of the answer to prompt `rows[b]`. It decides how fast the
+      loop is, and nothing else but the rounding of the logits.
+    rewind: `(state, n [B]) -> state` without the last n tokens of each episode, K of one that has ended. The state
+      needs room for K - 1 tokens more than prompt and response.
 
   Returns:
     A `Rollout`. Its log-probabilities are those of the policy at this temperature, before `top_p` cuts it.
@@ -72,6 +75,7 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
   """
 
   def policy(tokens, mask, cache):
+    tokens = jnp.minimum(tokens, model.config.vocab_size - 1)  # a guess may be anything, but must not become NaN
     output = model.apply({'params': params}, tokens, mask, cache)
     return output.logits, output.values, output.cache
 
@@ -79,7 +83,7 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
 
 
 def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey, *,
-                  max_new_tokens: int, usual_length: int = 0, method: str = 'auto', window: int = 0,
+                  max_new_tokens: int, stop: chex.Array, usual_length: int = 0, method: str = 'auto', window: int = 0,
                   draft: Draft | None = None, **options: Any) -> Rollout:
   """Samples responses from a GPT-2 with a key-value cache that grows with the longest episode.
 
@@ -90,18 +94,21 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
     prompt_mask: as in `generate`.
     key: PRNG key, consumed.
     max_new_tokens: T, at which an episode is cut.
+    stop: as in `generate`.
     usual_length: length that few responses exceed; the cache becomes longer only if one does. 0 if not known.
     method: `cached` reads one token at a time, `speculative` a window; `auto` picks, see `pick_method`.
     window: K of `speculative`; 0 for 16 on CPUs, which pay for every token, and 32 elsewhere, where a call has its
-      price.
+      price, or less where the logits of a window would take more than 256 MiB.
     draft: as in `generate`; None repeats what followed the last few tokens earlier in the episode.
-    **options: `stop`, and what else `generate` takes.
+    **options: `temperature`, `top_p`, `greedy` and `pad_id`, as in `generate`.
 
   Returns:
     A `Rollout`.
 
   Raises:
-    ValueError: if prompt and response do not fit into the model's context, the method is unknown, or as `generate`.
+    ValueError: if prompt and response do not fit into the model's context, the method is unknown, usual_length is
+      negative, or as `generate`.
+    AssertionError: if the shapes of prompt and mask differ.
   """
   num_slots = prompt.shape[1] + max_new_tokens
   if num_slots > model.config.context_length:
@@ -111,21 +118,24 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
   if method not in ('cached', 'speculative'):
     raise ValueError(f"method: expected 'auto', 'cached' or 'speculative', got {method!r}.")
   on_cpu = jax.default_backend() == 'cpu'
-  window = 1 if method == 'cached' else window or (16 if on_cpu else 32)
+  if usual_length < 0:
+    raise ValueError(f'usual_length: expected 0 or more, got {usual_length}.')
+  most = max(_LOGITS_IN_WINDOW // (prompt.shape[0] * model.config.vocab_size), 1)
+  window = 1 if method == 'cached' else min(window or min(16 if on_cpu else 32, most), max(max_new_tokens, 1))
   decoder = _check(Decoder(
       policy=gpt2_policy(model, params), max_new_tokens=max_new_tokens, window=window, rewind=_rewind,
-      draft=draft or prompt_lookup(prompt, prompt_mask), **options | {'stop': jnp.asarray(options['stop'])}),
-      prompt, prompt_mask)
+      draft=draft or prompt_lookup(prompt, prompt_mask), stop=jnp.asarray(stop), **options), prompt, prompt_mask)
 
   num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
-  *lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
+  lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
   cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
   few = prompt.shape[0] // 8 if on_cpu else 0
   for length in lengths:
     episodes = _advance_while(decoder, _grow(episodes, length), num_prompt, few)
-  many_left = any_of_all(jnp.sum(episodes.active) > few)
-  episodes = jax.lax.cond(many_left, lambda e: _end_all(decoder, e, num_prompt, full), lambda e: e, episodes)
+  if full > lengths[-1]:
+    many_left = any_of_all(jnp.sum(episodes.active) > few)
+    episodes = jax.lax.cond(many_left, lambda e: _end_all(decoder, e, num_prompt, full), lambda e: e, episodes)
   if few:
     episodes = _end_few(decoder, episodes, num_prompt, full, few)
   return finish(decoder, episodes, prompt, prompt_mask)
@@ -144,6 +154,9 @@ def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGK
 
   Returns:
     A `Rollout`.
+
+  Raises:
+    ValueError: as `gpt2_generate`.
   """
   prompt = jax.vmap(task.prompt)(problems)
   draft = _task_draft(task, problems) if task.draft else None
@@ -153,9 +166,9 @@ def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGK
 
 
 def pick_method(has_draft: bool) -> str:
-  """Returns the faster method where none is named: `speculative` with a task's draft; without one, `cached` on a CPU,
-  where the many wrong tokens of a prompt lookup cost more than they save."""
-  return 'speculative' if has_draft or jax.default_backend() != 'cpu' else 'cached'
+  """Returns the method where none is named: `speculative` with a draft; without one `cached`, because on a CPU the many
+  wrong tokens of a prompt lookup cost more than they save, and elsewhere nobody has measured it."""
+  return 'speculative' if has_draft else 'cached'
 
 
 def score(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array, chex.Array]:
@@ -213,9 +226,11 @@ def _rewind(cache, num_tokens):
 
 
 def _cache_lengths(num_prompt, usual_length, window, num_slots):
-  """Returns the lengths that a cache takes on one after another: half of what is usual, the usual one, all."""
+  """Returns the lengths that a cache takes on one after another, half of what is usual and the usual one, and the full
+  one."""
   usual = min(num_prompt + usual_length + window, num_slots) if usual_length else num_slots
-  return [-(-n // 32) * 32 for n in ((num_prompt + usual) // 2, usual, num_slots)]
+  half, usual, full = (-(-n // 32) * 32 for n in ((num_prompt + usual) // 2, usual, num_slots))
+  return sorted({half, usual}), full
 
 
 def _grow(episodes, length):

@@ -159,7 +159,7 @@ def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout
     config: number of episodes and minibatches.
     ref_params: the reference's parameters.
     rollout: B episodes of T tokens.
-    lengths: shorter lengths than T, in rising order, at which episodes that fit are read.
+    lengths: lengths below T, in rising order, at which episodes that fit are read.
 
   Returns:
     float32 logits `[B, T, V]`, before any temperature, where `holds_logits`; hidden states `[B, T, D]` else.
@@ -238,7 +238,7 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     batch: `[B, T]`.
     key: PRNG key, consumed.
     hyperparameters: the numbers.
-    lengths: shorter lengths than T, in rising order, at which episodes that fit are read.
+    lengths: lengths below T, in rising order, at which episodes that fit are read.
 
   Returns:
     The state one step later, and the means of the loss's metrics over the updates.
@@ -286,9 +286,11 @@ def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
 
     return slices.at_length(at, (*lengths, num_tokens), rollout.mask)
 
-  order = slices.by_length(rollout.mask)
-  episodes = jax.tree.map(lambda x: x[order], (rollout, ref_output, batch))
-  size = slices.pick_size(order.size, rollout.prompt.shape[1] + num_tokens)
+  episodes, num_episodes = (rollout, ref_output, batch), rollout.mask.shape[0]
+  size = slices.pick_size(num_episodes, rollout.prompt.shape[1] + num_tokens)
+  if size < num_episodes:
+    order = slices.by_length(rollout.mask)
+    episodes = jax.tree.map(lambda x: x[order], episodes)
   return slices.mean_over_tokens(of_slice, episodes, episodes[0].mask, size)
 
 

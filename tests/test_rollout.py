@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from critkl_jax.config import GPT2Config
+from critkl_jax.gpt2 import GPT2
 from critkl_jax.rollout import generate, gpt2_generate, score
 from critkl_jax.tasks.task import stop_after
 
@@ -242,23 +244,80 @@ def test_a_response_may_fill_the_context(small_model, prompts, method):
   np.testing.assert_allclose(rollout.log_probs, log_probs, atol=1e-5)
 
 
+def _loops(jaxpr):
+  """Yields the loops of a program over a cache, those inside of conditions too."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'while' and any(v.aval.ndim >= 4 for v in eqn.outvars):
+      yield eqn
+    for branch in eqn.params.get('branches', ()):
+      yield from _loops(branch.jaxpr)
+
+
 def test_members_under_vmap_do_not_copy_the_cache(small_model, many_prompts):
   """A loop whose end differed between members would select between old and new cache in every step."""
   _, params = small_model
   members = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
   for method in ('cached', 'speculative'):
-    run = lambda params, key, m=method: sample(small_model, many_prompts, params=params, method=m)
-    program = jax.make_jaxpr(jax.vmap(run))(members, jax.random.split(jax.random.key(0), 2))
-    loops = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == 'while']
-    assert loops
+    program = jax.make_jaxpr(jax.vmap(lambda params, m=method: sample(
+        small_model, many_prompts, params=params, method=m)))(members)
+    loops = list(_loops(program.jaxpr))
+    assert len(loops) >= 2
     for loop in loops:
       assert loop.params['cond_jaxpr'].out_avals[0].shape == ()
-      assert 'cond_consts' not in str(loop.params['body_jaxpr'].jaxpr.outvars)
+      selected = [eqn.outvars[0].aval for eqn in loop.params['body_jaxpr'].eqns if eqn.primitive.name == 'select_n']
+      assert not any(aval.ndim >= 4 and aval.dtype == jnp.float32 for aval in selected)
+
+
+@pytest.fixture(scope='module')
+def long_model():
+  model = GPT2(GPT2Config(vocab_size=11, context_length=256, num_layers=1, num_heads=1, width=8))
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  return model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+@pytest.mark.parametrize('usual_length', [0, 20, 60, 150])
+def test_a_cache_that_grows_changes_no_token(long_model, many_prompts, usual_length):
+  """Some episodes outlive the usual length; by how many of them it is, they go on by themselves or all together."""
+  options = {'max_new_tokens': 150, 'stop': stop_after([[3], [3], [3]]), 'usual_length': usual_length}
+  plain = sample(long_model, many_prompts, method='cached', **options | {'usual_length': 0})
+  lengths = np.sort(plain.mask.sum(1))
+  assert lengths[0] < 20 < 60 < lengths[-1]
+  for method in ('cached', 'speculative'):
+    run = jax.jit(lambda key, m=method: sample(long_model, many_prompts, method=m, window=5, **options))
+    _assert_same(run(0), plain)
+  logits, _ = score(*long_model, plain)
+  log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), plain.actions[..., None], -1)[..., 0]
+  np.testing.assert_allclose(plain.log_probs, jnp.where(plain.mask, log_probs, 0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize('impl', ['rbg', 'unsafe_rbg', 'raw'])
+def test_keys_of_any_generator_give_equal_tokens(small_model, many_prompts, impl):
+  key = jax.random.PRNGKey(3) if impl == 'raw' else jax.random.key(3, impl=impl)
+  options = {'max_new_tokens': 20, 'stop': STOP}
+  plain, rollout, alone = (
+      gpt2_generate(*small_model, *prompts, key, method=method, window=4, **options) for method, prompts in (
+          ('cached', many_prompts), ('speculative', many_prompts),
+          ('cached', jax.tree.map(lambda x: x[:1], many_prompts))))
+  _assert_same(rollout, plain)
+  np.testing.assert_array_equal(alone.actions[0], plain.actions[0])
+
+
+def test_guesses_that_are_no_tokens_change_nothing(small_model, many_prompts):
+  plain = sample(small_model, many_prompts, method='cached')
+  draft = lambda rows, actions, num, size: jnp.full((rows.size, size), 40)
+  _assert_same(sample(small_model, many_prompts, method='speculative', window=4, draft=draft), plain)
+
+
+def test_a_window_is_no_longer_than_the_response(small_model, prompts):
+  rollout = sample(small_model, prompts, method='speculative', window=30, max_new_tokens=3)
+  _assert_same(rollout, sample(small_model, prompts, method='cached', max_new_tokens=3))
 
 
 def test_errors(small_model, prompts):
   with pytest.raises(ValueError, match='method'):
     sample(small_model, prompts, method='fast')
+  with pytest.raises(ValueError, match='usual_length'):
+    sample(small_model, prompts, usual_length=-1)
   with pytest.raises(ValueError, match='top_p'):
     sample(small_model, prompts, top_p=0.0)
   with pytest.raises(ValueError, match='max_new_tokens'):

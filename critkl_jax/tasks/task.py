@@ -26,7 +26,7 @@ class Task:
     reward: (problem, actions `[T]`, mask `[T]`) -> float32 `[]`, 1 for a right response and 0 for any other.
     solution_length: no right response is longer; 0 if that is not known. Passes over episodes that keep to it do not
       pay for the longer limit.
-    draft: (problem, actions `[T]`, number of actions `[]`, K) -> int32 `[K]`: what is expected to follow the first so
+    draft: (problem, actions `[T']`, number of actions `[]`, K) -> int32 `[K]`: what is expected to follow the first so
       many actions, -1 for nothing; it makes rollouts faster and changes nothing else. None where the task has no idea.
   """
 

@@ -67,8 +67,9 @@ def test_nonsense_is_survived():
   rng = np.random.default_rng(0)
   for _ in range(20):
     text = TOKENIZER.decode(rng.integers(0, TOKENIZER.vocab_size, rng.integers(0, 500)))
-    found = draft(problem, text)
-    assert len(found) <= SIZE
+    tokens = jnp.zeros(TASK.response_length, jnp.int32).at[:len(text)].set(jnp.asarray(TOKENIZER.encode(text)))
+    found = draft_tokens(problem, tokens, jnp.int32(len(text)))
+    assert jnp.all((found >= -1) & (found < TOKENIZER.vocab_size))
 
 
 def test_nothing_but_the_written_text_counts():
