@@ -3,9 +3,9 @@
     pip install '.[bench]'
     python -m benchmarks.peers --json=peers.json
 
-Everything runs on the CPU in one process, one after another in turns. Of a rollout only tokens of responses count, up to
-the end of the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8
-to each of 12 problems, a reward, a reference pass and one epoch of three updates.
+Everything runs on the CPU in one process, one after another in turns. Of a rollout only tokens of responses count, up
+to the end of the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96
+responses, 8 to each of 12 problems, a reward, a reference pass and one epoch of three updates.
 """
 
 import json

@@ -98,7 +98,8 @@ def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: 
   return Episodes(
       rows=jnp.arange(batch_size),
       keys=jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size)),
-      token=prompt[:, -1].astype(jnp.int32), length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros, num_calls=zeros,
+      token=prompt[:, -1].astype(jnp.int32), length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros,
+      num_calls=zeros,
       actions=jnp.full(shape, decoder.pad_id, jnp.int32), log_probs=jnp.zeros(shape, jnp.float32),
       values=jnp.zeros(shape, jnp.float32),
       policy_state=policy_state)
