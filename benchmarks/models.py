@@ -21,11 +21,15 @@ def load(preset: str, **changes: Any) -> tuple[GPT2Config, Any, int]:
 
   Args:
     preset: of `PRETRAIN_PRESETS`.
-    **changes: fields of the config to replace, `dtype` for one.
+    **changes: fields of the config to replace, `dtype` or `context_length` for example.
+
+  Raises:
+    ValueError: as `widen`, if the size is smaller than the shipped reference's.
   """
-  shipped, config = checkpoint.load_checkpoint(), PRETRAIN_PRESETS[preset].model
-  params = shipped.params if config == shipped.info.model else widen(shipped.params, shipped.info.model, config)
-  return dataclasses.replace(config, **changes), params, shipped.info.known_digits
+  shipped = checkpoint.load_checkpoint()
+  small, config = shipped.info.model, dataclasses.replace(PRETRAIN_PRESETS[preset].model, **changes)
+  same = dataclasses.replace(config, dtype=small.dtype) == small
+  return config, shipped.params if same else widen(shipped.params, small, config), shipped.info.known_digits
 
 
 def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
@@ -34,6 +38,11 @@ def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
   Every write into the residual stream is centred, which layer norm cannot see, and scaled by sqrt(D' / D), so that mean
   and variance over the wider stream are those over the narrow one. The output embedding is the input embedding and is
   centred with it, which moves log-probabilities by some 0.01. The value head starts anew.
+
+  Args:
+    params: of the smaller model, with a value head of any kind.
+    small: its config.
+    large: the config of the result.
 
   Raises:
     ValueError: unless heads are equally wide, and vocabulary, context and every size are at least as large.

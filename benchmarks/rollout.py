@@ -11,7 +11,6 @@ import pathlib
 import statistics
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import models, timing
@@ -43,19 +42,12 @@ def measure(preset: str, repeats: int) -> dict:
   @jax.jit
   def teacher_force(params, rollout):
     """Returns log-probabilities and values of the responses, as fast as the reference pass of a train step."""
-    order = slices.by_length(rollout.mask)
-    size = slices.pick_size(EPISODES.value, rollout.prompt.shape[1] + rollout.actions.shape[1])
-    parts = slices.split(jax.tree.map(lambda x: x[order], rollout), size)
-
     def read(part):
-      def at(length):
-        logits, values = score(model, params, slices.cut(part, length))
-        found = action_log_probs(logits, part.actions[:, :length]), values
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, task.response_length - length))), found)
+      logits, values = score(model, params, part)
+      return action_log_probs(logits, part.actions), values
 
-      return slices.at_length(at, (*shorter_lengths(task), task.response_length), part.mask)
-
-    return jax.lax.map(read, parts)
+    size = slices.pick_size(EPISODES.value, rollout.prompt.shape[1] + rollout.actions.shape[1])
+    return slices.read(read, rollout, shorter_lengths(task), size)
 
   speed, steps, accepted = {name: [] for name in ('teacher_forced', *METHODS)}, {m: [] for m in METHODS}, []
   for repeat in range(repeats + 1):  # the first one warms up

@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
 
 from benchmarks import models, timing
 from critkl_jax import train_step
 from critkl_jax.config import PRETRAIN_PRESETS, FinetuneConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
-from critkl_jax.records import Rollout
+from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
-from critkl_jax.tasks.task import Task
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'small', 'paper'], 'Sizes of the model.')
@@ -42,6 +42,7 @@ DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of 
 JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 PICTURE = flags.DEFINE_string('picture', 'growth.png', 'File that takes the picture of --growth.')
 
+_LONG = 2048  # a context that holds the solutions of 13 digits
 PARTS = ('rollout', 'reward', 'reference', 'advantages', 'update')
 
 
@@ -61,9 +62,10 @@ class Parts(NamedTuple):
   num_tokens: int
 
 
-def take_apart(preset: str, episodes: int, digits: int | None = None, solutions: bool = False) -> Parts:
-  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions."""
-  model_config, params, known_digits = models.load(preset, dtype=DTYPE.value)
+def take_apart(preset: str, episodes: int, digits: int | None = None, solutions: bool = False, **changes: Any) -> Parts:
+  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions;
+  `changes` are those of `models.load`."""
+  model_config, params, known_digits = models.load(preset, dtype=DTYPE.value, **changes)
   config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3))
   digits = digits or known_digits + 1
   task, model = plus_task(min(known_digits, digits), max(digits - known_digits, 0)), GPT2(config.model_of(model_config))
@@ -76,7 +78,8 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, solutions:
   update = jax.jit(functools.partial(train_step.update, model, config, lengths=lengths))
   reward = jax.jit(jax.vmap(task.reward))
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), episodes))
-  rollout = right_answers(task, problems) if solutions else collect(state.params, key, 1.0)[0]
+  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+  rollout = as_rollout(prompt, solution) if solutions else collect(state.params, key, 1.0)[0]
   rewards = reward(problems, rollout.actions, rollout.mask)
   ref_output = reference_pass(state.ref_params, rollout)
   batch = make_batch(state, rollout, rewards, ref_output, numbers)
@@ -89,14 +92,6 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, solutions:
   forward = timing.forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
   return Parts(calls=calls, flops={'rollout': forward, 'reference': forward, 'update': 3 * forward},
                step=lambda: step(jax.tree.map(jnp.copy, state), key, numbers), num_tokens=int(rollout.mask.sum()))
-
-
-def right_answers(task: Task, problems: Any) -> Rollout:
-  """Returns the solutions of problems as if they had been sampled."""
-  prompt, solution = (jax.vmap(f)(problems) for f in (task.prompt, task.solution))
-  blank = jnp.zeros(solution.mask.shape)
-  return Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
-                 log_probs=blank, values=blank)
 
 
 def measure(preset: str, episodes: int, repeats: int, rate: float) -> dict[str, Any]:
@@ -136,7 +131,7 @@ def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
   for name, settings in cases.items():
     rows[name] = []
     for preset, episodes, digits in settings:
-      parts = take_apart(preset, episodes, digits, solutions=True)
+      parts = take_apart(preset, episodes, digits, solutions=True, context_length=_LONG)
       row = {'preset': preset, 'episodes': episodes, 'digits': digits, 'tokens': parts.num_tokens}
       for part in ('reference', 'update'):
         row |= {part: timing.median_seconds(parts.calls[part], repeats), f'{part}_flops': parts.flops[part]}
@@ -152,10 +147,8 @@ def exponent(rows: list[dict[str, float]], value: str) -> float:
 
 def draw(rows: dict[str, list[dict[str, float]]], path: str) -> None:
   """Draws seconds over FLOP for each of the three ways of growing."""
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-  figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout='constrained')
+  figure = Figure(figsize=(12, 3.8), layout='constrained')
+  axes = figure.subplots(1, 3)
   labels = {'digits': '3 to 13 digits', 'episodes': '6 to 96 episodes', 'size': '0.9 to 86 M parameters'}
   for axis, (name, some) in zip(axes, rows.items()):
     for part in ('reference', 'update'):

@@ -56,6 +56,15 @@ class Decoder:
   draft: Draft | None = None
   rewind: Rewind | None = None
 
+  def __post_init__(self):
+    for name in ('max_new_tokens', 'window'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}: expected 1 or more, got {getattr(self, name)}.')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p: expected more than 0 and at most 1, got {self.top_p}.')
+    if self.window > 1 and (self.draft is None or self.rewind is None):
+      raise ValueError(f'window: {self.window} tokens at a time need a draft and a rewind.')
+
 
 @struct.dataclass
 class Episodes:
@@ -91,6 +100,8 @@ class Episodes:
 def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: chex.Array, key: chex.PRNGKey
           ) -> Episodes:
   """Reads prompts `[B, Q]`, padded on the left, but for their last token; the key is consumed."""
+  chex.assert_rank([prompt, prompt_mask], 2)
+  chex.assert_equal_shape([prompt, prompt_mask])
   batch_size, num_columns = prompt.shape
   if num_columns > 1:
     _, _, policy_state = decoder.policy(prompt[:, :-1], prompt_mask[:, :-1], policy_state)

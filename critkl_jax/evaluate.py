@@ -12,8 +12,8 @@ import numpy as np
 from critkl_jax.confidence import certainty
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
-from critkl_jax.records import Problem, Rollout
-from critkl_jax.rollout import respond, score
+from critkl_jax.records import Problem
+from critkl_jax.rollout import as_rollout, respond, score
 from critkl_jax.tasks import addition
 from critkl_jax.tasks.task import Task
 
@@ -145,10 +145,7 @@ def make_reader(model: GPT2, task: Task) -> Callable:
   @jax.jit
   def read(params, problems):
     prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
-    blank = jnp.zeros(solution.mask.shape)
-    rollout = Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
-                      log_probs=blank, values=blank)
-    logits, _ = score(model, params, rollout)
+    logits, _ = score(model, params, as_rollout(prompt, solution))
     return {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits),
             'mask': solution.mask, 'critical': solution.critical}
 

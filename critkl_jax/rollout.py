@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, start
 from critkl_jax.drafts import Draft, prompt_lookup
 from critkl_jax.gpt2 import GPT2, init_cache
-from critkl_jax.records import Rollout
+from critkl_jax.records import Rollout, Solution, Tokens
 from critkl_jax.tasks.task import Task
 
 _LOGITS_IN_WINDOW = 2**26  # 256 MiB
@@ -53,11 +53,9 @@ def generate(policy: Policy, policy_state: Any, prompt: chex.Array, prompt_mask:
       draft and rewind.
     AssertionError: if the shapes of prompt and mask differ.
   """
-  if window > 1 and (draft is None or rewind is None):
-    raise ValueError(f'window: {window} tokens at a time need a draft and a rewind.')
-  decoder = _check(Decoder(
+  decoder = Decoder(
       policy=policy, stop=jnp.asarray(stop), max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-      greedy=greedy, pad_id=pad_id, window=window, draft=draft, rewind=rewind), prompt, prompt_mask)
+      greedy=greedy, pad_id=pad_id, window=window, draft=draft, rewind=rewind)
   episodes = start(decoder, policy_state, prompt, prompt_mask, key)
   episodes = jax.lax.while_loop(lambda e: any_of_all(e.active), lambda e: advance(decoder, e), episodes)
   return finish(decoder, episodes, prompt, prompt_mask)
@@ -122,9 +120,9 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
     raise ValueError(f'usual_length: expected 0 or more, got {usual_length}.')
   most = max(_LOGITS_IN_WINDOW // (prompt.shape[0] * model.config.vocab_size), 1)
   window = 1 if method == 'cached' else min(window or min(16 if on_cpu else 32, most), max(max_new_tokens, 1))
-  decoder = _check(Decoder(
+  decoder = Decoder(
       policy=gpt2_policy(model, params), max_new_tokens=max_new_tokens, window=window, rewind=_rewind,
-      draft=draft or prompt_lookup(prompt, prompt_mask), stop=jnp.asarray(stop), **options), prompt, prompt_mask)
+      draft=draft or prompt_lookup(prompt, prompt_mask), stop=jnp.asarray(stop), **options)
 
   num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
   lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
@@ -163,6 +161,13 @@ def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGK
   return gpt2_generate(
       model, params, prompt.tokens, prompt.mask, key, max_new_tokens=task.response_length, stop=task.stop,
       usual_length=task.solution_length, pad_id=task.tokenizer.pad_id, draft=draft, **options)
+
+
+def as_rollout(prompt: Tokens, solution: Solution) -> Rollout:
+  """Returns solutions `[B, T]` to prompts `[B, Q]` as if they had been sampled; log-probabilities and values are 0."""
+  blank = jnp.zeros(solution.mask.shape)
+  return Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
+                 log_probs=blank, values=blank)
 
 
 def pick_method(has_draft: bool) -> str:
@@ -208,17 +213,6 @@ def _task_draft(task: Task, problems: Any) -> Draft:
     return jax.vmap(lambda problem, a, n: task.draft(problem, a, n, size))(own, actions, num_actions)
 
   return draft
-
-
-def _check(decoder, prompt, prompt_mask):
-  for name in ('max_new_tokens', 'window'):
-    if getattr(decoder, name) < 1:
-      raise ValueError(f'{name}: expected 1 or more, got {getattr(decoder, name)}.')
-  if not 0 < decoder.top_p <= 1:
-    raise ValueError(f'top_p: expected more than 0 and at most 1, got {decoder.top_p}.')
-  chex.assert_rank([prompt, prompt_mask], 2)
-  chex.assert_equal_shape([prompt, prompt_mask])
-  return decoder
 
 
 def _rewind(cache, num_tokens):

@@ -45,6 +45,33 @@ def at_length(fn: Callable[[int], Any], lengths: Sequence[int], mask: chex.Array
   return jax.lax.switch(sum(any_of_all(longest > n).astype(jnp.int32) for n in lengths[:-1]), branches)
 
 
+def read(fn: Callable[[Rollout], Any], rollout: Rollout, lengths: Sequence[int], size: int) -> Any:
+  """Returns what `fn` says at each action of a rollout, `size` episodes at a time.
+
+  Args:
+    fn: rollout of `size` episodes cut to n tokens -> PyTree of arrays `[size, n, ...]`.
+    rollout: B episodes of T tokens.
+    lengths: lengths below T, in rising order, at which episodes that fit are read.
+    size: a divisor of B.
+
+  Returns:
+    The PyTree of arrays `[B, T, ...]`, in the order of the episodes; zeros beyond the length at which one was read.
+  """
+  num_tokens = rollout.actions.shape[1]
+
+  def read_slice(part):
+    def at(length):
+      return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, num_tokens - length)] + [(0, 0)] * (x.ndim - 2)),
+                          fn(cut(part, length)))
+
+    return at_length(at, (*lengths, num_tokens), part.mask)
+
+  order = by_length(rollout.mask)
+  parts = split(jax.tree.map(lambda x: x[order], rollout), size)
+  back = jnp.argsort(order)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[back], jax.lax.map(read_slice, parts))
+
+
 def mean_over_tokens(fn: Callable[[Any], Any], tree: Any, mask: chex.Array, size: int) -> Any:
   """Returns what `fn` returns for episodes `tree`, arrays `[B, ...]`, from slices of `size` episodes.
 

@@ -165,20 +165,8 @@ def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout
     float32 logits `[B, T, V]`, before any temperature, where `holds_logits`; hidden states `[B, T, D]` else.
   """
   read = score if holds_logits(model) else score_hidden
-  num_tokens = rollout.actions.shape[1]
-
-  def read_slice(part):
-    def at(length):
-      said = read(model, ref_params, slices.cut(part, length))[0]
-      return jnp.pad(said, ((0, 0), (0, num_tokens - length), (0, 0)))
-
-    return slices.at_length(at, (*lengths, num_tokens), part.mask)
-
-  size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + num_tokens)
-  order = slices.by_length(rollout.mask)
-  parts = slices.split(jax.tree.map(lambda x: x[order], rollout), size)
-  said = jax.lax.map(read_slice, parts).reshape(*rollout.actions.shape, -1)
-  return said[jnp.argsort(order)]
+  size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + rollout.actions.shape[1])
+  return slices.read(lambda part: read(model, ref_params, part)[0], rollout, lengths, size)
 
 
 def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, rewards: chex.Array,
