@@ -27,32 +27,17 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 from jax.extend import core
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
 from experiments.flags import run
+from experiments.targets import GPU, backend_of, devices_of, environment, missing_compiler
 
-TPUS = {'v5e': ('v5e:2x2', 'v5litepod-4'), 'v5p': ('v5p:2x2x1', 'v5p-8'), 'v6e': ('v6e:2x2', 'v6e-4')}
-GPU = 'H100'
+TPUS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 PROGRAMS = ('naive', 'pallas_tpu', 'pallas_gpu', 'chunked, vocabulary mode', 'chunked, token mode')
 VOCABULARY_MODE_BUDGET = 32 * 2**20
-# What XLA asks of the GPU it compiles for: an H100 SXM, from NVIDIA's data sheet and tables of compute capability 9.0.
-H100 = """
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3" cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072 l2_cache_size: 52428800
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 10 }
-"""
 
 SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
 TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
@@ -77,11 +62,7 @@ def loss_of(program: str, vocab_size: int) -> Callable:
 
 def chip_of(target: str) -> jax.sharding.Sharding:
   """Returns a chip to compile for."""
-  if target == GPU:
-    topology = topologies.get_topology_desc(GPU, 'cuda', topology='1x1x1', target_config=H100)
-  else:
-    topology = topologies.get_topology_desc(TPUS[target][0], 'tpu')
-  return jax.sharding.SingleDeviceSharding(topology.devices[0])
+  return jax.sharding.SingleDeviceSharding(devices_of(TPUS.get(target, target))[0])
 
 
 def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[str, Any]:
@@ -126,23 +107,17 @@ def product_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
 def in_own_process(target: str, program: str, size: list[str]) -> dict[str, Any]:
   """Returns what `compile_one` does in a new process, or why it did not; with the kernels of Triton for a GPU."""
   with tempfile.TemporaryDirectory() as folder:
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'} | (
-        gpu_environment(folder) if target == GPU else tpu_environment(target))
+    variables = os.environ | {'JAX_PLATFORMS': 'cpu'} | (
+        gpu_environment(folder) if target == GPU else environment(target))
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.deviceless', f'--only={target}/{program}', '--size=' + ','.join(size)],
-        env=environment, capture_output=True, text=True)
+        env=variables, capture_output=True, text=True)
     if done.returncode:
       return {'failed': reason(done.stderr) or f'status {done.returncode}, no message'}
     result = json.loads(done.stdout.splitlines()[-1])
     if program == 'pallas_gpu':
       result['kernels'] = triton_kernels(pathlib.Path(folder))
   return result
-
-
-def tpu_environment(target: str) -> dict[str, str]:
-  """Returns what libtpu has to be told where there is no TPU."""
-  return {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
-          'TPU_ACCELERATOR_TYPE': TPUS[target][1]}
 
 
 def gpu_environment(folder: str) -> dict[str, str]:
@@ -188,13 +163,10 @@ def reason(stderr: str) -> str:
 
 def missing_compilers() -> dict[str, str]:
   """Returns the targets whose compilers are not installed, each with the extra that installs it."""
-  missing = {}
-  if importlib.util.find_spec('libtpu') is None:
-    missing |= dict.fromkeys(TPUS, 'tpu')
-  plugins = importlib.util.find_spec('jax_plugins')
-  if plugins is None or importlib.util.find_spec('jax_plugins.xla_cuda13') is None or ptxas() is None:
+  missing = {target: missing_compiler(backend_of(target)) for target in (*TPUS, GPU)}
+  if ptxas() is None:
     missing[GPU] = 'h100'
-  return missing
+  return {target: extra for target, extra in missing.items() if extra}
 
 
 def present(targets: list[str]) -> list[str]:

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from critkl_jax.config import GPT2Config
-
 
 def result_and_seconds(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
   """Returns the result of one call, waited for, and its time."""
@@ -31,11 +29,3 @@ def matmul_rate(dtype: str = 'float32') -> float:
   product = jax.jit(jnp.matmul)
   jax.block_until_ready(product(a, b))
   return 4 * size**3 / min(result_and_seconds(product, a, b)[1] for _ in range(9))
-
-
-def forward_flops(config: GPT2Config, lengths: Any) -> float:
-  """Returns the FLOP that logits of texts of these lengths need: matrix products, and attention to the keys up to each
-  query; nothing for padding, masked scores, softmax or norms."""
-  dense = 12 * config.num_layers * config.width**2 + config.width * config.vocab_size
-  total, squares = float(sum(lengths)), float(sum(float(n) * (n + 1) for n in lengths))
-  return 2 * dense * total + 2 * squares * config.width * config.num_layers

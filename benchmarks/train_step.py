@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from benchmarks import models, timing
 from critkl_jax import train_step
 from critkl_jax.config import PRETRAIN_PRESETS, FinetuneConfig
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, forward_flops
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
@@ -89,7 +89,7 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, solutions:
            'reference': lambda: reference_pass(state.ref_params, rollout),
            'advantages': lambda: make_batch(state, rollout, rewards, ref_output, numbers),
            'update': lambda: update(state, rollout, ref_output, batch, key, numbers)}
-  forward = timing.forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
+  forward = forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
   return Parts(calls=calls, flops={'rollout': forward, 'reference': forward, 'update': 3 * forward},
                step=lambda: step(jax.tree.map(jnp.copy, state), key, numbers), num_tokens=int(rollout.mask.sum()))
 
@@ -119,7 +119,7 @@ def pretraining(preset: str, seconds: dict[str, float], repeats: int) -> dict[st
   seconds['pretrain'] = timing.median_seconds(lambda: step(state, key), repeats)
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), config.batch_size))
   lengths = jax.vmap(task.prompt)(problems).mask.sum(1) + jax.vmap(task.solution)(problems).mask.sum(1) - 1
-  return {'pretrain': 3 * timing.forward_flops(model_config, np.asarray(lengths))}
+  return {'pretrain': 3 * forward_flops(model_config, np.asarray(lengths))}
 
 
 def growth(repeats: int) -> dict[str, list[dict[str, float]]]:

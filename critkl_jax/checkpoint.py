@@ -15,11 +15,13 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
+from critkl_jax import sharding
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
@@ -77,7 +79,8 @@ def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) 
   return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
+         wait: bool = True) -> None:
   """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
 
   Args:
@@ -85,6 +88,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     state: `params`, `opt_state` and `step` are read.
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
+    wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
   """
   config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training)}
@@ -94,17 +98,20 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
   if int(state.step) in manager.all_steps():
     return
   manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
-  manager.wait_until_finished()  # the next step is given these very arrays to write over
+  if wait:
+    manager.wait_until_finished()  # the next step is given these very arrays to write over
 
 
 def restore(path: pathlib.Path, state: TrainState) -> TrainState:
-  """Returns `state` with parameters, optimizer state and step of a step directory, placed as the arrays of `state` are.
+  """Returns `state` with parameters, optimizer state and step of a step directory, placed as the arrays of `state` are:
+  NumPy arrays on the host, or on the devices of its JAX arrays, on however many the checkpoint was made.
 
   Raises:
     CheckpointError: if the directory lacks an item, is damaged, or holds arrays of another shape.
   """
+  step = np.int32(path.name)
   return state.replace(params=_read(path, 'params', state.params), opt_state=_read(path, 'opt_state', state.opt_state),
-                       step=jnp.int32(int(path.name)))
+                       step=jax.device_put(step, state.step.sharding) if isinstance(state.step, jax.Array) else step)
 
 
 def latest(directory: str | pathlib.Path) -> pathlib.Path | None:
@@ -145,13 +152,16 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     raise CheckpointError(f'{path}: its config cannot be read: {error}') from error
 
 
-def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None) -> Checkpoint:
+def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None, mesh: Mesh | None = None
+                    ) -> Checkpoint:
   """Reads a checkpoint's parameters and config, on any number of devices.
 
   Args:
     path: a directory of step directories, a workdir that holds one under `checkpoints`, or a step directory; the
       reference that comes with the package if not given.
     step: which step; the latest if None.
+    mesh: the devices over which the parameters are spread, as `sharding.shardings` says; the first device of this host
+      if None.
 
   Returns:
     A `Checkpoint`.
@@ -162,8 +172,9 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
   path = _find(pathlib.Path(path), step)
   info = read_info(path)
   shapes = jax.eval_shape(functools.partial(init_params, GPT2(info.model)), jax.random.key(0))
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  places = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: here, shapes)
+  target = sharding.shapes(shapes, places)
   return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
 
 
@@ -191,7 +202,7 @@ def _read(path: pathlib.Path, item: str, target: Any) -> Any:
   directory = epath.Path(path / item).absolute()
   if not directory.is_dir():
     raise CheckpointError(f'{path}: no {item} in it; it is half written, or was saved without.')
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+  abstract = jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else ocp.utils.to_shape_dtype_struct(x), target)
   with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
     try:
       _check_shapes(path, item, handler.metadata(directory).tree, abstract)

@@ -8,7 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from critkl_jax import sharding
 from critkl_jax.confidence import certainty
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
@@ -26,15 +28,20 @@ DISTRIBUTIONS = {
 }
 
 
-def make_answer(model: GPT2, task: Task, greedy: bool = True, temperature: float = 1.0) -> Callable:
-  """Makes `(params, problems, key) -> (Rollout, rewards float32 [B])`, jitted: one response to each of B problems."""
+def make_answer(model: GPT2, task: Task, greedy: bool = True, temperature: float = 1.0, mesh: Mesh | None = None
+                ) -> Callable:
+  """Makes `(params, problems, key) -> (Rollout, rewards float32 [B])`, jitted: one response to each of B problems.
 
-  @jax.jit
+  On a mesh the parameters are spread over it, problems and key replicated, and the problems shared out.
+  """
+
   def answer(params, problems, key):
-    rollout = respond(model, params, task, problems, key, temperature=temperature, greedy=greedy)
-    return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+    problems = sharding.episodes(problems)
+    rollout = respond(model, sharding.gathered(params, model.config.dtype), task, problems, key,
+                      temperature=temperature, greedy=greedy)
+    return rollout, sharding.whole(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 
-  return answer
+  return jax.jit(sharding.on_mesh(mesh, answer))
 
 
 def draw_problems(key: chex.PRNGKey, num_problems: int, distribution: str, num_digits: int, known_digits: int,
@@ -99,8 +106,8 @@ def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamp
 
 
 def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],
-                   num_problems: int, seed: int = 0, greedy: bool = True, temperature: float = 1.0
-                   ) -> list[dict[str, Any]]:
+                   num_problems: int, seed: int = 0, greedy: bool = True, temperature: float = 1.0,
+                   mesh: Mesh | None = None) -> list[dict[str, Any]]:
   """Tests a model on every distribution at every number of digits.
 
   Args:
@@ -113,6 +120,7 @@ def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int
     seed: seed of problems and samples.
     greedy: whether the most probable tokens are taken.
     temperature: of the samples, where not greedy.
+    mesh: the devices over which the parameters are spread; None for one device.
 
   Returns:
     A row for each cell: `digits`, `distribution`, `accuracy` 0..1, `low` and `high` of its 95% bootstrap interval,
@@ -124,32 +132,32 @@ def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int
   rows = []
   for num_digits in digits:
     task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
-    answer = make_answer(model, task, greedy, temperature)
+    answer = make_answer(model, task, greedy, temperature, mesh)
     for distribution in distributions:
       problem_key, answer_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), num_digits))
       problems = draw_problems(problem_key, num_problems, distribution, num_digits, known_digits, num_digits)
-      rewards = answer_all(answer, params, problems, answer_key)
+      rewards = answer_all(answer, params, *sharding.replicate((problems, answer_key), mesh))
       low, high = bootstrap_interval(rewards)
       rows.append({'digits': num_digits, 'distribution': distribution, 'accuracy': float(rewards.mean()), 'low': low,
                    'high': high, 'num_problems': num_problems})
   return rows
 
 
-def make_reader(model: GPT2, task: Task) -> Callable:
+def make_reader(model: GPT2, task: Task, mesh: Mesh | None = None) -> Callable:
   """Makes `(params, problems) -> dict`, jitted: what a model says of the right solutions of B problems.
 
   The dict holds arrays `[B, T]`: float32 `probability` of the right token given what stands before it and `certainty`
   of the prediction (negentropy), bool `mask` and `critical`.
   """
 
-  @jax.jit
   def read(params, problems):
-    prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
-    logits, _ = score(model, params, as_rollout(prompt, solution))
-    return {'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits),
-            'mask': solution.mask, 'critical': solution.critical}
+    prompt, solution = sharding.episodes((jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)))
+    logits, _ = score(model, sharding.gathered(params, model.config.dtype), as_rollout(prompt, solution))
+    return sharding.whole({
+        'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits),
+        'mask': solution.mask, 'critical': solution.critical})
 
-  return read
+  return jax.jit(sharding.on_mesh(mesh, read))
 
 
 def solution_statistics(read: Callable, params: Any, problems: Problem, batch_size: int = 50
@@ -174,3 +182,37 @@ def solution_statistics(read: Callable, params: Any, problems: Problem, batch_si
   places = {'critical': found['critical'], 'other': found['mask'] & ~found['critical']}
   return {f'{place}_{name}': float(found[name][where].mean()) if where.any() else None
           for place, where in places.items() for name in ('probability', 'certainty')}
+
+
+def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: int, seed: int = 1_000_003,
+              mesh: Mesh | None = None) -> Callable:
+  """Makes the test of a fine-tuning run, always on the same problems.
+
+  Args:
+    model: the network.
+    known_digits: N of pre-training.
+    extra_digits: k.
+    num_problems: problems of N and of N + k digits (`plus`) each; 0 for an empty result.
+    seed: of problems and samples.
+    mesh: the devices over which the parameters are spread; None for one device.
+
+  Returns:
+    `params -> (result, rewards)`, greedy: the result holds accuracies `N` and `N+k` and `tokens`, the
+    `solution_statistics` at N + k digits; the rewards are those behind the accuracies, float32 NumPy `[num_problems]`.
+  """
+  longest = known_digits + extra_digits
+  task, longer = addition.plus_task(known_digits, extra_digits), f'N+{extra_digits}'
+  answer, read = make_answer(model, task, mesh=mesh), make_reader(model, task, mesh)
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  problems = {name: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known_digits, longest)
+              for name, n in (('N', known_digits), (longer, longest)) if num_problems}
+  problems, answer_key = sharding.replicate((problems, answer_key), mesh)
+
+  def test(params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    rewards = {name: answer_all(answer, params, drawn, answer_key) for name, drawn in problems.items()}
+    result: dict[str, Any] = {name: float(some.mean()) for name, some in rewards.items()}
+    if problems:
+      result['tokens'] = solution_statistics(read, params, problems[longer])
+    return result, rewards
+
+  return test

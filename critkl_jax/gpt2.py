@@ -5,12 +5,15 @@ tanh-GELU, tied embedding; parameters carry the names of the released model. Let
 B episodes, T new tokens, S cached and new tokens, D width, H heads, K width of a head, V vocabulary, L layers.
 """
 
+from collections.abc import Sequence
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from critkl_jax import sharding
 from critkl_jax.attention import attend, causal_attention
 from critkl_jax.config import GPT2Config
 
@@ -54,13 +57,39 @@ def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
   return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
 
+def forward_flops(config: GPT2Config, lengths: Sequence[int]) -> float:
+  """Returns the FLOP that logits of texts of these lengths need: matrix products, and attention to the keys up to each
+  query; nothing for padding, masked scores, softmax or norms."""
+  dense = 12 * config.num_layers * config.width**2 + config.width * config.vocab_size
+  total, squares = float(sum(lengths)), float(sum(float(n) * (n + 1) for n in lengths))
+  return 2 * dense * total + 2 * squares * config.width * config.num_layers
+
+
 def init_cache(config: GPT2Config, batch_size: int, length: int, in_step: bool = True) -> KVCache:
   """Returns an empty cache of `length` slots (S) for `batch_size` (B) episodes, in step or each at its own pace."""
   shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
-  values = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
-  keys = tuple(jnp.swapaxes(x, 2, 3) for x in values)
+  values = tuple(sharding.constrain(jnp.zeros(shape, config.dtype), 'data', 'model') for _ in range(config.num_layers))
+  keys = tuple(sharding.constrain(jnp.swapaxes(x, 2, 3), 'data', 'model') for x in values)
   index = jnp.zeros(() if in_step else batch_size, jnp.int32)
   return KVCache(keys=keys, values=values, mask=jnp.zeros((batch_size, length), bool), index=index)
+
+
+class HeadProjection(nn.Module):
+  """Queries, keys and values `[B, T, H, K]` of hidden states `[B, T, D]`; the parameters are those of a dense layer
+  `[D, 3 D]`, taken apart by heads before the product, so that devices can share it."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    config = self.config
+    kernel = self.param('kernel', nn.initializers.normal(0.02), (config.width, 3 * config.width))
+    bias = self.param('bias', nn.initializers.zeros, (3 * config.width,))
+    x_BxTxD, kernel, bias = nn.dtypes.promote_dtype(x_BxTxD, kernel, bias, dtype=jnp.dtype(config.dtype))
+    heads = (3, config.num_heads, config.width // config.num_heads)
+    kernel_Dx3xHxK = sharding.constrain(kernel.reshape(config.width, *heads), None, None, 'model')
+    out_BxTx3xHxK = jnp.einsum('btd,dchk->btchk', x_BxTxD, kernel_Dx3xHxK) + bias.reshape(1, 1, *heads)
+    return tuple(sharding.constrain(out_BxTx3xHxK[:, :, i], 'data', None, 'model') for i in range(3))
 
 
 class Attention(nn.Module):
@@ -72,9 +101,7 @@ class Attention(nn.Module):
   def __call__(self, x_BxTxD, mask, cached, index):
     config = self.config
     dtype = jnp.dtype(config.dtype)
-    qkv = nn.Dense(3 * config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_attn')(x_BxTxD)
-    heads = (*x_BxTxD.shape[:-1], config.num_heads, -1)
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.reshape(heads) for x in jnp.split(qkv, 3, axis=-1))
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = HeadProjection(config, name='c_attn')(x_BxTxD)
     if cached is not None:
       cached = (_write(cached[0], jnp.transpose(k_BxTxHxK, (0, 2, 3, 1)), index, axis=3),
                 _write(cached[1], jnp.swapaxes(v_BxTxHxK, 1, 2), index, axis=2))
@@ -87,7 +114,7 @@ class Attention(nn.Module):
       out_BxTxHxK = jax.nn.dot_product_attention(
           q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=sees, is_causal=True, implementation=config.attention)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
-    return projection(out_BxTxHxK.reshape(x_BxTxD.shape)), cached
+    return sharding.episodes(projection(out_BxTxHxK.reshape(x_BxTxD.shape))), cached
 
 
 class MLP(nn.Module):
@@ -99,8 +126,9 @@ class MLP(nn.Module):
   def __call__(self, x_BxTxD):
     dtype = jnp.dtype(self.config.dtype)
     x = nn.Dense(4 * self.config.width, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name='c_fc')(x_BxTxD)
-    x = nn.gelu(x, approximate=True)
-    return nn.Dense(self.config.width, dtype=dtype, kernel_init=_residual_init(self.config), name='c_proj')(x)
+    x = nn.gelu(sharding.constrain(x, 'data', None, 'model'), approximate=True)
+    projection = nn.Dense(self.config.width, dtype=dtype, kernel_init=_residual_init(self.config), name='c_proj')
+    return sharding.episodes(projection(x))
 
 
 class Block(nn.Module):
@@ -173,6 +201,7 @@ class GPT2(nn.Module):
     wte = nn.Embed(config.vocab_size, config.width, embedding_init=nn.initializers.normal(0.02), name='wte')
     wpe = nn.Embed(config.context_length, config.width, embedding_init=nn.initializers.normal(0.01), name='wpe')
     x_BxTxD = (wte(tokens) + wpe(jnp.minimum(positions, config.context_length - 1))).astype(config.dtype)
+    x_BxTxD = sharding.episodes(x_BxTxD)
     block = nn.remat(Block) if config.remat else Block
     layers = []
     for i in range(config.num_layers):

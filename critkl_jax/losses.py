@@ -32,8 +32,10 @@ class Coefficients:
 
   @classmethod
   def of(cls, config: LossConfig) -> 'Coefficients':
-    """Returns the numbers of a config."""
-    return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+    """Returns the numbers of a config; a standard penalty is a prioritized one of exponent 0, none coefficient 0."""
+    numbers = {name: getattr(config, name) for name in cls.__dataclass_fields__}
+    numbers |= {'standard': {'certainty_exponent': 0.0}, 'none': {'kl_coefficient': 0.0}}.get(config.kl, {})
+    return cls(**numbers)
 
 
 def masked_mean(x: chex.Array, mask: chex.Array) -> chex.Array:

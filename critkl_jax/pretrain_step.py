@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from critkl_jax import slices
+from critkl_jax import sharding, slices
 from critkl_jax.config import PretrainConfig
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import masked_mean
@@ -45,14 +46,21 @@ def draw_longest(config: PretrainConfig, step: int) -> int:
   return int(rng.choice(n, p=(2 * n - 1) / config.known_digits**2))
 
 
-def init_pretraining(model: GPT2, config: PretrainConfig) -> TrainState:
-  """Returns the state before the first step, a function of the config's seed."""
+def init_pretraining(model: GPT2, config: PretrainConfig, mesh: Mesh | None = None) -> TrainState:
+  """Returns the state before the first step, a function of the config's seed, spread over a mesh if one is given."""
+
+  def init(key):
+    params = init_params(model, key)
+    return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0))
+
   init_key, _ = pretraining_keys(config)
-  params = init_params(model, init_key)
-  return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0))
+  if mesh is None:
+    return init(init_key)
+  places = sharding.shardings(jax.eval_shape(init, init_key), mesh)
+  return jax.jit(init, out_shardings=places)(sharding.replicate(init_key, mesh))
 
 
-def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Callable:
+def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Mesh | None = None) -> Callable:
   """Makes the step `(state, key) -> (state, metrics)`, to be jitted with the state donated.
 
   The key of a step is `fold_in(key, state.step)`. Each example starts at a position drawn uniformly from those at which
@@ -62,6 +70,7 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     model: the policy network.
     task: its problems and solutions are the data; all examples of a step have the task's one length.
     config: optimizer and batch size.
+    mesh: the devices over which examples and model are spread, as the state is; None for one device.
 
   Returns:
     The step; its metrics are float32 `[]`: `loss` in nats a token, `accuracy` of the next token, `num_tokens`.
@@ -75,6 +84,7 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     raise ValueError(f'context_length: expected {length} or more for this task, got {model.config.context_length}.')
 
   def loss_fn(params, prompt, solution, offset):
+    params = sharding.gathered(params)
     tokens = jnp.concatenate([prompt.tokens, solution.tokens], 1)
     mask = jnp.concatenate([prompt.mask, solution.mask], 1)
     logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits
@@ -90,12 +100,16 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig) -> Calla
     prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
     used = jnp.sum(prompt.mask, 1) + jnp.sum(solution.mask, 1)
     offset = jax.random.randint(offset_key, (config.batch_size,), 0, model.config.context_length + 1 - used)
+    examples = sharding.episodes((prompt, solution, offset))
     grads, metrics = slices.mean_over_tokens(
-        lambda part: jax.grad(loss_fn, has_aux=True)(state.params, *part), (prompt, solution, offset), solution.mask,
+        lambda part: jax.grad(loss_fn, has_aux=True)(state.params, *part), examples, solution.mask,
         slices.pick_size(config.batch_size, length))
+    grads = sharding.at_rest(grads)
     metrics['num_tokens'] = jnp.sum(solution.mask, dtype=jnp.float32)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+    state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+    if mesh is not None:
+      state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
+    return state, metrics
 
-  return step
+  return sharding.on_mesh(mesh, step)

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from critkl_jax import sharding
 from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, start
 from critkl_jax.drafts import Draft, prompt_lookup
 from critkl_jax.gpt2 import GPT2, init_cache
@@ -128,7 +129,7 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
   lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
   cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
-  few = prompt.shape[0] // 8 if on_cpu else 0
+  few = prompt.shape[0] // 8 if on_cpu and sharding.axis_size('data') == 1 else 0
   for length in lengths:
     episodes = _advance_while(decoder, _grow(episodes, length), num_prompt, few)
   if full > lengths[-1]:

@@ -8,14 +8,16 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import chex
 import flax.traverse_util
 import jax
+import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, hosts, population
 from critkl_jax.records import TrainState
 
 try:
@@ -29,20 +31,26 @@ class Interrupted(Exception):
 
 
 class MetricsWriter:
-  """Writes metrics as JSON lines and, where tensorboardX is installed, as TensorBoard events.
+  """Writes metrics as JSON lines and, where tensorboardX is installed, as TensorBoard events; of several hosts only the
+  first one writes.
 
   Lines of steps after `first_step` that an interrupted run left are dropped.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
+    self._path, self._events = workdir / 'metrics.jsonl', None
+    if not hosts.is_first():
+      return
     workdir.mkdir(parents=True, exist_ok=True)
-    self._path = workdir / 'metrics.jsonl'
     rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
     write_text(self._path, ''.join(json.dumps(row) + '\n' for row in rows))
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1) if tensorboardX else None
 
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds the metrics of one step."""
+  def write(self, step: int, metrics: dict[str, Any]) -> None:
+    """Adds the metrics of one step, Python or NumPy numbers."""
+    if not hosts.is_first():
+      return
+    metrics = {name: float(value) for name, value in metrics.items()}
     with self._path.open('a') as file:
       file.write(json.dumps({'step': step, **metrics}) + '\n')
     if self._events:
@@ -56,7 +64,9 @@ class MetricsWriter:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all, whenever the process ends."""
+  """Writes a file whole or not at all, whenever the process ends; of several hosts only the first one writes."""
+  if not hosts.is_first():
+    return
   unfinished = path.with_name(f'{path.name}.unfinished')
   unfinished.write_text(text)
   os.replace(unfinished, path)
@@ -96,38 +106,114 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
 
   Raises:
     CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
-    Interrupted: after a signal, once the state is saved.
+    Interrupted: after a signal on any host, once the state is saved.
+    LostHost: if another host ends meanwhile.
   """
   workdir = pathlib.Path(workdir)
-  state = resume(state, info, workdir)
-  # Bind the arrays to their devices: a restored state is bound, a fresh one is not, and to jit the two differ.
-  state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+  state = _bound(resume(state, info, workdir))
   first = int(state.step)
   if first >= num_steps:
     return state
   with (contextlib.closing(MetricsWriter(workdir, first)) as writer,
-        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager,
-        _caught_signals() as caught,
-        tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True) as bar):
-    log = _Log(writer, bar, show)
+        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager):
+    return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
+                    save=lambda state: checkpoint.save(manager, state, info))
+
+
+def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
+                   num_steps: int, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path,
+                   save_every: int, show: tuple[str, ...] = ('loss',)) -> TrainState:
+  """Advances a population to `num_steps`, from the latest step that all members have saved.
+
+  Each member has a workdir of its own, `members/NAME` under the study's, as `run` would have left it; `seconds` in its
+  metrics is its share of the program's time. A study that another list of members made is refused.
+
+  Args:
+    step: (state, number of finished steps) -> (state, metrics `[P]`).
+    state: of P members, see `population.init_population`.
+    num_steps: number of finished steps at which the run ends.
+    infos: of the members in their order, by name.
+    workdir: directory of the study.
+    save_every: steps between checkpoints.
+    show: metrics whose means over the members the progress bar shows.
+
+  Returns:
+    The last state.
+
+  Raises:
+    CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
+    Interrupted: after a signal on any host, once the members are saved.
+    LostHost: if another host ends meanwhile.
+  """
+  workdir = pathlib.Path(workdir)
+  homes = {name: workdir / 'members' / name for name in infos}
+  state = _bound(resume_population(state, infos, workdir))
+  first = int(state.step)
+  if first >= num_steps:
+    return state
+  with contextlib.ExitStack() as stack:
+    writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first))) for home in homes.values()]
+    managers = [stack.enter_context(contextlib.closing(checkpoint.open_manager(home / 'checkpoints')))
+                for home in homes.values()]
+
+    def write(number, metrics):
+      for i, writer in enumerate(writers):
+        writer.write(number, {name: value[i] for name, value in metrics.items()})
+
+    def save(state):
+      state = hosts.to_host(state.replace(ref_params=None))
+      for i, (manager, info) in enumerate(zip(managers, infos.values())):
+        checkpoint.save(manager, population.member(state, i), info, wait=False)
+      for manager in managers:
+        manager.wait_until_finished()
+
+    return _advance(step, state, num_steps, workdir, save_every, show, write, save)
+
+
+def _bound(state):
+  """Binds arrays to their devices: a restored state is bound, a fresh one is not, and to jit the two differ."""
+  return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+
+
+def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
+  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
+  first, number = int(state.step), int(state.step)
+  signalled = hosts.any_host_before()
+  next(signalled)
+  with (_caught_signals() as caught, _lost_hosts(workdir),
+        tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True, disable=not hosts.is_first()) as bar):
+    log = _Log(write, bar, show)
     for number in range(first + 1, num_steps + 1):
       state, metrics = step(state, number - 1)
       log.add(number, metrics)
-      stop = bool(caught)
+      stop = signalled.send(caught[0] if caught else 0)
       if stop or number % save_every == 0 or number == num_steps:
         log.flush()  # before the save, so that a resumed run has a line for every step
-        checkpoint.save(manager, state, info)
+        save(state)
       if stop and number < num_steps:
-        raise Interrupted(f'stopped by {signal.Signals(caught[0]).name} after step {number} of {num_steps}; it is '
+        raise Interrupted(f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is '
                           f'saved in {workdir}, and the same command goes on from there.')
   return state
+
+
+@contextlib.contextmanager
+def _lost_hosts(workdir: pathlib.Path) -> Iterator[None]:
+  """Says of an error of the runtime, where there are other hosts, what it means for the run."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    lost = hosts.as_lost_host(error)
+    if lost is None:
+      raise
+    raise hosts.LostHost(f'another host was lost ({lost}). What was saved in {workdir} is whole, and the same command '
+                         'on all hosts goes on from there.') from error
 
 
 class _Log:
   """Holds back the metrics of the last step until the next one is under way, so that the device never waits."""
 
-  def __init__(self, writer: MetricsWriter, bar: tqdm.tqdm, show: tuple[str, ...]):
-    self._writer, self._bar, self._show = writer, bar, show
+  def __init__(self, write: Callable[[int, dict[str, Any]], None], bar: tqdm.tqdm, show: tuple[str, ...]):
+    self._write, self._bar, self._show = write, bar, show
     self._pending: tuple[int, dict[str, chex.Array]] | None = None
     self._time = time.monotonic()
 
@@ -137,17 +223,19 @@ class _Log:
     self._pending = (number, metrics)
 
   def flush(self) -> None:
-    """Waits for the metrics held back, and logs them."""
+    """Waits for the metrics held back, and logs them: numbers of a single run, arrays `[P]` of a population."""
     if self._pending is None:
       return
     number, metrics = self._pending
     self._pending = None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = {name: value[()] for name, value in jax.tree.map(np.asarray, jax.device_get(metrics)).items()}
+    tokens = values['num_tokens']
     now = time.monotonic()
-    values |= {'seconds': now - self._time, 'tokens_per_second': values['num_tokens'] / (now - self._time)}
+    seconds = np.full(np.shape(tokens), (now - self._time) / np.size(tokens))[()]
+    values |= {'seconds': seconds, 'tokens_per_second': tokens / seconds}
     self._time = now
-    self._writer.write(number, values)
-    shown = {name: f'{values[name]:.3g}' for name in (*self._show, 'tokens_per_second')}
+    self._write(number, values)
+    shown = {name: f'{np.mean(values[name]):.3g}' for name in (*self._show, 'tokens_per_second')}
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
 
@@ -161,16 +249,48 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
   path = checkpoint.latest(pathlib.Path(workdir) / 'checkpoints')
   if path is None:
     return state
-  different = _differences(checkpoint.read_info(path), info)
-  if different:
-    raise checkpoint.CheckpointError(
-        f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
+  _check_same(path, info)
   logging.info('Going on from %s.', path)
   return checkpoint.restore(path, state)
 
 
+def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path
+                      ) -> TrainState:
+  """Returns the state of the latest step that all members under a study's workdir have saved, or `state` itself if
+  there is none.
+
+  Raises:
+    CheckpointError: if the workdir holds other members, or a checkpoint is damaged or was made with another config.
+  """
+  homes = [pathlib.Path(workdir) / 'members' / name for name in infos]
+  there = sorted(path.name for path in (pathlib.Path(workdir) / 'members').glob('*') if path.is_dir())
+  if there and there != sorted(infos):
+    different = sorted(set(there) ^ set(infos))
+    some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
+    raise checkpoint.CheckpointError(
+        f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
+  saved = [set(checkpoint.steps_in(home / 'checkpoints')) for home in homes]
+  common = set.intersection(*saved)
+  if not common:
+    return state
+  paths = [home / 'checkpoints' / str(max(common)) for home in homes]
+  for path, info in zip(paths, infos.values()):
+    _check_same(path, info)
+  logging.info('Going on from step %d of %s.', max(common), workdir)
+  target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
+  found = population.stack([checkpoint.restore(path, target) for path in paths])
+  return jax.device_put(found.replace(ref_params=state.ref_params), jax.tree.map(lambda x: x.sharding, state))
+
+
 # Fields that may differ between a run and its continuation: they change no update.
 _FREE_FIELDS = frozenset({'num_iterations', 'save_every'})
+
+
+def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
+  different = _differences(checkpoint.read_info(path), info)
+  if different:
+    raise checkpoint.CheckpointError(
+        f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
 
 
 def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> list[str]:

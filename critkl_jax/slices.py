@@ -1,7 +1,8 @@
 """Episodes a few at a time, in arrays no longer than they are.
 
 On a CPU a pass over a few thousand tokens stays in the caches and in memory that is already mapped; over a whole
-minibatch every array is written to fresh memory, and the products wait for it. Accelerators take a minibatch whole.
+minibatch every array is written to fresh memory, and the products wait for it. Accelerators, and several devices, take
+a minibatch whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from critkl_jax import sharding
 from critkl_jax.decoding import any_of_all
 from critkl_jax.records import Rollout
 
@@ -19,7 +21,7 @@ _CPU_TOKENS = 2048  # in a slice
 
 def pick_size(num_episodes: int, num_tokens: int) -> int:
   """Returns how many of `num_episodes` episodes of `num_tokens` tokens to take at a time, a divisor of their number."""
-  if jax.default_backend() != 'cpu':
+  if jax.default_backend() != 'cpu' or sharding.axis_size('data') > 1:
     return num_episodes
   most = max(_CPU_TOKENS // num_tokens, 1)
   return max(n for n in range(1, min(most, num_episodes) + 1) if num_episodes % n == 0)
@@ -67,7 +69,7 @@ def read(fn: Callable[[Rollout], Any], rollout: Rollout, lengths: Sequence[int],
     return at_length(at, (*lengths, num_tokens), part.mask)
 
   order = by_length(rollout.mask)
-  parts = split(jax.tree.map(lambda x: x[order], rollout), size)
+  parts = sharding.episodes(split(jax.tree.map(lambda x: x[order], rollout), size), axis=1)
   back = jnp.argsort(order)
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[back], jax.lax.map(read_slice, parts))
 

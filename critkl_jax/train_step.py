@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
-from critkl_jax import advantages, slices
+from critkl_jax import advantages, sharding, slices
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
@@ -55,7 +56,7 @@ def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
   return optax.inject_hyperparams(adam)(learning_rate=config.learning_rate)
 
 
-def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any) -> TrainState:
+def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: Mesh | None = None) -> TrainState:
   """Returns the state before the first iteration: the policy is a copy of the reference.
 
   A value head of another kind than the reference's starts anew, from a key that is a function of the config's seed.
@@ -64,17 +65,31 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any) -> Tra
     model: the policy network, with the value head that the config asks for.
     config: the fine-tuning config.
     ref_params: parameters of the pre-trained model.
+    mesh: where the arrays lie, as `sharding.shardings` says; on the default device if None.
 
   Returns:
     A `TrainState`; none of its arrays is shared with the arguments, so it may be donated.
   """
+
+  def init(key, ref_params):
+    params, opt_state = init_policy(model, config, ref_params, key)
+    return jax.tree.map(jnp.copy, TrainState(params, opt_state, jnp.int32(0), ref_params=params))
+
   init_key, _ = finetuning_keys(config)
-  fresh = init_params(model, init_key)
+  if mesh is None:
+    return init(init_key, ref_params)
+  init_key = sharding.replicate(init_key, mesh)
+  places = sharding.shardings(jax.eval_shape(init, init_key, ref_params), mesh)
+  return jax.jit(init, out_shardings=places)(init_key, ref_params)
+
+
+def init_policy(model: GPT2, config: FinetuneConfig, ref_params: Any, key: chex.PRNGKey) -> tuple[Any, Any]:
+  """Returns the policy's parameters and its optimizer's state before the first iteration; the key, of the value head if
+  it starts anew, is consumed."""
+  fresh = init_params(model, key)
   params = {**ref_params, 'value_head': _matching(ref_params.get('value_head'), fresh['value_head'])}
   chex.assert_trees_all_equal_shapes(params, fresh)
-  params, ref_params = (jax.tree.map(lambda x: jnp.array(x, copy=True), params) for _ in range(2))
-  return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0),
-                    ref_params=ref_params)
+  return params, make_optimizer(config).init(params)
 
 
 def finetuning_keys(config: FinetuneConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]:
@@ -83,7 +98,7 @@ def finetuning_keys(config: FinetuneConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]
   return init_key, run_key
 
 
-def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable:
+def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh | None = None) -> Callable:
   """Makes one iteration of fine-tuning: `(state, key, hyperparameters) -> (state, metrics)`, jitted, the state donated.
 
   Under `vmap` it advances several members at once; with `TrainState(..., ref_params=None)` as their axes they share one
@@ -93,6 +108,8 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
     model: the policy network.
     task: problems and reward.
     config: structure and estimators; its numbers are taken from the third argument of the step.
+    mesh: the devices over which episodes and model are spread, for a state of `init_finetuning` on the same mesh, and
+      key and hyperparameters replicated on it; None for one device.
 
   Returns:
     The step. Its key is the run's: iteration i uses `fold_in(key, i)`, i being `state.step`. Its metrics are float32
@@ -109,11 +126,13 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig) -> Callable
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
     state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
+    if mesh is not None:
+      state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
     return state, metrics | {
         'accuracy': jnp.mean(rewards), 'response_length': num_tokens / config.episodes,
         'num_tokens': num_tokens}
 
-  return jax.jit(step, donate_argnums=0)
+  return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0)
 
 
 def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: chex.PRNGKey,
@@ -133,10 +152,11 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   """
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
-  problems = jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems)
-  rollout = respond(model, params, task, problems, sample_key, method=config.rollout, window=config.window,
-                    temperature=temperature)
-  return rollout, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+  problems = sharding.episodes(jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems))
+  rollout = sharding.episodes(respond(
+      model, sharding.gathered(params, model.config.dtype), task, problems, sample_key, method=config.rollout,
+      window=config.window, temperature=temperature))
+  return rollout, sharding.episodes(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 
 
 def shorter_lengths(task: Task) -> tuple[int, ...]:
@@ -166,6 +186,7 @@ def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout
   """
   read = score if holds_logits(model) else score_hidden
   size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + rollout.actions.shape[1])
+  ref_params = sharding.gathered(ref_params, model.config.dtype)
   return slices.read(lambda part: read(model, ref_params, part)[0], rollout, lengths, size)
 
 
@@ -190,13 +211,16 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
   token_rewards = jnp.where(last, rewards[:, None], 0.0)
   if config.loss.kl_placement == 'reward':
     numbers = hyperparameters.loss
-    options = {'mask': mask} | op_options(config.loss, numbers)
+    params = sharding.gathered(state.params, model.config.dtype)
     if holds_logits(model):
-      record = weighted_kl(score(model, state.params, rollout)[0], ref_output, rollout.actions, **options)
+      record = weighted_kl(score(model, params, rollout)[0], ref_output, rollout.actions, mask=mask,
+                           **op_options(config.loss, numbers))
     else:
-      hidden, embedding, _ = score_hidden(model, state.params, rollout)
-      ref_embedding = state.ref_params['wte']['embedding'].astype(embedding.dtype)
-      record = linear_weighted_kl(hidden, embedding, ref_output, ref_embedding, rollout.actions, **options)
+      hidden, embedding, _ = score_hidden(model, params, rollout)
+      record = sharding.own_tokens(
+          lambda own, shared: linear_weighted_kl(own[0], shared[0], own[1], shared[1], own[2], mask=own[3],
+                                                 **op_options(config.loss, shared[2])),
+          (hidden, ref_output, rollout.actions, mask), (embedding, _ref_embedding(state, embedding), numbers))
     token_rewards -= jnp.where(mask, numbers.kl_coefficient * weighted_penalty(record, config.loss)[0], 0.0)
   if config.advantage == 'gae':
     token_advantages, returns = advantages.gae(
@@ -236,22 +260,15 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
   if config.advantage != 'gae':  # nothing asks for values: their gradient would only take its share of the norm
     numbers = numbers.replace(value_coefficient=0.0)
 
-  def loss_fn(params, rollout, ref_output, batch):
-    if holds_logits(model):
-      logits, values = score(model, params, rollout)
-      return ppo_loss(logits, values, ref_output, batch, config.loss, numbers)
-    hidden, embedding, values = score_hidden(model, params, rollout)
-    ref_embedding = state.ref_params['wte']['embedding'].astype(embedding.dtype)
-    return linear_ppo_loss(hidden, embedding, values, ref_output, ref_embedding, batch, config.loss, numbers)
-
   def one_update(carry, indices):
     params, opt_state = carry
-    minibatch = jax.tree.map(lambda x: x[indices], (rollout, ref_output, batch))
-    grads, metrics = _mean_gradient(loss_fn, params, *minibatch, lengths)
+    minibatch = sharding.episodes(jax.tree.map(lambda x: x[indices], (rollout, ref_output, batch)))
+    grads, metrics = _mean_gradient(_loss_fn(model, config, state, numbers), params, *minibatch, lengths)
     grads = {name: grad if name == 'value_head' else jax.tree.map(lambda x: jnp.where(warming_up, 0.0, x), grad)
              for name, grad in grads.items()}
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), metrics | {'grad_norm': optax.tree.norm(grads)}
+    carry = sharding.at_rest((optax.apply_updates(params, updates), opt_state))
+    return carry, metrics | {'grad_norm': optax.tree.norm(grads)}
 
   shuffles = jax.vmap(lambda k: jax.random.permutation(k, config.episodes))(jax.random.split(key, config.epochs))
   indices = shuffles.reshape(config.epochs * config.minibatches, -1)
@@ -259,6 +276,26 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
       hyperparams=state.opt_state.hyperparams | {'learning_rate': jnp.float32(hyperparameters.learning_rate)})
   (params, opt_state), metrics = jax.lax.scan(one_update, (state.params, opt_state), indices)
   return state.replace(params=params, opt_state=opt_state, step=state.step + 1), jax.tree.map(jnp.mean, metrics)
+
+
+def _loss_fn(model, config, state, numbers) -> Callable:
+  """Returns `(params, rollout, ref_output, batch) -> (loss, metrics)`, means over tokens."""
+
+  def of_own_tokens(own, shared):
+    hidden, values, ref_output, batch = own
+    embedding, ref_embedding, numbers = shared
+    return linear_ppo_loss(hidden, embedding, values, ref_output, ref_embedding, batch, config.loss, numbers)
+
+  def loss_fn(params, rollout, ref_output, batch):
+    params = sharding.gathered(params)
+    if holds_logits(model):
+      logits, values = score(model, params, rollout)
+      return ppo_loss(logits, values, ref_output, batch, config.loss, numbers)
+    hidden, embedding, values = score_hidden(model, params, rollout)
+    return sharding.own_tokens_mean(of_own_tokens, (hidden, values, ref_output, batch),
+                                    (embedding, _ref_embedding(state, embedding), numbers), batch.mask)
+
+  return loss_fn
 
 
 def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
@@ -270,7 +307,8 @@ def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
 
     def at(length):
       rest = jax.tree.map(lambda x: x[:, :length], (ref_output, batch))
-      return jax.grad(loss_fn, has_aux=True)(params, slices.cut(rollout, length), *rest)
+      grads, metrics = jax.grad(loss_fn, has_aux=True)(params, slices.cut(rollout, length), *rest)
+      return sharding.at_rest(grads), metrics
 
     return slices.at_length(at, (*lengths, num_tokens), rollout.mask)
 
@@ -280,6 +318,10 @@ def _mean_gradient(loss_fn, params, rollout, ref_output, batch, lengths):
     order = slices.by_length(rollout.mask)
     episodes = jax.tree.map(lambda x: x[order], episodes)
   return slices.mean_over_tokens(of_slice, episodes, episodes[0].mask, size)
+
+
+def _ref_embedding(state, embedding):
+  return sharding.gathered(state.ref_params['wte']['embedding'].astype(embedding.dtype))
 
 
 def _matching(old, fresh):

@@ -8,110 +8,49 @@ command goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.
 
 import json
 import pathlib
-import shutil
 import time
 from typing import Any
 
 import jax
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate, runner
+from critkl_jax import checkpoint, evaluate, hosts, runner, sharding
 from critkl_jax.analysis.curves import plot_learning_curves
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, GPT2Config, flat_values
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.records import TrainState
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
 from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
-from experiments.flags import define_config, read_config, run
+from experiments.flags import define_config, define_devices, read_config, read_mesh, run
+from experiments.reference import keep_reference, model_and_task, tested_before
 from experiments.tables import before_after_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
+define_devices()
 
 
 def main() -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
   config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
-  reference = keep_reference(config, workdir)
+  mesh = read_mesh(config.episodes // config.minibatches)
+  reference = keep_reference(config, workdir, mesh)
   known = reference.info.known_digits
-  model = GPT2(model_config(config, reference))
-  task = plus_task(known, config.extra_digits)
-  needed = task.prompt_length + task.response_length
-  if needed > model.config.context_length:
-    raise SystemExit(f'error: --extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
-                     f'the reference has {model.config.context_length}; take fewer.')
-
-  state = init_finetuning(model, config, reference.params)
-  test = make_test(model, config, known)
+  model, task = model_and_task(config, reference)
+  state = init_finetuning(model, config, reference.params, mesh)
+  test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
-  before = tested_before(test, state, workdir)
-  _, key = finetuning_keys(config)
-  step, hyperparameters = make_train_step(model, task, config), Hyperparameters.of(config)
+  before = tested_before(test, state.ref_params, workdir)
+  step = make_train_step(model, task, config, mesh)
+  key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
                      config.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
-  report(config, known, before, test(state.params), workdir, time.monotonic() - start)
-
-
-def keep_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.Checkpoint:
-  """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
-  kept = workdir / 'reference'
-  if checkpoint.latest(workdir / 'checkpoints'):
-    return checkpoint.load_checkpoint(kept)
-  shutil.rmtree(kept, ignore_errors=True)  # of a run that was stopped before it saved anything
-  before_file(workdir).unlink(missing_ok=True)
-  reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE)
-  manager = checkpoint.open_manager(kept)
-  state = TrainState(params=reference.params, opt_state=None, step=reference.step)
-  checkpoint.save(manager, state, reference.info, with_optimizer=False)
-  manager.close()
-  return reference
-
-
-def model_config(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> GPT2Config:
-  """Returns the policy's config, or exits with one line if the reference does not allow it."""
-  try:
-    return config.model_of(reference.info.model)
-  except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
-
-
-def make_test(model: GPT2, config: FinetuneConfig, known: int):
-  """Makes `params -> {'N': accuracy, 'N+k': accuracy, critical-token statistics}`, always on the same problems."""
-  task = plus_task(known, config.extra_digits)
-  answer, read = evaluate.make_answer(model, task), evaluate.make_reader(model, task)
-  longest = known + config.extra_digits
-  problem_key, answer_key = jax.random.split(jax.random.key(1_000_003))
-  digits = {'N': known, f'N+{config.extra_digits}': longest}
-  problems = {name: evaluate.draw_problems(jax.random.fold_in(problem_key, n), config.eval_problems, 'plus', n, known,
-                                           longest) for name, n in digits.items() if config.eval_problems}
-
-  def test(params: Any) -> dict[str, Any]:
-    result = {name: float(evaluate.answer_all(answer, params, drawn, answer_key).mean())
-              for name, drawn in problems.items()}
-    if problems:
-      result['tokens'] = evaluate.solution_statistics(read, params, problems[f'N+{config.extra_digits}'])
-    return result
-
-  return test
-
-
-def tested_before(test, state: TrainState, workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
-  file = before_file(workdir)
-  if not file.is_file():
-    runner.write_text(file, json.dumps(test(state.ref_params)) + '\n')
-  return json.loads(file.read_text())
-
-
-def before_file(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns where the reference's test is kept."""
-  return workdir / 'before.json'
+  report(config, known, before, test(state.params)[0], workdir, time.monotonic() - start)
 
 
 def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
            seconds: float) -> None:
-  """Prints the table, draws the curves and writes the summary."""
+  """Prints the table, draws the curves and writes the summary; of several hosts the first one does."""
+  if not hosts.is_first():
+    return
   rows = runner.read_metrics(workdir / 'metrics.jsonl')
   loss = config.loss
   name = loss.kl if loss.kl != 'prioritized' else f'prioritized, exponent {loss.certainty_exponent:g}'

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
+from jax.sharding import Mesh
 
 from critkl_jax import config as config_lib
+from critkl_jax import hosts, sharding
 from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.runner import Interrupted
 
@@ -30,6 +32,42 @@ def define_config(config_class: type, presets: dict[str, Any], default_preset: s
     _DEFINE[field.type](name, None, help_text)
 
 
+def define_devices() -> None:
+  """Defines the flags that say on which devices a binary runs, and how its hosts find each other."""
+  flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model, data:4,model:2 for example; -1 for '
+                      'all that are left. If not given, as many as there are: of members in a study, of data else.')
+  flags.DEFINE_boolean('multi_host', False, 'Join the processes on other hosts that SLURM, Open MPI, Cloud TPU or '
+                       'Kubernetes tells of.')
+  flags.DEFINE_string('coordinator_address', None, 'Host and port of process 0, where the environment does not tell.')
+  flags.DEFINE_integer('num_processes', None, 'Number of processes, with --coordinator_address.')
+  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0, with --coordinator_address.')
+  flags.DEFINE_integer('host_timeout', 100, 'Seconds without a sign of life after which a host is taken for lost.',
+                       lower_bound=1)
+
+
+def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh | None:
+  """Returns the mesh for updates of so many episodes, or exits with one line if they cannot be shared out; None for a
+  single device."""
+  try:
+    mesh = sharding.make_mesh(values.mesh)
+    sharding.check_episodes(mesh, num_episodes)
+    if mesh.shape['member'] > 1:
+      raise ValueError(f'mesh: only a study has members, got member:{mesh.shape["member"]}.')
+  except ValueError as error:
+    sys.exit(f'error: --{error}')
+  return mesh if mesh.size > 1 else None
+
+
+def join_hosts(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Joins the other hosts where flags ask for it, or exits with one line."""
+  if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
+    return
+  try:
+    hosts.initialize(values.coordinator_address, values.num_processes, values.process_id, values.host_timeout)
+  except ValueError as error:
+    sys.exit(f'error: --{error}')
+
+
 def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
   """Returns the chosen preset with the given flags in it; exits with one line if a value is not allowed."""
   preset = presets[values.preset]
@@ -47,11 +85,15 @@ def run(main: Callable[[], None]) -> None:
     if len(argv) > 1:
       sys.exit(f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
     try:
+      join_hosts()
       main()
     except Interrupted as reason:
       sys.exit(str(reason))
     except CheckpointError as error:
       sys.exit(f'error: {error}')
+    except hosts.LostHost as error:
+      print(f'error: {error}', file=sys.stderr, flush=True)
+      os._exit(1)  # an orderly end would wait for the lost host
 
   logging.set_verbosity(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')

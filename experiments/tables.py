@@ -23,3 +23,16 @@ def before_after_rows(accuracy: dict[str, dict[str, float]], meaning: dict[str, 
     before, after = (f'{100 * accuracy[when][name]:.1f}%' for when in ('before', 'after'))
     lines.append(f'{f"{name}  ({text})":<34}{before:>9}{after:>9}')
   return '\n'.join(lines)
+
+
+def study_rows(rows: Sequence[dict[str, Any]]) -> str:
+  """Formats the groups of a study: mean accuracy, and the paired difference from the standard penalty where there is
+  one."""
+  width = max(len('group'), *(len(row['group']) for row in rows)) + 2
+  lines = [f'{"group":<{width}}{"members":>8}{"accuracy":>10}  difference from the standard penalty [95% interval]']
+  for row in rows:
+    difference = ''
+    if 'difference' in row:
+      difference = (f'{100 * row["difference"]:+6.1f} points [{100 * row["low"]:+.1f}, {100 * row["high"]:+.1f}]')
+    lines.append(f'{row["group"]:<{width}}{row["members"]:>8}{100 * row["accuracy"]:>9.1f}%  {difference}'.rstrip())
+  return '\n'.join(lines)

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from critkl_jax.config import PRETRAIN_PRESETS, GPT2Config
-from critkl_jax.gpt2 import GPT2, init_cache
+from critkl_jax.gpt2 import GPT2, forward_flops, init_cache
 
 
 def tokens_of(model, batch_size=3, length=10, seed=5):
@@ -193,3 +193,12 @@ def test_a_cache_may_be_longer_than_the_context(small_model):
   cache = init_cache(model.config, 1, 40).replace(index=jnp.int32(28), mask=jnp.arange(40)[None] < 28)
   output = model.apply({'params': params}, tokens, cache=cache)
   assert jnp.all(jnp.isfinite(output.logits))
+
+
+def test_flops_are_those_of_the_products():
+  config = GPT2Config(vocab_size=11, num_layers=2, num_heads=2, width=16)
+  # one token: qkv 3, projection 1, MLP 8 times D^2, embedding; it attends to itself alone: q k and weights times v
+  one = 2 * (2 * 12 * 16**2 + 11 * 16) + 2 * 2 * 2 * 16
+  assert forward_flops(config, [1]) == one
+  assert forward_flops(config, [1, 1]) == 2 * one
+  assert forward_flops(config, [2]) == 2 * one + 2 * 2 * 2 * 16

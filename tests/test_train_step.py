@@ -4,40 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from letters import TOKENIZER, letter_task
 
 from critkl_jax import checkpoint, runner
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.ops.weighted_kl import api
-from critkl_jax.records import Solution, Tokens, TrainState
+from critkl_jax.records import TrainState
 from critkl_jax.rollout import score
-from critkl_jax.tasks.task import Task, stop_after
-from critkl_jax.tokenizer import CharTokenizer
 from critkl_jax.train_step import Hyperparameters, collect, init_finetuning, make_batch, make_train_step
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
-TOKENIZER = CharTokenizer('%abcd;')
 KEY = jax.random.key(11)
 SMALL = FinetuneConfig(episodes=8, minibatches=2, learning_rate=1e-2)
-
-
-def letter_task():
-  """A task of our own: the prompt is a letter, and it is right to answer with that letter alone."""
-  end = TOKENIZER.vocab_size - 1
-
-  def prompt(problem):
-    return Tokens(tokens=jnp.stack([jnp.int32(0), problem]), mask=jnp.array([False, True]))
-
-  def solution(problem):
-    tokens = jnp.stack([problem, jnp.int32(end), jnp.int32(0), jnp.int32(0)])
-    return Solution(tokens=tokens, mask=jnp.arange(4) < 2, critical=jnp.arange(4) < 1)
-
-  def reward(problem, actions, mask):
-    return ((actions[0] == problem) & mask[0]).astype(jnp.float32)
-
-  return Task(tokenizer=TOKENIZER, prompt_length=2, response_length=4, stop=stop_after([[end]]),
-              sample=lambda key: jax.random.randint(key, (), 1, 5), prompt=prompt, solution=solution, reward=reward)
 
 
 @pytest.fixture(scope='module')

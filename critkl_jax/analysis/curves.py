@@ -3,8 +3,12 @@
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from critkl_jax.analysis.statistics import curve_band
 
 PANELS = {
     'accuracy': 'accuracy of the rollouts',
@@ -30,11 +34,43 @@ def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.P
     axis = figure.add_subplot(1, len(panels), number)
     points = [(row['step'], row[name]) for row in rows if name in row]
     axis.plot(*zip(*points), marker='o', markersize=3, color='#2a6f97')
-    axis.set_xlabel('iteration')
-    axis.set_title(label, fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if name == 'accuracy':
-      axis.set_ylim(0, 1.02)
+    _dress(axis, name, label)
   figure.suptitle(title, fontsize=11)
   figure.savefig(path, dpi=150)
+
+
+def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: str | pathlib.Path, title: str,
+               panels: dict[str, str] | None = None) -> None:
+  """Draws the mean curve of each group of runs with a band, the bootstrap 95% interval of the mean, into a PNG.
+
+  Args:
+    groups: label -> the metrics of its runs, each as in `plot_learning_curves`, all of the same steps.
+    path: file to write.
+    title: stands above the panels.
+    panels: as in `plot_learning_curves`.
+  """
+  rows = [row for runs in groups.values() for run in runs for row in run]
+  panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
+  figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.6), layout='constrained')
+  for number, (name, label) in enumerate(panels.items(), start=1):
+    axis = figure.add_subplot(1, len(panels), number)
+    for group, runs in groups.items():
+      mean, low, high = curve_band(np.array([[row[name] for row in run] for run in runs]))
+      steps = [row['step'] for row in runs[0]]
+      line, = axis.plot(steps, mean, linewidth=1.6, label=group)
+      axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    _dress(axis, name, label)
+  if panels and len(groups) > 1:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(groups), 4), fontsize=9)
+  figure.suptitle(title, fontsize=11)
+  figure.savefig(path, dpi=150)
+
+
+def _dress(axis: Axes, name: str, label: str) -> None:
+  axis.set_xlabel('iteration')
+  axis.set_title(label, fontsize=10)
+  axis.grid(alpha=0.3)
+  axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+  if name == 'accuracy':
+    axis.set_ylim(0, 1.02)

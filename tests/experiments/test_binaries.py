@@ -1,43 +1,11 @@
 """The binaries as a user starts them: in processes of their own, at the smoke preset."""
 
 import json
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def start(binary, *flags):
-  return subprocess.Popen(
-      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})
-
-
-def finish(process):
-  out, err = process.communicate(timeout=400)
-  return process.returncode, out, err
-
-
-def run(binary, *flags):
-  code, out, err = finish(start(binary, *flags))
-  assert code == 0, err
-  return out
-
-
-def refused(binary, *flags):
-  """Returns the one line that a binary says before it ends with status 1."""
-  code, out, err = finish(start(binary, *flags))
-  lines = [line for line in err.splitlines() if line.startswith('error: ')]
-  assert code == 1, (out, err)
-  assert len(lines) == 1
-  assert 'Traceback' not in err
-  return lines[0]
+from processes import finish, metrics, refused, run, start
 
 
 @pytest.fixture(scope='module')
@@ -50,11 +18,6 @@ def reference(tmp_path_factory):
 
 def finetune(reference, workdir, *flags):
   return '--preset=smoke', f'--reference={reference}', f'--workdir={workdir}', *flags
-
-
-def metrics(workdir):
-  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{name: value for name, value in row.items() if name not in ('seconds', 'tokens_per_second')} for row in rows]
 
 
 def test_pretrain_writes_what_the_others_read(reference):

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from critkl_jax.confidence import certainty_of_statistics, kl_weight
 from critkl_jax.ops.weighted_kl import chunked, linear, reference
 from critkl_jax.ops.weighted_kl.logits import fused_row
-from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, raw_logits, scaled, varying_axes
+from critkl_jax.ops.weighted_kl.operands import (
+    Operands,
+    Settings,
+    Side,
+    raw_logits,
+    scaled,
+    spread_like,
+    varying_axes,
+)
 from critkl_jax.ops.weighted_kl.statistics import Row, WeightedKL
 
 LOGIT_IMPLEMENTATIONS = ('reference', 'fused')
@@ -162,7 +170,8 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
 
   if plan.implementation == 'chunked' and plan.held and plan.settings.axis_name is None:
     some = [jnp.zeros((plan.held.tokens, *x.shape[1:]), x.dtype) for x in extra]
-    row_loss, closed_over = jax.closure_convert(row_loss, Row.zeros(plan.held.tokens), *some)
+    examples = spread_like(operands, (Row.zeros(plan.held.tokens), *some))
+    row_loss, closed_over = jax.closure_convert(row_loss, *examples)
     loss, row = linear.accumulated(plan, row_loss, operands.policy, operands, extra, closed_over)
   else:
     row = _row(plan, operands)

@@ -1,0 +1,100 @@
+"""Several hosts, a process on each, on JAX's own distributed runtime; on one host nothing here has an effect.
+
+Every process runs the same program, and calls what is collective in the same order: jitted programs on global arrays,
+saves, and the functions below. The workdir is one that all hosts see.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class LostHost(RuntimeError):
+  """Another process of this run has ended, or cannot be reached."""
+
+
+def initialize(coordinator_address: str = '', num_processes: int | None = None, process_id: int | None = None,
+               timeout: int = 100) -> None:
+  """Joins the other processes; to be called before anything else asks for a device.
+
+  Args:
+    coordinator_address: host and port of process 0; empty where the environment tells (SLURM, Open MPI, Cloud TPU, GKE
+      and Kubernetes with the package `kubernetes`), and then the next two are not needed either.
+    num_processes: number of processes.
+    process_id: which of them this is.
+    timeout: seconds without a sign of life after which a process is taken for dead.
+
+  Raises:
+    ValueError: if the environment does not tell what is not given.
+    LostHost: if the others do not come.
+  """
+  try:
+    jax.distributed.initialize(coordinator_address or None, num_processes, process_id,
+                               heartbeat_timeout_seconds=timeout, initialization_timeout=3 * timeout)
+  except ValueError as error:
+    raise ValueError(f'multi_host: {error} Give --coordinator_address, --num_processes and --process_id.') from error
+  except jax.errors.JaxRuntimeError as error:
+    raise LostHost(f'the {num_processes or "other"} processes did not meet: {_first_line(error)}') from error
+
+
+def is_first() -> bool:
+  """Returns whether this process is the one that prints, and writes everything but checkpoints."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+  """Returns when all processes have called it with this name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def as_first_says(value: int) -> int:
+  """Returns the value that process 0 has, of a few on a file system that others may see later."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def to_host(tree: Any) -> Any:
+  """Returns arrays as NumPy arrays on every host, wherever their parts lie."""
+  arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+  if all(x.is_fully_addressable or x.is_fully_replicated for x in arrays):
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def any_host_before() -> 'Iterator[Any]':
+  """Returns a generator to which every host sends a number in each round, and which yields the greatest number that any
+  host sent in the round before: no host has to wait for the others. On one host it is that of this round.
+
+  Prime it with `next`.
+  """
+  sent = yield 0
+  if jax.process_count() == 1:
+    while True:
+      sent = yield sent
+  mesh = Mesh(np.asarray(jax.devices()), ('device',))
+  place = NamedSharding(mesh, PartitionSpec('device'))
+  greatest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+  before = np.int32(0)
+  while True:
+    own = np.full(jax.local_device_count(), sent, np.int32)
+    found = greatest(jax.make_array_from_process_local_data(place, own))
+    sent = yield int(before)
+    before = found
+
+
+def as_lost_host(error: Exception) -> LostHost | None:
+  """Returns what an error of the runtime means where there are other hosts; None on a single one."""
+  if jax.process_count() == 1:
+    return None
+  return LostHost(_first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,301 @@
+"""A study as one program: its members differ in seed and numbers, advance together and share one reference.
+
+Letters: P members.
+"""
+
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from critkl_jax import sharding
+from critkl_jax.config import FinetuneConfig, flat_values, replace
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.losses import Coefficients
+from critkl_jax.records import TrainState
+from critkl_jax.tasks.task import Task
+from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_policy, make_train_step
+
+MAPPINGS = ('vmap', 'scan', 'shard')
+# Fields in which members may differ: all others are part of the program.
+VARIED = ('kl', 'learning_rate', 'discount', 'gae_lambda', *Coefficients.__dataclass_fields__, 'seed')
+# Of the state, the members' own arrays have a leading axis P; step and reference are shared.
+_AXES = TrainState(params=0, opt_state=0, step=None, ref_params=None)
+
+
+def product(config: FinetuneConfig, **values: Iterable[Any]) -> tuple[FinetuneConfig, ...]:
+  """Returns a config for each combination of the values, the last field changing fastest.
+
+  A penalty without a certainty takes the exponent of `config`, so that combinations which mean the same are one member.
+
+  Args:
+    config: gives the fields that are not named.
+    **values: field -> its values.
+
+  Raises:
+    ValueError: if a field cannot vary within one program, or a value is not allowed.
+  """
+  for name in values:
+    if name not in VARIED:
+      raise ValueError(f'{name}: members of one program may differ in {VARIED}, not in this.')
+  members = (replace(config, **dict(zip(values, some))) for some in itertools.product(*values.values()))
+  return tuple(dict.fromkeys(m if m.loss.kl == 'prioritized' else replace(
+      m, certainty_exponent=config.loss.certainty_exponent) for m in members))
+
+
+def names(configs: Sequence[FinetuneConfig]) -> tuple[str, ...]:
+  """Returns a name for each member, made of the fields in which they differ: `kl=standard-seed=0`."""
+  return tuple('-'.join(f'{name}={value}' for name, value in own.items()) or 'member' for own in differences(configs))
+
+
+def differences(configs: Sequence[FinetuneConfig]) -> tuple[dict[str, Any], ...]:
+  """Returns what is a member's own: the fields in which members differ, the exponent only where a penalty has one."""
+  values = [flat_values(config) for config in configs]
+  fields = [name for name in VARIED if len({repr(v[name]) for v in values}) > 1]
+  return tuple({name: v[name] for name in fields if name != 'certainty_exponent' or v['kl'] == 'prioritized'}
+               for v in values)
+
+
+def shared_config(configs: Sequence[FinetuneConfig]) -> FinetuneConfig:
+  """Returns the config of the program that advances all members.
+
+  Where penalties are mixed it is that of a prioritized one: the standard penalty is its exponent 0, and none its
+  coefficient 0 (`Coefficients.of`).
+
+  Raises:
+    ValueError: if there is no member, or some differ in a field that is part of the program.
+  """
+  if not configs:
+    raise ValueError('configs: expected 1 member or more, got none.')
+  first = flat_values(configs[0])
+  for config in configs:
+    other = [name for name, value in flat_values(config).items() if value != first[name] and name not in VARIED]
+    if other:
+      raise ValueError(f'{other[0]}: members of one program may differ in {VARIED}, not in this.')
+  mixed = len({config.loss.kl for config in configs}) > 1
+  return replace(configs[0], kl='prioritized') if mixed else configs[0]
+
+
+def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: Any, mesh: Mesh) -> TrainState:
+  """Returns the state of all members before the first iteration, each as `init_finetuning` makes it.
+
+  Args:
+    model: the policy network.
+    configs: of P members.
+    ref_params: parameters of the pre-trained model.
+    mesh: where the arrays lie, members spread over `member`.
+
+  Returns:
+    A `TrainState` whose `params` and `opt_state` have a leading axis P; `step` and `ref_params` have none, and none of
+    its arrays is shared with the arguments.
+  """
+  shared = shared_config(configs)
+
+  def init(keys, ref_params):
+    params, opt_state = jax.vmap(lambda key: init_policy(model, shared, ref_params, key))(keys)
+    kept, _ = init_policy(model, shared, ref_params, keys[0])
+    return jax.tree.map(jnp.copy, TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=kept))
+
+  keys = sharding.replicate(jnp.stack([finetuning_keys(config)[0] for config in configs]), mesh)
+  shapes = jax.eval_shape(init, keys, ref_params)
+  return jax.jit(init, out_shardings=_placement(shapes, mesh))(keys, ref_params)
+
+
+def numbers_of(configs: Sequence[FinetuneConfig], mesh: Mesh) -> tuple[chex.PRNGKey, Hyperparameters]:
+  """Returns the members' keys `[P]` and numbers, float32 `[P]` each, on a mesh."""
+  keys = jnp.stack([finetuning_keys(config)[1] for config in configs])
+  numbers = jax.tree.map(lambda *x: jnp.stack(x), *map(Hyperparameters.of, configs))
+  return jax.device_put((keys, numbers), NamedSharding(mesh, PartitionSpec('member')))
+
+
+def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'
+                         ) -> Callable:
+  """Makes one iteration of all members, `(state, keys, hyperparameters) -> (state, metrics [P])`, jitted, the state
+  donated.
+
+  A member's results are those of `make_train_step` alone, up to rounding.
+
+  Args:
+    model: the policy network.
+    task: problems and reward.
+    configs: of P members.
+    mesh: of `init_population`.
+    mapping: `vmap` computes the members side by side, `scan` one after another, `shard` spreads them over the mesh's
+      axis `member`, one after another on each part; `auto` picks, see `pick_mapping`.
+
+  Returns:
+    The step; keys and hyperparameters are those of `numbers_of`.
+
+  Raises:
+    ValueError: if the mapping is unknown or does not fit the mesh, or members differ in what is part of the program.
+  """
+  shared, mapping = shared_config(configs), _named(mapping, len(configs), mesh)
+  single = make_train_step(model, task, shared)
+  penalised = np.array([config.loss.kl != 'none' for config in configs], np.float32)
+
+  def in_turn(state, keys, hyperparameters):
+    def advance(own):
+      params, opt_state, *numbers = own
+      after, metrics = single(state.replace(params=params, opt_state=opt_state), *numbers)
+      return after.params, after.opt_state, metrics
+
+    params, opt_state, metrics = jax.lax.map(advance, (state.params, state.opt_state, keys, hyperparameters))
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+  def at_once(state, keys, hyperparameters):
+    return jax.vmap(single, (_AXES, 0, 0), (_AXES, 0))(state, keys, hyperparameters)
+
+  def on_each(state, keys, hyperparameters):
+    own, everywhere = PartitionSpec('member'), PartitionSpec()
+    parts = TrainState(params=own, opt_state=own, step=everywhere, ref_params=everywhere)
+    return jax.shard_map(in_turn, in_specs=(parts, own, own), out_specs=(parts, own), check_vma=False)(
+        state, keys, hyperparameters)
+
+  def on_each_part(state, keys, hyperparameters):
+    def split(tree):
+      return jax.tree.map(lambda x: x.reshape(mesh.shape['member'], -1, *x.shape[1:]), tree)
+
+    own = state.replace(params=split(state.params), opt_state=split(state.opt_state))
+    after, metrics = jax.vmap(in_turn, (_AXES, 0, 0), (_AXES, 0), spmd_axis_name='member')(
+        own, split(keys), split(hyperparameters))
+    params, opt_state, metrics = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (after.params, after.opt_state, metrics))
+    return after.replace(params=params, opt_state=opt_state), metrics
+
+  # Devices that share no member need not wait for one another; XLA cannot have it so where some of them do.
+  spread = on_each if mesh.shape['member'] == mesh.size else on_each_part
+  mapped = {'scan': in_turn, 'vmap': at_once, 'shard': spread}[mapping]
+
+  def step(state, keys, hyperparameters):
+    placement = _placement(state, mesh)
+    state, metrics = mapped(state, keys, hyperparameters)
+    metrics |= {name: penalised * metrics[name] for name in ('weight', 'weighted_kl')}
+    return jax.lax.with_sharding_constraint((state, metrics), (placement, NamedSharding(mesh, PartitionSpec())))
+
+  return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0)
+
+
+def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'
+                 ) -> tuple[Callable, 'Memory']:
+  """Compiles the step of a population from shapes alone, and says what memory it takes: nothing is allocated for it.
+
+  Args:
+    model: the policy network.
+    task: problems and reward.
+    configs: of P members.
+    mesh: of `init_population`.
+    mapping: as in `make_population_step`.
+
+  Returns:
+    The compiled step, for arrays placed as those of `init_population`, and its memory.
+
+  Raises:
+    ValueError: as `make_population_step`.
+  """
+  mapping = _named(mapping, len(configs), mesh)
+  ref_params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  state = jax.eval_shape(lambda ref: init_population(model, configs, ref, mesh), ref_params)
+  numbers = sharding.shapes(jax.eval_shape(lambda: numbers_of(configs, mesh)),
+                            NamedSharding(mesh, PartitionSpec('member')))
+  compiled = make_population_step(model, task, configs, mesh, mapping).lower(
+      sharding.shapes(state, _placement(state, mesh)), *numbers).compile()
+  stats = compiled.memory_analysis()
+  own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state))) // mesh.size
+  return compiled, Memory(state=own, shared=stats.argument_size_in_bytes - own, temporary=stats.temp_size_in_bytes,
+                          members=len(configs) // mesh.shape['member'], mapping=mapping)
+
+
+class Memory(NamedTuple):
+  """What the step of a population takes on a device, in bytes.
+
+  Attributes:
+    state: of the members on this device.
+    shared: the reference and numbers.
+    temporary: while a step runs.
+    members: on this device.
+    mapping: how they are computed.
+  """
+
+  state: int
+  shared: int
+  temporary: int
+  members: int
+  mapping: str
+
+  @property
+  def total(self) -> int:
+    """All of it."""
+    return self.state + self.shared + self.temporary
+
+  def fitting(self, limit: int) -> int:
+    """Returns how many members a device with `limit` bytes holds: all that is temporary grows with them under `vmap`,
+    otherwise a copy of their state alone."""
+    growing = self.temporary if self.mapping == 'vmap' else min(self.state, self.temporary)
+    fixed, each = self.shared + self.temporary - growing, (self.state + growing) / self.members
+    return max(int((limit - fixed) / each), 0)
+
+
+def available_memory(mesh: Mesh) -> int | None:
+  """Returns the free bytes of a device of a mesh, of a CPU its share of the host's free memory; None if it cannot be
+  known."""
+  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  stats = own[0].memory_stats()
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
+  meminfo = pathlib.Path('/proc/meminfo')
+  found = re.search(r'MemAvailable:\s+(\d+) kB', meminfo.read_text()) if meminfo.is_file() else None
+  return int(found[1]) * 1024 // len(own) if found else None
+
+
+def pick_mapping(mesh: Mesh) -> str:
+  """Returns the mapping where none is named: `shard` where the mesh has an axis of members, else `scan` on a CPU and
+  `vmap` on an accelerator, which one member does not fill."""
+  if mesh.shape['member'] > 1:
+    return 'shard'
+  return 'scan' if jax.default_backend() == 'cpu' else 'vmap'
+
+
+def members_mesh(num_members: int, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh where none is named: as many of the devices, all if None, as can take equally many members."""
+  devices = jax.devices() if devices is None else devices
+  number = max(n for n in range(1, len(devices) + 1) if num_members % n == 0)
+  return sharding.make_mesh(f'member:{number}', devices)
+
+
+def member(state: TrainState, index: int) -> TrainState:
+  """Returns the state of one member, of arrays of the host; those of devices are better brought there before."""
+  params, opt_state = jax.tree.map(lambda x: x[index], (state.params, state.opt_state))
+  return state.replace(params=params, opt_state=opt_state)
+
+
+def stack(members: Sequence[TrainState]) -> TrainState:
+  """Returns the state of a population as NumPy arrays, step and reference being those of the first member."""
+  own = [(m.params, m.opt_state) for m in members]
+  params, opt_state = jax.tree.map(lambda *x: np.stack(x), *own)
+  return members[0].replace(params=params, opt_state=opt_state)
+
+
+def _named(mapping, num_members, mesh):
+  mapping, parts = pick_mapping(mesh) if mapping == 'auto' else mapping, mesh.shape['member']
+  if mapping not in MAPPINGS:
+    raise ValueError(f"population_map: expected 'auto' or one of {MAPPINGS}, got {mapping!r}.")
+  if mapping != 'shard' and parts > 1:
+    raise ValueError(f'population_map: {mapping!r} keeps members together, and the mesh has member:{parts}; take '
+                     "'shard'.")
+  if num_members % parts:
+    raise ValueError(f'mesh: member:{parts} does not divide {num_members} members.')
+  return mapping
+
+
+def _placement(state, mesh) -> TrainState:
+  """Returns where the arrays of a population's state lie."""
+  params, opt_state = sharding.shardings((state.params, state.opt_state), mesh, members=True)
+  return TrainState(params=params, opt_state=opt_state, step=NamedSharding(mesh, PartitionSpec()),
+                    ref_params=sharding.shardings(state.ref_params, mesh))

@@ -1,0 +1,64 @@
+"""The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from critkl_jax import checkpoint, hosts, runner
+from critkl_jax.config import FinetuneConfig
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import TrainState
+from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import Task
+
+
+def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+  """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
+  kept = workdir / 'reference'
+  started = checkpoint.latest(workdir / 'checkpoints') or any(workdir.glob('members/*/checkpoints/*'))
+  if hosts.as_first_says(bool(started)):
+    return checkpoint.load_checkpoint(kept, mesh=mesh)
+  if hosts.is_first():  # what a run left that was stopped before it saved anything
+    shutil.rmtree(kept, ignore_errors=True)
+    before_file(workdir).unlink(missing_ok=True)
+  hosts.wait_for_all('reference')
+  reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
+  manager = checkpoint.open_manager(kept)
+  state = TrainState(params=reference.params, opt_state=None, step=reference.step)
+  checkpoint.save(manager, state, reference.info, with_optimizer=False)
+  manager.close()
+  return reference
+
+
+def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
+  """Returns the policy and its problems, or exits with one line if the reference does not allow them."""
+  try:
+    model = GPT2(config.model_of(reference.info.model))
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
+  known = reference.info.known_digits
+  task = plus_task(known, config.extra_digits)
+  needed = task.prompt_length + task.response_length
+  if needed > model.config.context_length:
+    raise SystemExit(f'error: --extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
+                     f'the reference has {model.config.context_length}; take fewer.')
+  return model, task
+
+
+def tested_before(test: Callable, ref_params: Any, workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
+  file = before_file(workdir)
+  if hosts.as_first_says(file.is_file()):
+    return json.loads(file.read_text())
+  result, _ = test(ref_params)
+  runner.write_text(file, json.dumps(result) + '\n')
+  return result
+
+
+def before_file(workdir: pathlib.Path) -> pathlib.Path:
+  """Returns where the reference's test is kept."""
+  return workdir / 'before.json'

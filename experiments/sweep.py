@@ -1,0 +1,230 @@
+"""Fine-tunes a whole study in one program: every combination of seeds and numbers, and says what differs.
+
+    python -m experiments.sweep --certainty_exponents=0,10,150,1000 --seeds=8 --workdir=runs/sweep
+
+The lists vary fields that the single flags (`--certainty_exponent`, ...) set for all members. The same command goes on
+where it was stopped. Writes results.json, results.csv and curves.png into the workdir, and for each member
+`members/NAME`, a workdir as `experiments.finetune` writes it, for all that reads checkpoints.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from jax.sharding import Mesh
+
+from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
+from critkl_jax.analysis.curves import plot_study
+from critkl_jax.analysis.statistics import paired_difference
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
+from experiments.flags import define_config, define_devices, read_config, run
+from experiments.reference import keep_reference, model_and_task, tested_before
+from experiments.tables import study_rows
+
+WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
+SEEDS = flags.DEFINE_integer('seeds', 4, 'Number of seeds, from --seed on.', lower_bound=1)
+PENALTIES = flags.DEFINE_list('penalties', None, 'Values of --kl to combine with the others.')
+LISTS = {'certainty_exponent': 'certainty_exponents', 'kl_coefficient': 'kl_coefficients',
+         'value_coefficient': 'value_coefficients', 'entropy_coefficient': 'entropy_coefficients',
+         'learning_rate': 'learning_rates', 'temperature': 'temperatures'}
+for _field, _flag in LISTS.items():
+  flags.DEFINE_list(_flag, None, f'Values of --{_field} to combine with the others.')
+MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPINGS],
+                            'How members are computed: side by side, one after another, or spread over the devices.')
+define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
+define_devices()
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The members that differ in the seed alone.
+
+  Attributes:
+    label: what is the group's own.
+    config: of its first member.
+    members: their indices.
+  """
+
+  label: str
+  config: FinetuneConfig
+  members: tuple[int, ...]
+
+
+def main() -> None:
+  """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
+  start = time.monotonic()
+  base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
+  configs = read_members(base)
+  names, mesh = population.names(configs), read_study_mesh(base, len(configs))
+  reference = keep_reference(base, workdir, sharding.without_members(mesh))
+  known = reference.info.known_digits
+  model, task = model_and_task(base, reference)
+  if hosts.is_first():
+    print(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}', flush=True)
+  step, memory = compile_step(model, task, configs, mesh)
+  infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
+           for name, member in zip(names, configs)}
+  for name in names:
+    link_reference(workdir, name)
+
+  one_mesh = sharding.without_members(mesh)
+  test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
+  before = tested_before(test, reference.params, workdir)
+  state = population.init_population(model, configs, reference.params, mesh)
+  numbers = population.numbers_of(configs, mesh)
+  state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
+                                base.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
+  tests = test_members(test, hosts.to_host(state.params), names, workdir, one_mesh)
+  if hosts.is_first():
+    report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
+
+
+def read_members(base: FinetuneConfig) -> tuple[FinetuneConfig, ...]:
+  """Returns the members that the flags ask for, or exits with one line."""
+  values: dict[str, Any] = {'kl': PENALTIES.value} if PENALTIES.value else {}
+  for field, flag in LISTS.items():
+    given = flags.FLAGS[flag].value
+    try:
+      values |= {field: [float(x) for x in given]} if given else {}
+    except ValueError as error:
+      raise SystemExit(f'error: --{flag}: expected numbers, got {given}.') from error
+  if not values:
+    values = {'certainty_exponent': [0.0, base.loss.certainty_exponent]}
+  try:
+    return population.product(base, **values, seed=range(base.seed, base.seed + SEEDS.value))
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
+
+
+def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
+  """Returns the mesh that the flags ask for, or exits with one line; if none, one of members unless they are to be kept
+  together."""
+  text, together = flags.FLAGS.mesh, MAPPING.value in ('vmap', 'scan')
+  if MAPPING.value == 'shard' and os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu' and not text:
+    jax.config.update('jax_num_cpu_devices', min(os.cpu_count() or 1, num_members))  # a device of each core
+  try:
+    if text or (together and jax.process_count() > 1):
+      mesh = sharding.make_mesh(text)
+      sharding.check_episodes(mesh, base.episodes // base.minibatches)
+      return mesh
+    return sharding.make_mesh('data:1') if together else population.members_mesh(num_members)
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
+
+
+def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -> tuple[Callable, population.Memory]:
+  """Compiles the step of all members, or exits with one line if it cannot be or they do not fit into the memory."""
+  try:
+    step, memory = population.compile_step(model, task, configs, mesh, MAPPING.value)
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
+  limit = population.available_memory(mesh)
+  if limit is not None and memory.total > limit:
+    raise SystemExit(
+        f'error: {len(configs)} members need {memory.total / 2**30:.1f} GiB a device with --population_map='
+        f'{memory.mapping}, and {limit / 2**30:.1f} GiB are free: some {memory.fitting(limit) * mesh.shape["member"]} '
+        'would fit; take fewer --seeds or values.')
+  return step, memory
+
+
+def link_reference(workdir: pathlib.Path, name: str) -> None:
+  """Lets a member's workdir show the study's reference as its own."""
+  home = workdir / 'members' / name
+  home.mkdir(parents=True, exist_ok=True)
+  if hosts.is_first() and not (home / 'reference').exists():
+    (home / 'reference').symlink_to(pathlib.Path('..', '..', 'reference'))
+
+
+def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+  """Tests each member, and leaves the result in its workdir."""
+  tests = []
+  for i, name in enumerate(tqdm.tqdm(names, 'tests', unit='member', disable=not hosts.is_first())):
+    tests.append(test(sharding.place(jax.tree.map(lambda x, i=i: x[i], params), mesh)))
+    runner.write_text(workdir / 'members' / name / 'after.json', json.dumps(tests[-1][0]) + '\n')
+  return tests
+
+
+def groups_of(configs: tuple[FinetuneConfig, ...]) -> list[Group]:
+  """Returns the groups in the order of their first members."""
+  found: dict[FinetuneConfig, list[int]] = {}
+  for i, member in enumerate(configs):
+    found.setdefault(config.replace(member, seed=configs[0].seed), []).append(i)
+  own = population.differences(configs)
+  return [Group(' '.join(f'{name}={value}' for name, value in own[some[0]].items() if name != 'seed') or 'all',
+                member, tuple(some)) for member, some in found.items()]
+
+
+def is_standard(member: FinetuneConfig) -> bool:
+  """Returns whether a penalty weighs all tokens alike."""
+  return member.loss.kl == 'standard' or (member.loss.kl == 'prioritized' and member.loss.certainty_exponent == 0)
+
+
+def baseline_of(group: Group, groups: list[Group]) -> Group | None:
+  """Returns the group that is like another but for a standard penalty; None if there is none, or it is the group."""
+  def key(member):
+    return config.replace(member, kl='standard', certainty_exponent=0.0, certainty_intercept=0.0)
+
+  like = [other for other in groups if is_standard(other.config) and key(other.config) == key(group.config)]
+  return like[0] if like and like[0] is not group else None
+
+
+def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
+  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty."""
+  rows = []
+  for group in groups:
+    rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
+    row = {'group': group.label, 'members': len(group.members), 'accuracy': float(rewards[group.label].mean())}
+    baseline = baseline_of(group, groups)
+    if baseline is not None:
+      mean, low, high = paired_difference(rewards[group.label], rewards[baseline.label])
+      row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high}
+    rows.append(row)
+  return rows
+
+
+def report(base, configs, known, before, tests, memory, workdir, seconds) -> None:
+  """Prints the table and writes results and pictures."""
+  names, groups = population.names(configs), groups_of(configs)
+  curves = [runner.read_metrics(workdir / 'members' / name / 'metrics.jsonl') for name in names]
+  plot_study({g.label: [curves[i] for i in g.members] for g in groups}, workdir / 'curves.png',
+             f'{known} + {base.extra_digits} digits, {len(configs)} members, mean and 95% interval over seeds')
+  tested = ('N', f'N+{base.extra_digits}') if base.eval_problems else ()
+  comparison = {name: compare(groups, tests, name) for name in tested}
+  members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1]}
+             for i, (name, own) in enumerate(zip(names, population.differences(configs)))]
+  result = {'before': before, 'comparison': comparison, 'members': members, 'wall_seconds': seconds,
+            'population_map': memory.mapping, 'config': config.flat_values(base), 'known_digits': known,
+            'device': jax.devices()[0].device_kind}
+  runner.write_text(workdir / 'results.json', json.dumps(result, indent=2) + '\n')
+  runner.write_text(workdir / 'results.csv', as_csv(members))
+  for name in tested:
+    digits = known if name == 'N' else known + base.extra_digits
+    print(f'\n{name} ({digits} digits), {base.eval_problems} problems; the reference: {100 * before[name]:.1f}%')
+    print(study_rows(comparison[name]))
+  print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.')
+
+
+def as_csv(members: list[dict[str, Any]]) -> str:
+  """Returns a line for each member: what is its own, its test and its last metrics."""
+  rows = [{k: v for k, v in member.items() if not isinstance(v, dict)}
+          | {f'tokens/{k}': v for k, v in (member.get('tokens') or {}).items()}
+          | {f'last/{k}': v for k, v in member['last_iteration'].items()} for member in members]
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return file.getvalue()
+
+
+if __name__ == '__main__':
+  run(main)

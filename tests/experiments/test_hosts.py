@@ -1,0 +1,118 @@
+"""Two processes on the loopback interface train one model, as two hosts would."""
+
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from processes import finish, metrics, refused, run, start
+
+from critkl_jax import checkpoint
+
+TIMEOUT = 10
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('pretrain')
+  run('pretrain', '--preset=smoke', '--eval_problems=0', f'--workdir={workdir}')
+  return workdir / 'reference'
+
+
+def start_hosts(binary, *flags, devices=2):
+  """Starts two processes of some devices each."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  return [start(binary, *flags, f'--coordinator_address={address}', '--num_processes=2', f'--process_id={i}',
+                f'--host_timeout={TIMEOUT}', devices=devices) for i in range(2)]
+
+
+def finetune(reference, workdir, *flags):
+  return ('--preset=smoke', f'--reference={reference}', f'--workdir={workdir}', '--episodes=8', '--minibatches=2',
+          *flags)
+
+
+def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
+  run('finetune', *finetune(reference, tmp_path / 'one'))
+  processes = start_hosts('finetune', *finetune(reference, tmp_path / 'two', '--mesh=data:2,model:2'))
+  (code, out, err), (other_code, other_out, other_err) = map(finish, processes)
+  assert (code, other_code) == (0, 0), (err, other_err)
+  assert 'before' in out
+  assert other_out == ''
+  one, two = (metrics(tmp_path / name) for name in ('one', 'two'))
+  assert [row['step'] for row in two] == [1, 2]
+  for wanted, got in zip(one, two):
+    assert got == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+  summary = json.loads((tmp_path / 'two' / 'summary.json').read_text())
+  assert summary['accuracy'] == json.loads((tmp_path / 'one' / 'summary.json').read_text())['accuracy']
+  wanted, got = (checkpoint.load_checkpoint(tmp_path / name) for name in ('one', 'two'))
+  for name, x in got.params['h_0']['mlp']['c_fc'].items():
+    np.testing.assert_allclose(x, wanted.params['h_0']['mlp']['c_fc'][name], atol=2e-4)
+  # one process goes on with what two have saved
+  run('finetune', *finetune(reference, tmp_path / 'two', '--num_iterations=3'))
+  assert [row['step'] for row in metrics(tmp_path / 'two')] == [1, 2, 3]
+
+
+def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
+  flags = ('--seeds=2', '--certainty_exponents=0,150')
+  for name, launch in (('one', run), ('two', start_hosts)):
+    found = launch('sweep', *finetune(reference, tmp_path / name, *flags), **({'devices': 1} if name == 'two' else {}))
+    if name == 'two':
+      for code, _, err in map(finish, found):
+        assert code == 0, err
+  one, two = (json.loads((tmp_path / name / 'results.json').read_text()) for name in ('one', 'two'))
+  assert two['population_map'] == 'shard'
+  for wanted, got in zip(one['members'], two['members'], strict=True):
+    last = {name: value for name, value in wanted['last_iteration'].items() if 'second' not in name}
+    assert {name: got['last_iteration'][name] for name in last} == pytest.approx(last, rel=1e-4, abs=1e-4)
+
+
+def wait_for_step(process, workdir, step):
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline and process.poll() is None:
+    if step in checkpoint.steps_in(workdir / 'checkpoints'):
+      return
+    time.sleep(0.05)
+  raise AssertionError(f'no checkpoint of step {step}: {finish(process)}')
+
+
+@pytest.mark.parametrize('victim', [1, 0])
+def test_the_death_of_a_host_ends_the_others_with_a_whole_checkpoint(reference, tmp_path, victim):
+  flags = finetune(reference, tmp_path, '--eval_problems=0', '--save_every=1')
+  processes = start_hosts('finetune', *flags, '--num_iterations=100000')
+  wait_for_step(processes[0], tmp_path, 2)
+  processes[victim].kill()
+  killed = time.monotonic()
+  code, _, err = finish(processes[1 - victim])
+  assert time.monotonic() - killed < 6 * TIMEOUT
+  assert code != 0
+  assert 'another host was lost' in err or 'JAX distributed service' in err
+  processes[victim].wait()
+  last = checkpoint.steps_in(tmp_path / 'checkpoints')[-1]
+  checkpoint.load_checkpoint(tmp_path)
+  run('finetune', *flags, f'--num_iterations={last + 1}')
+  assert [row['step'] for row in metrics(tmp_path)] == list(range(1, last + 2))
+
+
+def test_a_signal_to_one_host_stops_all_at_the_same_step(reference, tmp_path):
+  flags = finetune(reference, tmp_path, '--eval_problems=0', '--save_every=100000')
+  processes = start_hosts('finetune', *flags, '--num_iterations=100000')
+  log = tmp_path / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while not (log.is_file() and log.read_text()) and processes[0].poll() is None and time.monotonic() < deadline:
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  ended = list(map(finish, processes))
+  (step,) = checkpoint.steps_in(tmp_path / 'checkpoints')
+  for code, _, err in ended:
+    assert code == 1
+    assert f'stopped by SIGTERM after step {step} of 100000' in err
+
+
+def test_hosts_that_do_not_know_of_each_other_are_told_what_to_give(tmp_path):
+  assert '--coordinator_address' in refused('finetune', '--multi_host', f'--workdir={tmp_path}')
+
+

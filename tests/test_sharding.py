@@ -1,0 +1,201 @@
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import TOKENIZER, letter_task
+
+from critkl_jax import checkpoint, population, sharding
+from critkl_jax import config as config_lib
+from critkl_jax.analysis.programs import collectives
+from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.ops.weighted_kl import api
+from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.rollout import respond
+from critkl_jax.tasks.addition import plus_task, pretraining_task
+from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+
+pytestmark = pytest.mark.usefixtures('standard_promotion')
+# Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate.
+BASE = config_lib.replace(FinetuneConfig(episodes=16, minibatches=2, learning_rate=1e-3), kl_coefficient=1.0,
+                          kl_estimator='exact', certainty_exponent=1.0)
+MODEL = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=2, num_heads=2, width=16))
+MESHES = ('data:2', 'model:2', 'data:8', 'data:2,model:2', 'data:4,model:2')
+
+
+@pytest.fixture(scope='module')
+def reference():
+  return init_params(MODEL, jax.random.key(0))
+
+
+def advance(config, reference, mesh, num_steps=3):
+  """Returns the state and the learning curve; `mesh` is text, or None for no mesh at all."""
+  mesh = mesh and sharding.make_mesh(mesh)
+  state, step = init_finetuning(MODEL, config, reference, mesh), make_train_step(MODEL, letter_task(), config, mesh)
+  key, numbers = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
+  curve = []
+  for _ in range(num_steps):
+    state, metrics = step(state, key, numbers)
+    curve.append({name: float(value) for name, value in metrics.items()})
+  assert step._cache_size() == 1
+  return state, curve
+
+
+@functools.cache
+def alone(config):
+  return jax.device_get(advance(config, init_params(MODEL, jax.random.key(0)), None))
+
+
+def assert_same_run(got, wanted):
+  for one, two in zip(got[1], wanted[1], strict=True):
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), got[0].params, wanted[0].params)
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+def test_any_mesh_gives_the_same_learning_curve(reference, mesh):
+  assert_same_run(advance(BASE, reference, mesh), alone(BASE))
+
+
+VARIANTS = {'gae': {'advantage': 'gae', 'gae_lambda': 0.95}, 'kl in the reward': {'kl_placement': 'reward'}}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_other_losses_on_a_mesh(reference, variant):
+  config = config_lib.replace(BASE, **VARIANTS[variant])
+  assert_same_run(advance(config, reference, 'data:2,model:2'), alone(config))
+
+
+@pytest.mark.parametrize('placement', ['loss', 'reward'])
+@pytest.mark.parametrize('mesh', ['data:2', 'data:2,model:2', 'model:2'])
+def test_a_large_vocabulary_is_computed_where_its_tokens_are(reference, mesh, placement, monkeypatch):
+  config = config_lib.replace(BASE, kl_placement=placement)
+  wanted = alone(config)
+  monkeypatch.setattr(api, 'SMALL_VOCABULARY', 0)
+  assert_same_run(advance(config, reference, mesh), wanted)
+
+
+def test_parameters_at_rest_are_shared_out(reference):
+  state, _ = advance(BASE, reference, 'data:4,model:2', 1)
+  for tree in (state.params, state.ref_params, state.opt_state):
+    arrays = [x for x in jax.tree.leaves(tree) if x.ndim]
+    own = sum(x.addressable_shards[0].data.size for x in arrays)
+    assert own < 1.2 * sum(x.size for x in arrays) / 8
+  kernel = state.params['h_0']['mlp']['c_fc']['kernel']
+  assert kernel.sharding.spec == jax.sharding.PartitionSpec(('data',), 'model')
+
+
+def test_no_device_gathers_the_cache_or_the_weights_of_others():
+  """The loop of a rollout moves activations between devices along `model`, and no array of many episodes."""
+  task, model = plus_task(1, 1), GPT2(GPT2Config(context_length=384, num_layers=1, num_heads=2, width=16))
+  mesh = sharding.make_mesh('data:4,model:2')
+
+  def sample(params, key):
+    problems = sharding.episodes(jax.vmap(task.sample)(jax.random.split(key, 16)))
+    return respond(model, sharding.gathered(params), task, problems, key, method='speculative', window=4)
+
+  params = init_params(model, jax.random.key(0))
+  places = sharding.shardings(params, mesh)
+  key = sharding.replicate(jax.random.key(1), mesh)
+  text = jax.jit(sharding.on_mesh(mesh, sample)).lower(jax.device_put(params, places), key).compile().as_text()
+  gathers = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather\(', text)
+  assert gathers  # of parameters
+  largest = max(math.prod(map(int, shape.split(','))) for shape in gathers if shape)
+  assert largest <= max(x.size for x in jax.tree.leaves(params))
+  assert ' all-reduce(' in text
+
+
+def test_a_speculative_rollout_on_a_mesh_samples_the_same_tokens():
+  task, model = plus_task(1, 1), GPT2(GPT2Config(context_length=384, num_layers=2, num_heads=2, width=16))
+  params, key = init_params(model, jax.random.key(0)), jax.random.key(1)
+
+  def sample(params, key):
+    problems = sharding.episodes(jax.vmap(task.sample)(jax.random.split(key, 16)))
+    return respond(model, sharding.gathered(params), task, problems, key, method='speculative', window=4)
+
+  wanted = jax.jit(sample)(params, key)
+  for text in ('data:4,model:2', 'data:8'):
+    mesh = sharding.make_mesh(text)
+    got = jax.jit(sharding.on_mesh(mesh, sample))(sharding.place(params, mesh), sharding.replicate(key, mesh))
+    np.testing.assert_array_equal(got.actions, wanted.actions)
+    np.testing.assert_allclose(got.log_probs, wanted.log_probs, atol=1e-4)
+
+
+def test_pretraining_on_a_mesh():
+  config = PretrainConfig(model=GPT2Config(context_length=384, num_layers=2, num_heads=2, width=16), known_digits=1,
+                          batch_size=8, num_steps=10, warmup_steps=1)
+  curves = []
+  for mesh in (None, sharding.make_mesh('data:4,model:2')):
+    state = init_pretraining(GPT2(config.model), config, mesh)
+    step = jax.jit(make_pretrain_step(GPT2(config.model), pretraining_task(1, 1), config, mesh), donate_argnums=0)
+    key = sharding.replicate(pretraining_keys(config)[1], mesh)
+    losses = []
+    for _ in range(3):
+      state, metrics = step(state, key)
+      losses.append(float(metrics['loss']))
+    curves.append(losses)
+  assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+  assert curves[0][-1] < curves[0][0]
+
+
+def test_members_episodes_and_model_share_a_mesh(reference):
+  configs = population.product(BASE, certainty_exponent=(0.0, 150.0), seed=(0, 1))
+  mesh = sharding.make_mesh('member:2,data:2,model:2')
+  step = population.make_population_step(MODEL, letter_task(), configs, mesh)
+  state, numbers = population.init_population(MODEL, configs, reference, mesh), population.numbers_of(configs, mesh)
+  for _ in range(3):
+    state, metrics = step(state, *numbers)
+  assert step._cache_size() == 1
+  state, metrics = jax.device_get((state, metrics))
+  for i, config in enumerate(configs):
+    wanted, curve = alone(config)
+    got = population.member(state, i)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), got.params, wanted.params)
+    assert {name: float(value[i]) for name, value in metrics.items()} == pytest.approx(curve[-1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(('made_on', 'read_on'), [('data:4,model:2', None), (None, 'data:4,model:2')])
+def test_checkpoints_are_read_on_other_devices(reference, tmp_path, made_on, read_on):
+  state, _ = advance(BASE, reference, made_on, 2)
+  info = checkpoint.CheckpointInfo(MODEL.config, 1, BASE)
+  manager = checkpoint.open_manager(tmp_path)
+  checkpoint.save(manager, state, info)
+  manager.close()
+  mesh = read_on and sharding.make_mesh(read_on)
+  fresh = init_finetuning(MODEL, BASE, reference, mesh)
+  restored = checkpoint.restore(tmp_path / '2', fresh)
+  for got, wanted, like in zip(*(jax.tree.leaves((s.params, s.opt_state)) for s in (restored, state, fresh))):
+    np.testing.assert_array_equal(got, wanted)
+    assert got.sharding.is_equivalent_to(like.sharding, got.ndim)
+  assert restored.step == 2
+  loaded = checkpoint.load_checkpoint(tmp_path, mesh=mesh)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, state.params)
+  assert len(jax.tree.leaves(loaded.params)[0].devices()) == (8 if read_on else 1)
+
+
+def test_meshes_from_text():
+  assert dict(sharding.make_mesh().shape) == {'member': 1, 'data': 8, 'model': 1}
+  assert dict(sharding.make_mesh('model:2').shape) == {'member': 1, 'data': 1, 'model': 2}
+  assert dict(sharding.make_mesh('member:2,data:-1').shape) == {'member': 2, 'data': 4, 'model': 1}
+  for text in ('data', 'data:x', 'batch:2', 'data:2,data:4', 'data:0', 'data:3,model:-1', 'data:16',
+               'data:-1,model:-1'):
+    with pytest.raises(ValueError, match='mesh: '):
+      sharding.make_mesh(text)
+
+
+def test_episodes_that_a_mesh_does_not_divide_are_refused():
+  sharding.check_episodes(sharding.make_mesh('data:4'), 32)
+  with pytest.raises(ValueError, match='an update takes 2 episodes, which data:8 does not divide'):
+    sharding.check_episodes(sharding.make_mesh('data:8'), 2)
+
+
+def test_on_one_device_nothing_is_annotated(reference):
+  step = make_train_step(MODEL, letter_task(), BASE)
+  state, numbers = init_finetuning(MODEL, BASE, reference), Hyperparameters.of(BASE)
+  text = step.lower(state, jax.random.key(0), numbers).compile().as_text()
+  assert not collectives(text)
+  assert sharding.constrain(x := jnp.ones(3), 'data') is x
