@@ -111,7 +111,7 @@ def restore(path: pathlib.Path, state: TrainState) -> TrainState:
   """
   step = np.int32(path.name)
   return state.replace(params=_read(path, 'params', state.params), opt_state=_read(path, 'opt_state', state.opt_state),
-                       step=jax.device_put(step, state.step.sharding) if isinstance(state.step, jax.Array) else step)
+                       step=sharding.put(step, state.step.sharding) if isinstance(state.step, jax.Array) else step)
 
 
 def latest(directory: str | pathlib.Path) -> pathlib.Path | None:

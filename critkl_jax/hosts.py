@@ -4,7 +4,9 @@ Every process runs the same program, and calls what is collective in the same or
 saves, and the functions below. The workdir is one that all hosts see.
 """
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +41,17 @@ def initialize(coordinator_address: str = '', num_processes: int | None = None, 
     raise ValueError(f'multi_host: {error} Give --coordinator_address, --num_processes and --process_id.') from error
   except jax.errors.JaxRuntimeError as error:
     raise LostHost(f'the {num_processes or "other"} processes did not meet: {_first_line(error)}') from error
+
+
+def last_words(text: str) -> Callable[[], None]:
+  """Has a text printed to the standard error if this process ends before what is returned has been called.
+
+  The runtime aborts a process when another one has been silent for too long, and says so to those who know it; nothing
+  in the process can add to it, so a small process of its own waits for that end.
+  """
+  watch = 'import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr, flush=True)'
+  watcher = subprocess.Popen([sys.executable, '-c', watch, text], stdin=subprocess.PIPE, start_new_session=True)
+  return lambda: watcher.communicate(b'an orderly end')
 
 
 def is_first() -> bool:

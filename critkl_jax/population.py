@@ -3,6 +3,7 @@
 Letters: P members.
 """
 
+import functools
 import itertools
 import pathlib
 import re
@@ -96,23 +97,26 @@ def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: 
     A `TrainState` whose `params` and `opt_state` have a leading axis P; `step` and `ref_params` have none, and none of
     its arrays is shared with the arguments.
   """
-  shared = shared_config(configs)
-
-  def init(keys, ref_params):
-    params, opt_state = jax.vmap(lambda key: init_policy(model, shared, ref_params, key))(keys)
-    kept, _ = init_policy(model, shared, ref_params, keys[0])
-    return jax.tree.map(jnp.copy, TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=kept))
-
+  init = functools.partial(_init, model, shared_config(configs))
   keys = sharding.replicate(jnp.stack([finetuning_keys(config)[0] for config in configs]), mesh)
   shapes = jax.eval_shape(init, keys, ref_params)
   return jax.jit(init, out_shardings=_placement(shapes, mesh))(keys, ref_params)
 
 
+def _init(model, config, keys, ref_params):
+  params, opt_state = jax.vmap(lambda key: init_policy(model, config, ref_params, key))(keys)
+  kept, _ = init_policy(model, config, ref_params, keys[0])
+  return jax.tree.map(jnp.copy, TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=kept))
+
+
 def numbers_of(configs: Sequence[FinetuneConfig], mesh: Mesh) -> tuple[chex.PRNGKey, Hyperparameters]:
   """Returns the members' keys `[P]` and numbers, float32 `[P]` each, on a mesh."""
+  return sharding.put(_numbers_of(configs), NamedSharding(mesh, PartitionSpec('member')))
+
+
+def _numbers_of(configs):
   keys = jnp.stack([finetuning_keys(config)[1] for config in configs])
-  numbers = jax.tree.map(lambda *x: jnp.stack(x), *map(Hyperparameters.of, configs))
-  return jax.device_put((keys, numbers), NamedSharding(mesh, PartitionSpec('member')))
+  return keys, jax.tree.map(lambda *x: jnp.stack(x), *map(Hyperparameters.of, configs))
 
 
 def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'
@@ -200,10 +204,10 @@ def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mes
     ValueError: as `make_population_step`.
   """
   mapping = _named(mapping, len(configs), mesh)
+  keys, numbers = _numbers_of(configs)
   ref_params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  state = jax.eval_shape(lambda ref: init_population(model, configs, ref, mesh), ref_params)
-  numbers = sharding.shapes(jax.eval_shape(lambda: numbers_of(configs, mesh)),
-                            NamedSharding(mesh, PartitionSpec('member')))
+  state = jax.eval_shape(functools.partial(_init, model, shared_config(configs)), keys, ref_params)
+  numbers = sharding.shapes((keys, numbers), NamedSharding(mesh, PartitionSpec('member')))
   compiled = make_population_step(model, task, configs, mesh, mapping).lower(
       sharding.shapes(state, _placement(state, mesh)), *numbers).compile()
   stats = compiled.memory_analysis()

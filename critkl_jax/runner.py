@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, population
+from critkl_jax import checkpoint, hosts, population, sharding
 from critkl_jax.records import TrainState
 
 try:
@@ -163,7 +163,8 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     def save(state):
       state = hosts.to_host(state.replace(ref_params=None))
       for i, (manager, info) in enumerate(zip(managers, infos.values())):
-        checkpoint.save(manager, population.member(state, i), info, wait=False)
+        # Of several hosts, none may be ahead: two saves at once would take each other's messages.
+        checkpoint.save(manager, population.member(state, i), info, wait=jax.process_count() > 1)
       for manager in managers:
         manager.wait_until_finished()
 
@@ -279,7 +280,9 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   logging.info('Going on from step %d of %s.', max(common), workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
   found = population.stack([checkpoint.restore(path, target) for path in paths])
-  return jax.device_put(found.replace(ref_params=state.ref_params), jax.tree.map(lambda x: x.sharding, state))
+  own = state.replace(ref_params=None)
+  placed = sharding.put(found.replace(ref_params=None), jax.tree.map(lambda x: x.sharding, own))
+  return placed.replace(ref_params=state.ref_params)
 
 
 # Fields that may differ between a run and its continuation: they change no update.

@@ -197,21 +197,40 @@ def shardings(tree: Any, mesh: Mesh, members: bool = False) -> Any:
   return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def put(tree: Any, places: Any) -> Any:
+  """Returns arrays of this host, the same on all hosts, where `places` says, one sharding or a PyTree of them.
+
+  `jax.device_put` does the same on one host; on several it refuses typed keys, and arrays that once had a place.
+  """
+  places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places
+
+  def one(x, place):
+    if place.is_fully_addressable:
+      return jax.device_put(x, place)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = one(jax.random.key_data(x), NamedSharding(place.mesh, place.spec))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+  return jax.tree.map(one, tree, places)
+
+
 def place(tree: Any, mesh: Mesh | None) -> Any:
   """Returns parameters of this host, the same on all hosts, spread over a mesh as `shardings` says; on the default
   device if there is none."""
-  return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
+  return jax.device_put(tree) if mesh is None else put(tree, shardings(tree, mesh))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """Returns arrays of this host, the same on all hosts, as arrays that every device of the mesh holds all of; the same
   arrays if there is no mesh."""
-  return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shapes(tree: Any, places: Any) -> Any:
   """Returns shapes that lie somewhere, to compile for: `places` is one sharding, or a PyTree of them."""
-  places = jax.tree.map(lambda _: places, tree) if isinstance(places, NamedSharding) else places
+  places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
 

@@ -58,14 +58,17 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
   return mesh if mesh.size > 1 else None
 
 
-def join_hosts(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Joins the other hosts where flags ask for it, or exits with one line."""
+def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
+  """Joins the other hosts where flags ask for it, or exits with one line; returns what to call at an orderly end."""
   if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
-    return
+    return lambda: None
   try:
     hosts.initialize(values.coordinator_address, values.num_processes, values.process_id, values.host_timeout)
   except ValueError as error:
     sys.exit(f'error: --{error}')
+  return hosts.last_words(
+      f'error: another host was lost, or this process was killed. What was saved in {values.workdir} is whole, and the '
+      'same command on all hosts goes on from there.')
 
 
 def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
@@ -84,8 +87,11 @@ def run(main: Callable[[], None]) -> None:
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1:
       sys.exit(f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
+    def ended():
+      pass
+
     try:
-      join_hosts()
+      ended = join_hosts()
       main()
     except Interrupted as reason:
       sys.exit(str(reason))
@@ -93,7 +99,10 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(f'error: {error}')
     except hosts.LostHost as error:
       print(f'error: {error}', file=sys.stderr, flush=True)
-      os._exit(1)  # an orderly end would wait for the lost host
+      ended()
+      os._exit(1)  # without waiting for the lost host
+    finally:
+      ended()
 
   logging.set_verbosity(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')

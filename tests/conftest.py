@@ -1,6 +1,8 @@
 """Settings of all tests: strict types and ranks, several CPU devices, the PRNG that goldens are written for."""
 
 import os
+import shutil
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -15,6 +17,13 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_default_prng_impl', 'threefry2x32')
 jax.config.update('jax_threefry_partitionable', True)
+
+
+def pytest_configure(config):
+  """Gives the binaries that tests start, in all workers, one cache of compiled programs."""
+  if not hasattr(config, 'workerinput'):
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True))
 
 
 @pytest.fixture

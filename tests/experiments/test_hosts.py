@@ -32,7 +32,7 @@ def start_hosts(binary, *flags, devices=2):
 
 def finetune(reference, workdir, *flags):
   return ('--preset=smoke', f'--reference={reference}', f'--workdir={workdir}', '--episodes=8', '--minibatches=2',
-          *flags)
+          '--extra_digits=0', '--rollout=cached', *flags)
 
 
 def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
@@ -41,7 +41,7 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
   (code, out, err), (other_code, other_out, other_err) = map(finish, processes)
   assert (code, other_code) == (0, 0), (err, other_err)
   assert 'before' in out
-  assert other_out == ''
+  assert 'before' not in other_out
   one, two = (metrics(tmp_path / name) for name in ('one', 'two'))
   assert [row['step'] for row in two] == [1, 2]
   for wanted, got in zip(one, two):
@@ -89,8 +89,9 @@ def test_the_death_of_a_host_ends_the_others_with_a_whole_checkpoint(reference, 
   code, _, err = finish(processes[1 - victim])
   assert time.monotonic() - killed < 6 * TIMEOUT
   assert code != 0
-  assert 'another host was lost' in err or 'JAX distributed service' in err
-  processes[victim].wait()
+  assert err.count('error: another host was lost') == 1
+  assert f'What was saved in {tmp_path} is whole' in err
+  finish(processes[victim])
   last = checkpoint.steps_in(tmp_path / 'checkpoints')[-1]
   checkpoint.load_checkpoint(tmp_path)
   run('finetune', *flags, f'--num_iterations={last + 1}')
