@@ -203,17 +203,26 @@ def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mes
   Raises:
     ValueError: as `make_population_step`.
   """
-  mapping = _named(mapping, len(configs), mesh)
-  keys, numbers = _numbers_of(configs)
-  ref_params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  state = jax.eval_shape(functools.partial(_init, model, shared_config(configs)), keys, ref_params)
-  numbers = sharding.shapes((keys, numbers), NamedSharding(mesh, PartitionSpec('member')))
-  compiled = make_population_step(model, task, configs, mesh, mapping).lower(
-      sharding.shapes(state, _placement(state, mesh)), *numbers).compile()
-  stats = compiled.memory_analysis()
+  state, numbers = state_shapes(model, configs, mesh), numbers_shapes(configs, mesh)
+  compiled = make_population_step(model, task, configs, mesh, mapping).lower(state, *numbers).compile()
+  stats, mapping = compiled.memory_analysis(), _named(mapping, len(configs), mesh)
   own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state))) // mesh.size
   return compiled, Memory(state=own, shared=stats.argument_size_in_bytes - own, temporary=stats.temp_size_in_bytes,
                           members=len(configs) // mesh.shape['member'], mapping=mapping)
+
+
+def state_shapes(model: GPT2, configs: Sequence[FinetuneConfig], mesh: Mesh) -> TrainState:
+  """Returns what `init_population` does as shapes that lie on the mesh, to compile for."""
+  key = jax.eval_shape(lambda: jnp.stack([jax.random.key(0)] * len(configs)))
+  ref_params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  state = jax.eval_shape(functools.partial(_init, model, shared_config(configs)), key, ref_params)
+  return sharding.shapes(state, _placement(state, mesh))
+
+
+def numbers_shapes(configs: Sequence[FinetuneConfig], mesh: Mesh) -> tuple[chex.PRNGKey, Hyperparameters]:
+  """Returns what `numbers_of` does as shapes that lie on the mesh."""
+  numbers = jax.eval_shape(lambda: _numbers_of(configs[:1] * len(configs)))
+  return sharding.shapes(numbers, NamedSharding(mesh, PartitionSpec('member')))
 
 
 class Memory(NamedTuple):

@@ -157,3 +157,25 @@ def test_another_list_of_members_is_refused(reference, tmp_path):
   run(tmp_path, mixed()[:2], reference, 2)
   with pytest.raises(checkpoint.CheckpointError, match='made with other members'):
     run(tmp_path, mixed()[:3], reference, 2)
+
+
+@pytest.mark.parametrize('mapping', population.MAPPINGS)
+def test_as_many_members_fit_as_is_said(mapping):
+  def memory_of(num_members):
+    configs = population.product(BASE, seed=range(num_members))
+    mesh = sharding.make_mesh('member:2' if mapping == 'shard' else 'data:1')
+    return population.compile_step(MODEL, letter_task(), configs, mesh, mapping)[1]
+
+  some = memory_of(4)
+  limit = 3 * some.total
+  parts = 2 if mapping == 'shard' else 1
+  fitting = some.fitting(limit) * parts
+  assert fitting > 8
+  assert memory_of(fitting).total <= 1.02 * limit
+  assert memory_of(2 * fitting).total > limit
+
+
+def test_available_memory_is_that_of_the_machine_shared_by_its_devices():
+  one, four = (population.available_memory(sharding.make_mesh(f'member:{n}')) for n in (1, 4))
+  assert 2**28 < one < 2**45
+  assert four == pytest.approx(one / 4, rel=0.2)

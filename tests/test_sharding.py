@@ -10,8 +10,8 @@ from letters import TOKENIZER, letter_task
 
 from critkl_jax import checkpoint, population, sharding
 from critkl_jax import config as config_lib
-from critkl_jax.analysis.programs import collectives
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig
+from critkl_jax.footprint import collectives
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.ops.weighted_kl import api
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys

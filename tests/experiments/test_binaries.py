@@ -96,3 +96,35 @@ def test_help_names_every_field_with_its_default():
   out, _ = process.communicate(timeout=200)
   for words in ('--kl_coefficient', 'alpha, weight of the penalty. (tiny: 0.5)', '--certainty_exponent', '--preset'):
     assert words in ' '.join(out.split())
+
+
+def test_sweep_compares_groups_and_leaves_workdirs(reference, tmp_path):
+  flags = ('--certainty_exponents=0,150', '--kl_coefficients=0.1,0.5', '--seeds=2')
+  out = run('sweep', *finetune(reference, tmp_path, *flags))
+  assert '8 members: ' in out
+  assert out.count('kl_coefficient=0.5 certainty_exponent=150.0') == 2  # on N and on N+1
+  result = json.loads((tmp_path / 'results.json').read_text())
+  rows = {row['group']: row for row in result['comparison']['N+1']}
+  assert len(rows) == 4
+  assert rows['kl_coefficient=0.5 certainty_exponent=150.0']['baseline'] == 'kl_coefficient=0.5 certainty_exponent=0.0'
+  assert 'difference' not in rows['kl_coefficient=0.1 certainty_exponent=0.0']
+  assert all(row['members'] == 2 for row in rows.values())
+  lines = (tmp_path / 'results.csv').read_text().splitlines()
+  assert len(lines) == 9
+  assert lines[0].startswith('name,kl_coefficient,certainty_exponent,seed,')
+  assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
+  member = tmp_path / 'members' / result['members'][0]['name']
+  assert [row['step'] for row in metrics(member)] == [1, 2]
+  assert 'step 2' in run('evaluate', f'--checkpoint={member}', '--digits=1', '--distribution=plus', '--num_problems=2')
+  before = (tmp_path / 'results.json').read_text()
+  run('sweep', *finetune(reference, tmp_path, *flags))  # nothing is left to do
+  again = json.loads((tmp_path / 'results.json').read_text())
+  assert again['comparison'] == json.loads(before)['comparison']
+  assert 'made with other members' in refused('sweep', *finetune(reference, tmp_path, '--seeds=2'))
+
+
+def test_a_study_that_cannot_be_is_refused(reference, tmp_path):
+  assert '--certainty_exponents: expected numbers' in refused(
+      'sweep', *finetune(reference, tmp_path, '--certainty_exponents=0,x'))
+  line = refused('sweep', *finetune(reference, tmp_path, '--episodes=4000000', '--minibatches=1', '--eval_problems=0'))
+  assert 'GiB are free: some 0 would fit' in line
