@@ -98,6 +98,7 @@ def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: 
     its arrays is shared with the arguments.
   """
   init = functools.partial(_init, model, shared_config(configs))
+  ref_params = sharding.place(ref_params, mesh)
   keys = sharding.replicate(jnp.stack([finetuning_keys(config)[0] for config in configs]), mesh)
   shapes = jax.eval_shape(init, keys, ref_params)
   return jax.jit(init, out_shardings=_placement(shapes, mesh))(keys, ref_params)

@@ -198,14 +198,14 @@ def shardings(tree: Any, mesh: Mesh, members: bool = False) -> Any:
 
 
 def put(tree: Any, places: Any) -> Any:
-  """Returns arrays of this host, the same on all hosts, where `places` says, one sharding or a PyTree of them.
+  """Returns arrays where `places` says, one sharding or a PyTree of them; those of one host are the same on all.
 
   `jax.device_put` does the same on one host; on several it refuses typed keys, and arrays that once had a place.
   """
   places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places
 
   def one(x, place):
-    if place.is_fully_addressable:
+    if place.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
       return jax.device_put(x, place)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       data = one(jax.random.key_data(x), NamedSharding(place.mesh, place.spec))

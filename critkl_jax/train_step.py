@@ -78,7 +78,7 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: 
   init_key, _ = finetuning_keys(config)
   if mesh is None:
     return init(init_key, ref_params)
-  init_key = sharding.replicate(init_key, mesh)
+  init_key, ref_params = sharding.replicate(init_key, mesh), sharding.place(ref_params, mesh)
   places = sharding.shardings(jax.eval_shape(init, init_key, ref_params), mesh)
   return jax.jit(init, out_shardings=places)(init_key, ref_params)
 

@@ -110,8 +110,10 @@ def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
   """Returns the mesh that the flags ask for, or exits with one line; if none, one of members unless they are to be kept
   together."""
   text, together = flags.FLAGS.mesh, MAPPING.value in ('vmap', 'scan')
-  if MAPPING.value == 'shard' and os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu' and not text:
-    jax.config.update('jax_num_cpu_devices', min(os.cpu_count() or 1, num_members))  # a device of each core
+  if not (text or together or flags.FLAGS.multi_host or flags.FLAGS.coordinator_address
+          or 'device_count' in os.environ.get('XLA_FLAGS', '')):
+    # A device of each core, should there be no accelerator: members side by side keep the cores busier than one does.
+    jax.config.update('jax_num_cpu_devices', min(len(os.sched_getaffinity(0)), num_members))
   try:
     if text or (together and jax.process_count() > 1):
       mesh = sharding.make_mesh(text)
