@@ -25,8 +25,8 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective
 _BITS = {'pred': 8, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf16': 16, 'f16': 16, 's32': 32, 'u32': 32, 'f32': 32,
          's64': 64, 'u64': 64, 'f64': 64}
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{$')
-_CALLED = re.compile(r'(?:body|condition|to_apply|calls|branch_computations|true_computation|false_computation)='
-                     r'\{?((?:%?[\w.\-]+(?:, )?)+)')
+_CALLED = re.compile(r'\b(?:body|condition|to_apply|calls|(?:branch|true|false)_computations?)='
+                     r'(?:\{([^}]*)\}|%?([\w.\-]+))')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(?:-start)?\(')
 _SHAPE = re.compile(r'\b(' + '|'.join(_BITS) + r')\[([\d,]*)\]')
 
@@ -142,7 +142,8 @@ def collectives(text: str) -> list[Collective]:
     for line in lines:
       match = _COLLECTIVE.search(line)
       if match:
-        key = match[2], name in looped
+        kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else match[2]  # as TPUs have it
+        key = kind, name in looped
         number[key] += 1
         size[key] += _result_bytes(match[1], '-start(' in line)
   return [Collective(kind, in_loop, number[kind, in_loop], size[kind, in_loop])
@@ -165,7 +166,7 @@ def _inside_loops(bodies: dict[str, list[str]]) -> set[str]:
   """Returns the computations that run in the rounds of some loop."""
 
   def called(line):
-    return [name.strip().lstrip('%') for found in _CALLED.findall(line) for name in found.split(',')]
+    return [name.strip().lstrip('%') for several, one in _CALLED.findall(line) for name in (several or one).split(',')]
 
   frontier = [name for lines in bodies.values() for line in lines if ' while(' in line for name in called(line)]
   inside: set[str] = set()

@@ -94,7 +94,7 @@ def check_episodes(mesh: Mesh, num_episodes: int) -> None:
   size = mesh.shape['data']
   if num_episodes % size:
     raise ValueError(f'mesh: an update takes {num_episodes} episodes, which data:{size} does not divide; take fewer '
-                     'devices along data, or fewer --minibatches.')
+                     'devices along data, more --episodes or fewer --minibatches.')
 
 
 # Annotations inside a program.

@@ -18,7 +18,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from critkl_jax import population, sharding
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig
+from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, replace
 from critkl_jax.footprint import Footprint, footprint, needed_flops, num_parameters
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import plus_task
@@ -48,7 +48,7 @@ def main() -> None:
   try:
     model = GPT2(config.model_of(pretraining.model))
     mesh = sharding.make_mesh(MESH.value, targets.devices_of(TOPOLOGY.value))
-    sharding.check_episodes(mesh, config.episodes // config.minibatches)
+    config = enough_episodes(config, mesh)
   except ValueError as error:
     raise SystemExit(f'error: --{error}') from error
   memory = targets.chip_of(TOPOLOGY.value).memory_gib
@@ -60,7 +60,7 @@ def main() -> None:
         f'tokens, {config.minibatches * config.epochs} updates'
         f'{f" for each of {MEMBERS.value} members" if MEMBERS.value > 1 else ""}; {TOPOLOGY.value} as '
         f'{mesh_text(mesh)}, {model.config.dtype}')
-  print(f'a step needs {found["flops"] / 1e12:.2f} 10^12 FLOP where every response is as long as the longest right one')
+  print(f'a step needs {found["flops"]:.3g} FLOP where every response is as long as the longest right one', flush=True)
   try:
     with mock.patch('jax.default_backend', return_value=targets.backend_of(TOPOLOGY.value)):
       compiled = footprint(model, task, configs, mesh, MAPPING.value)
@@ -74,6 +74,17 @@ def main() -> None:
   print(f'{"fits" if found["fits"] else "DOES NOT FIT"}: {said}')
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
+
+
+def enough_episodes(config: FinetuneConfig, mesh: Mesh) -> FinetuneConfig:
+  """Returns the config with as many episodes as can be shared out, and says so if they are more than were asked for."""
+  own, size = config.episodes // config.minibatches, mesh.shape['data']
+  if own % size == 0:
+    return config
+  more = -(-own // size) * size
+  print(f'an update takes {own} episodes, which data:{size} does not divide: compiled for {more} of them, as '
+        f'--episodes={more * config.minibatches} would have it')
+  return replace(config, episodes=more * config.minibatches)
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -113,7 +113,8 @@ def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
   if not (text or together or flags.FLAGS.multi_host or flags.FLAGS.coordinator_address
           or 'device_count' in os.environ.get('XLA_FLAGS', '')):
     # A device of each core, should there be no accelerator: members side by side keep the cores busier than one does.
-    jax.config.update('jax_num_cpu_devices', min(len(os.sched_getaffinity(0)), num_members))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    jax.config.update('jax_num_cpu_devices', min(cores, num_members))
   try:
     if text or (together and jax.process_count() > 1):
       mesh = sharding.make_mesh(text)

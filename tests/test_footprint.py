@@ -55,11 +55,11 @@ def test_what_a_loop_calls_is_in_the_loop():
 %inner (x: f32[4]) -> f32[4] {
   %r = f32[4]{0} all-reduce(%x), to_apply=%add
 }
-%body (x: f32[4]) -> f32[4] {
+%wide.body.1 (x: f32[4]) -> f32[4] {
   %c = f32[4]{0} conditional(%p, %x, %x), branch_computations={%inner, %other}
 }
 ENTRY %main (x: f32[4]) -> f32[4] {
-  %w = f32[4]{0} while(%x), condition=%condition, body=%body
+  %w = f32[4]{0} while(%x), condition=%until, body=%wide.body.1
 }
 """
   assert collectives(text) == [Collective('all-reduce', True, 1, 16)]
