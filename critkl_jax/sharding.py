@@ -150,28 +150,26 @@ def own_tokens_mean(fn: Callable, spread: Any, shared: Any, mask: chex.Array) ->
     shared: arrays that every device needs whole; gradients flow into them.
     mask: bool `[B, T]`.
   """
-  axes = _token_axes(mask.shape[0])
-  if not axes:
+  if _on_one_device():
     return fn(spread, shared)
-  own = PartitionSpec(axes)
+  axes = _token_axes(mask.shape[0])
 
   def local(spread, shared, mask):
     num_tokens = jnp.sum(mask, dtype=jnp.float32)
     share = num_tokens / jnp.maximum(jax.lax.psum(num_tokens, axes), 1.0)
     return jax.tree.map(lambda x: jax.lax.psum(share * x, axes), fn(spread, shared))
 
-  return jax.shard_map(local, in_specs=(own, PartitionSpec(), own), out_specs=PartitionSpec(),
-                       axis_names=set(axes))(spread, shared, mask)
+  own, whole = PartitionSpec(axes), PartitionSpec()
+  return jax.shard_map(local, in_specs=(own, whole, own), out_specs=whole)(spread, shared, mask)
 
 
 def own_tokens(fn: Callable, spread: Any, shared: Any) -> Any:
   """Returns `fn(spread, shared)`, arrays `[B, ...]`, computed by each device from its own episodes; see
   `own_tokens_mean`."""
-  axes = _token_axes(jax.tree.leaves(spread)[0].shape[0])
-  if not axes:
+  if _on_one_device():
     return fn(spread, shared)
-  own = PartitionSpec(axes)
-  return jax.shard_map(fn, in_specs=(own, PartitionSpec()), out_specs=own, axis_names=set(axes))(spread, shared)
+  own = PartitionSpec(_token_axes(jax.tree.leaves(spread)[0].shape[0]))
+  return jax.shard_map(fn, in_specs=(own, PartitionSpec()), out_specs=own)(spread, shared)
 
 
 # Places outside of programs.
