@@ -53,7 +53,8 @@ def time_population(mapping: str) -> dict[str, Any]:
   for _ in range(ITERATIONS.value):
     (state, _), elapsed = timing.result_and_seconds(step, state, *numbers)
     seconds.append(elapsed)
-  return {'compile': compile_seconds, 'iterations': seconds, 'memory_mib': memory.total / 2**20, 'devices': mesh.size}
+  return {'compile': compile_seconds, 'iterations': seconds, 'memory_mib': memory.total / 2**20, 'devices': mesh.size,
+          'device': jax.devices()[0].device_kind}
 
 
 def time_single() -> dict[str, Any]:
@@ -71,7 +72,7 @@ def time_single() -> dict[str, Any]:
   for _ in range(ITERATIONS.value):
     (state, _), elapsed = timing.result_and_seconds(step, state, key, numbers)
     seconds.append(elapsed)
-  return {'compile': compile_seconds, 'iterations': seconds}
+  return {'compile': compile_seconds, 'iterations': seconds, 'device': jax.devices()[0].device_kind}
 
 
 def in_own_process(what: str) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def main() -> None:
   singles = [in_own_process('single') for _ in range(SINGLES.value)]
   compiling = statistics.mean(single['compile'] for single in singles)
   running = statistics.mean(sum(single['iterations']) for single in singles)
-  result = {'device': jax.devices()[0].device_kind, 'members': MEMBERS.value, 'iterations': ITERATIONS.value,
+  result = {'device': singles[0]['device'], 'members': MEMBERS.value, 'iterations': ITERATIONS.value,
             'episodes': EPISODES.value, 'singles': singles,
             'one_after_another': {'compile': MEMBERS.value * compiling, 'run': MEMBERS.value * running}}
   print(f'{result["device"]}, {MEMBERS.value} members, {ITERATIONS.value} iterations of {EPISODES.value} episodes\n'
@@ -102,6 +103,8 @@ def main() -> None:
         f'{"single runs":>18}{MEMBERS.value * compiling:11.1f}{MEMBERS.value * running:9.1f}', flush=True)
   for mapping in MAPPINGS.value:
     found = in_own_process(mapping)
+    if found['device'] != result['device']:
+      raise SystemExit(f'error: {mapping} ran on {found["device"]}, single runs on {result["device"]}.')
     found['run'] = sum(found['iterations'])
     found['ratio'] = MEMBERS.value * running / found['run']
     found['ratio_with_compilation'] = MEMBERS.value * (compiling + running) / (found['compile'] + found['run'])

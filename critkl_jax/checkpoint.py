@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from critkl_jax import sharding
+from critkl_jax import hosts, sharding
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
@@ -95,7 +95,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
   items = {'params': ocp.args.StandardSave(state.params), 'config': ocp.args.JsonSave(config)}
   if with_optimizer:
     items['opt_state'] = ocp.args.StandardSave(state.opt_state)
-  if int(state.step) in manager.all_steps():
+  if hosts.as_first_says(int(state.step) in manager.all_steps()):
     return
   manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
@@ -207,7 +207,7 @@ def _read(path: pathlib.Path, item: str, target: Any) -> Any:
     try:
       _check_shapes(path, item, handler.metadata(directory).tree, abstract)
       return handler.restore(directory, args=ocp.args.StandardRestore(abstract))
-    except CheckpointError:
+    except (CheckpointError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       logging.debug('restoring %s', directory, exc_info=True)

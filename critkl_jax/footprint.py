@@ -145,7 +145,7 @@ def collectives(text: str) -> list[Collective]:
         kind = 'reduce-scatter' if name.startswith('all-reduce-scatter') else match[2]  # as TPUs have it
         key = kind, name in looped
         number[key] += 1
-        size[key] += _result_bytes(match[1], '-start(' in line)
+        size[key] += _result_bytes(match[1], match[2], '-start(' in line)
   return [Collective(kind, in_loop, number[kind, in_loop], size[kind, in_loop])
           for kind in KINDS for in_loop in (False, True) if number[kind, in_loop]]
 
@@ -178,7 +178,13 @@ def _inside_loops(bodies: dict[str, list[str]]) -> set[str]:
   return inside
 
 
-def _result_bytes(shapes: str, started: bool) -> int:
-  """Returns the bytes of a result; that of an asynchronous start holds operands too, and the largest array counts."""
-  sizes = [_BITS[kind] // 8 * math.prod(int(n) for n in dims.split(',') if n) for kind, dims in _SHAPE.findall(shapes)]
-  return max(sizes, default=0) if started else sum(sizes)
+def _result_bytes(shapes: str, kind: str, started: bool) -> int:
+  """Returns the bytes of a result.
+
+  An asynchronous start returns results alone if it is an all-reduce; else operands, as many results, and what it needs
+  itself (u32).
+  """
+  found = [(dtype, dims) for dtype, dims in _SHAPE.findall(shapes) if not (started and dtype == 'u32' and not dims)]
+  if started and kind != 'all-reduce':
+    found = found[len(found) // 2:]
+  return sum(_BITS[dtype] // 8 * math.prod(int(n) for n in dims.split(',') if n) for dtype, dims in found)

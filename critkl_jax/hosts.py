@@ -6,8 +6,7 @@ saves, and the functions below. The workdir is one that all hosts see.
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
 
 import jax
 import numpy as np
@@ -35,7 +34,7 @@ def initialize(coordinator_address: str = '', num_processes: int | None = None, 
     LostHost: if the others do not come.
   """
   try:
-    jax.distributed.initialize(coordinator_address or None, num_processes, process_id,
+    jax.distributed.initialize(coordinator_address or None, num_processes, process_id, shutdown_timeout_seconds=timeout,
                                heartbeat_timeout_seconds=timeout, initialization_timeout=3 * timeout)
   except ValueError as error:
     raise ValueError(f'multi_host: {error} Give --coordinator_address, --num_processes and --process_id.') from error
@@ -72,15 +71,14 @@ def as_first_says(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def to_host(tree: Any) -> Any:
-  """Returns arrays as NumPy arrays on every host, wherever their parts lie."""
-  arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-  if all(x.is_fully_addressable or x.is_fully_replicated for x in arrays):
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+def least(value: int) -> int:
+  """Returns the least of the values, below 2^31, that all processes have."""
+  if jax.process_count() == 1:
+    return value
+  return int(np.min(multihost_utils.process_allgather(np.int32(value))))
 
 
-def any_host_before() -> 'Iterator[Any]':
+def any_host_before() -> Generator[int, int, None]:
   """Returns a generator to which every host sends a number in each round, and which yields the greatest number that any
   host sent in the round before: no host has to wait for the others. On one host it is that of this round.
 
@@ -101,11 +99,10 @@ def any_host_before() -> 'Iterator[Any]':
     before = found
 
 
-def as_lost_host(error: Exception) -> LostHost | None:
-  """Returns what an error of the runtime means where there are other hosts; None on a single one."""
-  if jax.process_count() == 1:
-    return None
-  return LostHost(_first_line(error))
+def may_be_lost(error: jax.errors.JaxRuntimeError) -> bool:
+  """Returns whether an error of the runtime may come of the loss of another host."""
+  own = 'RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED'
+  return jax.process_count() > 1 and not any(kind in str(error) for kind in own)
 
 
 def _first_line(error: Exception) -> str:

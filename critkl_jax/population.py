@@ -7,7 +7,7 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -251,9 +251,18 @@ class Memory(NamedTuple):
   def fitting(self, limit: int) -> int:
     """Returns how many members a device with `limit` bytes holds: all that is temporary grows with them under `vmap`,
     otherwise a copy of their state alone."""
-    growing = self.temporary if self.mapping == 'vmap' else min(self.state, self.temporary)
-    fixed, each = self.shared + self.temporary - growing, (self.state + growing) / self.members
+    fixed, each = self.shared + self.temporary - self._growing, (self.state + self._growing) / self.members
     return max(int((limit - fixed) / each), 0)
+
+  def of(self, members: int) -> 'Memory':
+    """Returns what another number of members takes, by the same rule."""
+    times = members / self.members
+    return self._replace(state=int(times * self.state), members=members,
+                         temporary=int(self.temporary + (times - 1) * self._growing))
+
+  @property
+  def _growing(self) -> int:
+    return self.temporary if self.mapping == 'vmap' else min(self.state, self.temporary)
 
 
 def available_memory(mesh: Mesh) -> int | None:
@@ -263,9 +272,12 @@ def available_memory(mesh: Mesh) -> int | None:
   stats = own[0].memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-  meminfo = pathlib.Path('/proc/meminfo')
+  meminfo, group = pathlib.Path('/proc/meminfo'), pathlib.Path('/sys/fs/cgroup')
   found = re.search(r'MemAvailable:\s+(\d+) kB', meminfo.read_text()) if meminfo.is_file() else None
-  return int(found[1]) * 1024 // len(own) if found else None
+  free = [int(found[1]) * 1024] if found else []
+  if (group / 'memory.max').is_file() and (group / 'memory.max').read_text().strip().isdigit():  # of a container
+    free.append(int((group / 'memory.max').read_text()) - int((group / 'memory.current').read_text()))
+  return max(min(free), 0) // len(own) if free else None
 
 
 def pick_mapping(mesh: Mesh) -> str:
@@ -284,9 +296,32 @@ def members_mesh(num_members: int, devices: Sequence[Any] | None = None) -> Mesh
 
 
 def member(state: TrainState, index: int) -> TrainState:
-  """Returns the state of one member, of arrays of the host; those of devices are better brought there before."""
+  """Returns the state of one member, of arrays of the host; see `members_on_host`."""
   params, opt_state = jax.tree.map(lambda x: x[index], (state.params, state.opt_state))
   return state.replace(params=params, opt_state=opt_state)
+
+
+def members_on_host(tree: Any) -> Iterator[Any]:
+  """Yields arrays `[P, ...]` member by member as NumPy arrays, on every host, wherever the members lie.
+
+  Members of other hosts come one at a time, so that no device ever holds more than one that is not its own.
+  """
+  arrays = jax.tree.leaves(tree)
+  if all(x.is_fully_addressable for x in arrays):
+    tree = jax.device_get(tree)
+    yield from (jax.tree.map(lambda x, i=i: x[i], tree) for i in range(arrays[0].shape[0]))
+    return
+
+  def take(tree, index):  # every device looks among its own: to slice would bring all members together
+    def one(x):
+      chosen = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) == index
+      return jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), 0, dtype=x.dtype)
+
+    return jax.tree.map(one, tree)
+
+  take = jax.jit(take, out_shardings=NamedSharding(arrays[0].sharding.mesh, PartitionSpec()))
+  for index in range(arrays[0].shape[0]):
+    yield jax.device_get(take(tree, np.int32(index)))
 
 
 def stack(members: Sequence[TrainState]) -> TrainState:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -107,7 +108,6 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   Raises:
     CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
     Interrupted: after a signal on any host, once the state is saved.
-    LostHost: if another host ends meanwhile.
   """
   workdir = pathlib.Path(workdir)
   state = _bound(resume(state, info, workdir))
@@ -143,7 +143,6 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
     Interrupted: after a signal on any host, once the members are saved.
-    LostHost: if another host ends meanwhile.
   """
   workdir = pathlib.Path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
@@ -161,10 +160,10 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
         writer.write(number, {name: value[i] for name, value in metrics.items()})
 
     def save(state):
-      state = hosts.to_host(state.replace(ref_params=None))
-      for i, (manager, info) in enumerate(zip(managers, infos.values())):
+      own = population.members_on_host(state.replace(ref_params=None, step=None))
+      for manager, info, member in zip(managers, infos.values(), own):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
-        checkpoint.save(manager, population.member(state, i), info, wait=jax.process_count() > 1)
+        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1)
       for manager in managers:
         manager.wait_until_finished()
 
@@ -181,7 +180,7 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
   first, number = int(state.step), int(state.step)
   signalled = hosts.any_host_before()
   next(signalled)
-  with (_caught_signals() as caught, _lost_hosts(workdir),
+  with (_caught_signals() as caught,
         tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True, disable=not hosts.is_first()) as bar):
     log = _Log(write, bar, show)
     for number in range(first + 1, num_steps + 1):
@@ -195,19 +194,6 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
         raise Interrupted(f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is '
                           f'saved in {workdir}, and the same command goes on from there.')
   return state
-
-
-@contextlib.contextmanager
-def _lost_hosts(workdir: pathlib.Path) -> Iterator[None]:
-  """Says of an error of the runtime, where there are other hosts, what it means for the run."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    lost = hosts.as_lost_host(error)
-    if lost is None:
-      raise
-    raise hosts.LostHost(f'another host was lost ({lost}). What was saved in {workdir} is whole, and the same command '
-                         'on all hosts goes on from there.') from error
 
 
 class _Log:
@@ -247,9 +233,11 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
   Raises:
     CheckpointError: if the checkpoint is damaged or was made with another config.
   """
-  path = checkpoint.latest(pathlib.Path(workdir) / 'checkpoints')
-  if path is None:
+  directory = pathlib.Path(workdir) / 'checkpoints'
+  step = hosts.as_first_says(max(checkpoint.steps_in(directory), default=-1))
+  if step < 0:
     return state
+  path = directory / str(step)
   _check_same(path, info)
   logging.info('Going on from %s.', path)
   return checkpoint.restore(path, state)
@@ -263,26 +251,46 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint is damaged or was made with another config.
   """
-  homes = [pathlib.Path(workdir) / 'members' / name for name in infos]
-  there = sorted(path.name for path in (pathlib.Path(workdir) / 'members').glob('*') if path.is_dir())
-  if there and there != sorted(infos):
-    different = sorted(set(there) ^ set(infos))
-    some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
-    raise checkpoint.CheckpointError(
-        f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
-  saved = [set(checkpoint.steps_in(home / 'checkpoints')) for home in homes]
-  common = set.intersection(*saved)
-  if not common:
+  directories = [pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos]
+  _check_members(pathlib.Path(workdir), list(infos))
+  saved = [set(checkpoint.steps_in(directory)) for directory in directories]
+  step = hosts.as_first_says(max(set.intersection(*saved), default=-1))
+  _drop_later(directories, step)
+  if step < 0:
     return state
-  paths = [home / 'checkpoints' / str(max(common)) for home in homes]
+  paths = [directory / str(step) for directory in directories]
   for path, info in zip(paths, infos.values()):
     _check_same(path, info)
-  logging.info('Going on from step %d of %s.', max(common), workdir)
+  logging.info('Going on from step %d of %s.', step, workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
   found = population.stack([checkpoint.restore(path, target) for path in paths])
   own = state.replace(ref_params=None)
   placed = sharding.put(found.replace(ref_params=None), jax.tree.map(lambda x: x.sharding, own))
   return placed.replace(ref_params=state.ref_params)
+
+
+def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
+  """Keeps the names of a study's members in its workdir; those of a study that has saved nothing may change."""
+  file = workdir / 'members.json'
+  old = json.loads(file.read_text()) if file.is_file() else names
+  started = any(checkpoint.steps_in(directory) for directory in workdir.glob('members/*/checkpoints'))
+  if hosts.as_first_says(started and old != names):
+    different = sorted(set(old) ^ set(names)) or ['in another order']
+    some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
+    raise checkpoint.CheckpointError(
+        f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
+  hosts.wait_for_all('members')
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_text(file, json.dumps(names) + '\n')
+
+
+def _drop_later(directories: list[pathlib.Path], step: int) -> None:
+  """Removes what some members have saved beyond the step that all have: the study will come to other numbers there, if
+  it goes on elsewhere."""
+  later = [directory / str(n) for directory in directories for n in checkpoint.steps_in(directory) if n > step]
+  for path in later if hosts.is_first() else ():
+    shutil.rmtree(path)
+  hosts.wait_for_all('dropped')
 
 
 # Fields that may differ between a run and its continuation: they change no update.

@@ -38,6 +38,7 @@ def main() -> None:
   state = init_finetuning(model, config, reference.params, mesh)
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
+  del reference  # the state has its own
   before = tested_before(test, state.ref_params, workdir)
   step = make_train_step(model, task, config, mesh)
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)

@@ -3,9 +3,11 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
@@ -49,7 +51,7 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
   """Returns the mesh for updates of so many episodes, or exits with one line if they cannot be shared out; None for a
   single device."""
   try:
-    mesh = sharding.make_mesh(values.mesh)
+    mesh = sharding.make_mesh(values.mesh or most_devices(num_episodes))
     sharding.check_episodes(mesh, num_episodes)
     if mesh.shape['member'] > 1:
       raise ValueError(f'mesh: only a study has members, got member:{mesh.shape["member"]}.')
@@ -58,9 +60,26 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
   return mesh if mesh.size > 1 else None
 
 
+def most_devices(num_episodes: int) -> str:
+  """Returns the mesh where none is named: as many devices along data as can take equally many of the episodes of an
+  update, and says so if some are left; on several hosts all of them."""
+  total = jax.device_count()
+  if jax.process_count() > 1:
+    return ''
+  number = max(n for n in range(1, total + 1) if num_episodes % n == 0)
+  if number < total:
+    print(f'{number} of {total} devices: an update takes {num_episodes} episodes, which no more divide.', flush=True)
+  return f'data:{number}'
+
+
 def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
   """Joins the other hosts where flags ask for it, or exits with one line; returns what to call at an orderly end."""
-  if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
+  if 'multi_host' not in values:
+    return lambda: None
+  if not (values.multi_host or values.coordinator_address):
+    for name in ('num_processes', 'process_id'):
+      if values[name].value is not None:
+        sys.exit(f'error: --{name}: means nothing without --coordinator_address or --multi_host.')
     return lambda: None
   try:
     hosts.initialize(values.coordinator_address, values.num_processes, values.process_id, values.host_timeout)
@@ -98,9 +117,12 @@ def run(main: Callable[[], None]) -> None:
     except CheckpointError as error:
       sys.exit(f'error: {error}')
     except hosts.LostHost as error:
-      print(f'error: {error}', file=sys.stderr, flush=True)
-      ended()
-      os._exit(1)  # without waiting for the lost host
+      sys.exit(f'error: {error}')
+    except jax.errors.JaxRuntimeError as error:
+      if not hosts.may_be_lost(error):
+        raise
+      traceback.print_exc()
+      os._exit(1)  # without waiting for the lost host; the last words tell what to do
     finally:
       ended()
 

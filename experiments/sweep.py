@@ -81,10 +81,11 @@ def main() -> None:
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
   before = tested_before(test, reference.params, workdir)
   state = population.init_population(model, configs, reference.params, mesh)
+  del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
                                 base.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
-  tests = test_members(test, hosts.to_host(state.params), names, workdir, one_mesh)
+  tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
   if hosts.is_first():
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
 
@@ -127,16 +128,22 @@ def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
 
 def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -> tuple[Callable, population.Memory]:
   """Compiles the step of all members, or exits with one line if it cannot be or they do not fit into the memory."""
+  parts = mesh.shape['member']
+  limit = hosts.least((population.available_memory(mesh) or 0) // 2**20) * 2**20  # 0 where nobody knows
   try:
     step, memory = population.compile_step(model, task, configs, mesh, MAPPING.value)
   except ValueError as error:
     raise SystemExit(f'error: --{error}') from error
-  limit = population.available_memory(mesh)
-  if limit is not None and memory.total > limit:
+  except jax.errors.JaxRuntimeError as error:  # a compiler that knows the memory of its devices
+    if 'RESOURCE_EXHAUSTED' not in str(error) or len(configs) == parts or not limit:
+      raise
+    _, few = population.compile_step(model, task, configs[:parts], mesh, MAPPING.value)
+    memory = few.of(len(configs) // parts)
+  if limit and memory.total > limit:
     raise SystemExit(
         f'error: {len(configs)} members need {memory.total / 2**30:.1f} GiB a device with --population_map='
-        f'{memory.mapping}, and {limit / 2**30:.1f} GiB are free: some {memory.fitting(limit) * mesh.shape["member"]} '
-        'would fit; take fewer --seeds or values.')
+        f'{memory.mapping}, and {limit / 2**30:.1f} GiB are free: some {memory.fitting(limit) * parts} would fit; take '
+        'fewer --seeds or values.')
   return step, memory
 
 
@@ -151,8 +158,8 @@ def link_reference(workdir: pathlib.Path, name: str) -> None:
 def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
   """Tests each member, and leaves the result in its workdir."""
   tests = []
-  for i, name in enumerate(tqdm.tqdm(names, 'tests', unit='member', disable=not hosts.is_first())):
-    tests.append(test(sharding.place(jax.tree.map(lambda x, i=i: x[i], params), mesh)))
+  for name, own in zip(tqdm.tqdm(names, 'tests', unit='member', disable=not hosts.is_first()), params):
+    tests.append(test(sharding.place(own, mesh)))
     runner.write_text(workdir / 'members' / name / 'after.json', json.dumps(tests[-1][0]) + '\n')
   return tests
 

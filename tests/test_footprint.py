@@ -44,6 +44,9 @@ def test_a_program_of_one_device_has_none():
     ('  %a = f32[4,8]{1,0} all-gather(%x), dimensions={0}', Collective('all-gather', False, 1, 128)),
     ('  %a = (bf16[4]{0}, f32[2]{0}) all-reduce(%x, %y), to_apply=%add', Collective('all-reduce', False, 1, 16)),
     ('  %a = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), dimensions={0}', Collective('all-gather', False, 1, 32)),
+    ('  %a = (f32[4]{0}, f32[2]{0}) all-reduce-start(%x, %y), to_apply=%add', Collective('all-reduce', False, 1, 24)),
+    ('  %a = ((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0}), u32[]) reduce-scatter-start(%x, %y), to_apply=%add',
+     Collective('reduce-scatter', False, 1, 12)),
     ('  ROOT %a = bf16[2,2]{1,0:T(8)} reduce-scatter(%x), to_apply=%add', Collective('reduce-scatter', False, 1, 8)),
 ])
 def test_sizes_are_those_of_results(line, expected):

@@ -13,7 +13,7 @@ def start(binary, *flags, devices=1):
   return subprocess.Popen(
       [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env=os.environ | {
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}' if devices else '',
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'})
 
 
@@ -22,8 +22,8 @@ def finish(process):
   return process.returncode, out, err
 
 
-def run(binary, *flags):
-  code, out, err = finish(start(binary, *flags))
+def run(binary, *flags, devices=1):
+  code, out, err = finish(start(binary, *flags, devices=devices))
   assert code == 0, err
   return out
 

@@ -1,6 +1,7 @@
 """The binaries as a user starts them: in processes of their own, at the smoke preset."""
 
 import json
+import os
 import signal
 import time
 
@@ -121,6 +122,14 @@ def test_sweep_compares_groups_and_leaves_workdirs(reference, tmp_path):
   again = json.loads((tmp_path / 'results.json').read_text())
   assert again['comparison'] == json.loads(before)['comparison']
   assert 'made with other members' in refused('sweep', *finetune(reference, tmp_path, '--seeds=2'))
+  run('sweep', *finetune(reference, tmp_path, *flags))  # a refusal changes nothing
+
+
+def test_a_study_takes_every_core_and_a_process_without_others_is_refused(reference, tmp_path):
+  run('sweep', *finetune(reference, tmp_path, '--seeds=1', '--eval_problems=0'), devices=None)
+  result = json.loads((tmp_path / 'results.json').read_text())
+  assert result['population_map'] == ('shard' if len(os.sched_getaffinity(0)) > 1 else 'scan')
+  assert '--process_id: means nothing' in refused('finetune', f'--workdir={tmp_path}', '--process_id=1')
 
 
 def test_a_study_that_cannot_be_is_refused(reference, tmp_path):

@@ -51,15 +51,16 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
   wanted, got = (checkpoint.load_checkpoint(tmp_path / name) for name in ('one', 'two'))
   for name, x in got.params['h_0']['mlp']['c_fc'].items():
     np.testing.assert_allclose(x, wanted.params['h_0']['mlp']['c_fc'][name], atol=2e-4)
-  # one process goes on with what two have saved
-  run('finetune', *finetune(reference, tmp_path / 'two', '--num_iterations=3'))
+  processes = start_hosts(
+      'finetune', *finetune(reference, tmp_path / 'two', '--mesh=data:2,model:2', '--num_iterations=3'))
+  assert [code for code, _, _ in map(finish, processes)] == [0, 0]
   assert [row['step'] for row in metrics(tmp_path / 'two')] == [1, 2, 3]
 
 
 def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
   flags = ('--seeds=2', '--certainty_exponents=0,150')
   for name, launch in (('one', run), ('two', start_hosts)):
-    found = launch('sweep', *finetune(reference, tmp_path / name, *flags), **({'devices': 1} if name == 'two' else {}))
+    found = launch('sweep', *finetune(reference, tmp_path / name, *flags), devices=1 if name == 'two' else None)
     if name == 'two':
       for code, _, err in map(finish, found):
         assert code == 0, err
