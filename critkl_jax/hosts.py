@@ -34,8 +34,9 @@ def initialize(coordinator_address: str = '', num_processes: int | None = None, 
     LostHost: if the others do not come.
   """
   try:
-    jax.distributed.initialize(coordinator_address or None, num_processes, process_id, shutdown_timeout_seconds=timeout,
-                               heartbeat_timeout_seconds=timeout, initialization_timeout=3 * timeout)
+    jax.distributed.initialize(
+        coordinator_address or None, num_processes, process_id, initialization_timeout=3 * timeout,
+        heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=6 * timeout)  # the first one may still be drawing
   except ValueError as error:
     raise ValueError(f'multi_host: {error} Give --coordinator_address, --num_processes and --process_id.') from error
   except jax.errors.JaxRuntimeError as error:

@@ -11,7 +11,7 @@ from processes import finish, metrics, refused, run, start
 
 from critkl_jax import checkpoint
 
-TIMEOUT = 10
+TIMEOUT = 20
 
 
 @pytest.fixture(scope='module')
