@@ -283,7 +283,6 @@ PRETRAIN_PRESETS = {
         model=GPT2Config(vocab_size=50257, context_length=1024, num_layers=12, num_heads=12, width=768),
         known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=6e-4, warmup_steps=1000,
         weight_decay=0.1, save_every=1000, eval_problems=1000),
-    # 1.6 B parameters: for several accelerators, with --dtype=bfloat16 and --remat.
     'gpt2_xl': PretrainConfig(
         model=GPT2Config(vocab_size=50257, context_length=1024, num_layers=48, num_heads=25, width=1600),
         known_digits=7, batch_size=64, num_steps=20000, optimizer='adamw', learning_rate=2e-4, warmup_steps=1000,

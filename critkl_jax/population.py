@@ -145,37 +145,10 @@ def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConf
   single = make_train_step(model, task, shared)
   penalised = np.array([config.loss.kl != 'none' for config in configs], np.float32)
 
-  def in_turn(state, keys, hyperparameters):
-    def advance(own):
-      params, opt_state, *numbers = own
-      after, metrics = single(state.replace(params=params, opt_state=opt_state), *numbers)
-      return after.params, after.opt_state, metrics
-
-    params, opt_state, metrics = jax.lax.map(advance, (state.params, state.opt_state, keys, hyperparameters))
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
-
-  def at_once(state, keys, hyperparameters):
-    return jax.vmap(single, (_AXES, 0, 0), (_AXES, 0))(state, keys, hyperparameters)
-
-  def on_each(state, keys, hyperparameters):
-    own, everywhere = PartitionSpec('member'), PartitionSpec()
-    parts = TrainState(params=own, opt_state=own, step=everywhere, ref_params=everywhere)
-    return jax.shard_map(in_turn, in_specs=(parts, own, own), out_specs=(parts, own), check_vma=False)(
-        state, keys, hyperparameters)
-
-  def on_each_part(state, keys, hyperparameters):
-    def split(tree):
-      return jax.tree.map(lambda x: x.reshape(mesh.shape['member'], -1, *x.shape[1:]), tree)
-
-    own = state.replace(params=split(state.params), opt_state=split(state.opt_state))
-    after, metrics = jax.vmap(in_turn, (_AXES, 0, 0), (_AXES, 0), spmd_axis_name='member')(
-        own, split(keys), split(hyperparameters))
-    params, opt_state, metrics = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), (after.params, after.opt_state, metrics))
-    return after.replace(params=params, opt_state=opt_state), metrics
-
+  in_turn = _one_after_another(single)
   # Devices that share no member need not wait for one another; XLA cannot have it so where some of them do.
-  spread = on_each if mesh.shape['member'] == mesh.size else on_each_part
+  spread = _on_each(in_turn) if mesh.shape['member'] == mesh.size else _on_each_part(in_turn, mesh)
+  at_once = jax.vmap(single, (_AXES, 0, 0), (_AXES, 0))
   mapped = {'scan': in_turn, 'vmap': at_once, 'shard': spread}[mapping]
 
   def step(state, keys, hyperparameters):
@@ -185,6 +158,43 @@ def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConf
     return jax.lax.with_sharding_constraint((state, metrics), (placement, NamedSharding(mesh, PartitionSpec())))
 
   return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0)
+
+
+def _one_after_another(single):
+  def in_turn(state, keys, hyperparameters):
+    def advance(own):
+      params, opt_state, *numbers = own
+      after, metrics = single(state.replace(params=params, opt_state=opt_state), *numbers)
+      return after.params, after.opt_state, metrics
+
+    params, opt_state, metrics = jax.lax.map(advance, (state.params, state.opt_state, keys, hyperparameters))
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+  return in_turn
+
+
+def _on_each(in_turn):
+  """Lets each device advance its own members, at its own pace."""
+  own, everywhere = PartitionSpec('member'), PartitionSpec()
+  parts = TrainState(params=own, opt_state=own, step=everywhere, ref_params=everywhere)
+  return jax.shard_map(in_turn, in_specs=(parts, own, own), out_specs=(parts, own), check_vma=False)
+
+
+def _on_each_part(in_turn, mesh):
+  """Lets each group of devices advance its own members, all groups in step."""
+
+  def split(tree):
+    return jax.tree.map(lambda x: x.reshape(mesh.shape['member'], -1, *x.shape[1:]), tree)
+
+  def spread(state, keys, hyperparameters):
+    own = state.replace(params=split(state.params), opt_state=split(state.opt_state))
+    after, metrics = jax.vmap(in_turn, (_AXES, 0, 0), (_AXES, 0), spmd_axis_name='member')(
+        own, split(keys), split(hyperparameters))
+    params, opt_state, metrics = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (after.params, after.opt_state, metrics))
+    return after.replace(params=params, opt_state=opt_state), metrics
+
+  return spread
 
 
 def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'

@@ -17,7 +17,7 @@ def test_json_and_back(name):
 
 
 def test_presets_are_there():
-  assert set(PRETRAIN_PRESETS) == {'smoke', 'tiny', 'small', 'paper', 'gpt2'}
+  assert set(PRETRAIN_PRESETS) == {'smoke', 'tiny', 'small', 'paper', 'gpt2', 'gpt2_xl'}
   assert PRETRAIN_PRESETS['gpt2'].model.vocab_size == 50257
   paper = PRETRAIN_PRESETS['paper'].model
   assert (paper.num_layers, paper.width) == (12, 768)
