@@ -106,6 +106,7 @@ def run(main: Callable[[], None]) -> None:
   def guarded(argv: list[str]) -> None:
     if len(argv) > 1:
       sys.exit(f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
+
     def ended():
       pass
 

@@ -171,6 +171,7 @@ def test_as_many_members_fit_as_is_said(mapping):
   parts = 2 if mapping == 'shard' else 1
   fitting = some.fitting(limit) * parts
   assert fitting > 8
+  assert some.of(some.fitting(limit)).total <= limit < some.of(some.fitting(limit) + 2).total
   assert memory_of(fitting).total <= 1.02 * limit
   assert memory_of(2 * fitting).total > limit
 

@@ -32,16 +32,21 @@ def reference():
   return init_params(MODEL, jax.random.key(0))
 
 
+def places_of(state):
+  return [x.sharding for x in jax.tree.leaves(state)]
+
+
 def advance(config, reference, mesh, num_steps=3):
   """Returns the state and the learning curve; `mesh` is text, or None for no mesh at all."""
   mesh = mesh and sharding.make_mesh(mesh)
   state, step = init_finetuning(MODEL, config, reference, mesh), make_train_step(MODEL, letter_task(), config, mesh)
   key, numbers = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
-  curve = []
+  curve, places = [], places_of(state)
   for _ in range(num_steps):
     state, metrics = step(state, key, numbers)
     curve.append({name: float(value) for name, value in metrics.items()})
-  assert step._cache_size() <= 1  # compiled once; JAX may have dropped it since
+  assert step._cache_size() <= 1  # JAX may have dropped it since
+  assert mesh is None or places_of(state) == places  # else the second step would have been compiled anew
   return state, curve
 
 
@@ -146,9 +151,11 @@ def test_members_episodes_and_model_share_a_mesh(reference):
   mesh = sharding.make_mesh('member:2,data:2,model:2')
   step = population.make_population_step(MODEL, letter_task(), configs, mesh)
   state, numbers = population.init_population(MODEL, configs, reference, mesh), population.numbers_of(configs, mesh)
+  places = places_of(state)
   for _ in range(3):
     state, metrics = step(state, *numbers)
   assert step._cache_size() <= 1
+  assert places_of(state) == places
   state, metrics = jax.device_get((state, metrics))
   for i, config in enumerate(configs):
     wanted, curve = alone(config)
