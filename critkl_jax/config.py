@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 ConfigT = TypeVar('ConfigT')
 
+_ADDED = {'rollout', 'window', 'scan_layers'}  # fields that checkpoints of older versions lack
+
 
 # Checks.
 
@@ -55,6 +57,8 @@ class GPT2Config:
     attention: how a whole text attends to itself: `auto` in blocks of queries, or an implementation of
       `jax.nn.dot_product_attention`, `xla` or `cudnn` (NVIDIA GPUs, bfloat16).
     remat: whether blocks are recomputed in the backward pass, to save memory.
+    scan_layers: whether the blocks are one loop in the program: it compiles as fast as one block, and on several
+      devices a pass gathers the parameters of one block at a time. For deep models.
   """
 
   vocab_size: int = 41
@@ -67,6 +71,7 @@ class GPT2Config:
   dtype: str = 'float32'
   attention: str = 'auto'
   remat: bool = False
+  scan_layers: bool = False
 
   def __post_init__(self):
     _at_least(self, 1, 'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width')
@@ -197,6 +202,7 @@ class FinetuneConfig:
     dtype: type of activations; empty for the reference's.
     attention: implementation of attention; empty for the reference's.
     remat: whether blocks are recomputed in the backward pass, to save memory.
+    scan_layers: whether the blocks are one loop in the program, for deep models.
     rollout: how responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
       time, or `auto` for `speculative` where the task has a draft. The samples are the same up to rounding.
     window: tokens of a window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
@@ -225,6 +231,7 @@ class FinetuneConfig:
   dtype: str = ''
   attention: str = ''
   remat: bool = False
+  scan_layers: bool = False
   rollout: str = 'auto'
   window: int = 0
   seed: int = 0
@@ -256,7 +263,8 @@ class FinetuneConfig:
     """Returns the policy's config: the reference's, with the critic and the numerics of this one."""
     return dataclasses.replace(
         reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
-        dtype=self.dtype or reference.dtype, attention=self.attention or reference.attention)
+        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
+        attention=self.attention or reference.attention)
 
   @property
   def group_size(self) -> int:
@@ -368,6 +376,8 @@ def to_json(config: Any) -> str:
 def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
   """Returns the config that `to_json` wrote.
 
+  Fields that older versions did not write take their defaults, which are what those versions did.
+
   Raises:
     ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
   """
@@ -384,7 +394,8 @@ def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
   if not isinstance(values, dict):
     raise ValueError(f'{name}: expected a JSON object, got {type(values).__name__}.')
   fields = {field.name: field for field in dataclasses.fields(config_class)}
-  for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', fields.keys() - values.keys())):
+  missing = fields.keys() - values.keys() - _ADDED
+  for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', missing)):
     if names:
       raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
   return config_class(**{key: _read_field(name, fields[key], value) for key, value in values.items()})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import sharding
 from critkl_jax.confidence import certainty
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, gathered
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem
 from critkl_jax.rollout import as_rollout, respond, score
@@ -152,7 +152,7 @@ def make_reader(model: GPT2, task: Task, mesh: Mesh | None = None) -> Callable:
 
   def read(params, problems):
     prompt, solution = sharding.episodes((jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)))
-    logits, _ = score(model, sharding.gathered(params, model.config.dtype), as_rollout(prompt, solution))
+    logits, _ = score(model, gathered(model, params, model.config.dtype), as_rollout(prompt, solution))
     return sharding.whole({
         'probability': jnp.exp(action_log_probs(logits, solution.tokens)), 'certainty': certainty(logits),
         'mask': solution.mask, 'critical': solution.critical})

@@ -6,6 +6,7 @@ B episodes, T new tokens, S cached and new tokens, D width, H heads, K width of 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -23,14 +24,15 @@ class KVCache:
   """Keys and values of the tokens seen so far.
 
   Attributes:
-    keys: L arrays `[B, H, K, S]`; axes stand as a decoding step multiplies them, so that nothing is transposed.
-    values: L arrays `[B, H, S, K]`.
+    keys: L arrays `[B, H, K, S]`; axes stand as a decoding step multiplies them, so that nothing is transposed. Where
+      the blocks are a loop, one array `[B, L, H, K, S]`.
+    values: L arrays `[B, H, S, K]`, or one `[B, L, H, S, K]`.
     mask: bool `[B, S]` true at slots that hold a real token; what stands at the index and beyond does not count.
     index: int32 first free slot, `[]` of all episodes or `[B]` of each.
   """
 
-  keys: tuple[chex.Array, ...]
-  values: tuple[chex.Array, ...]
+  keys: tuple[chex.Array, ...] | chex.Array
+  values: tuple[chex.Array, ...] | chex.Array
   mask: chex.Array
   index: chex.Array
 
@@ -68,10 +70,30 @@ def forward_flops(config: GPT2Config, lengths: Sequence[int]) -> float:
 def init_cache(config: GPT2Config, batch_size: int, length: int, in_step: bool = True) -> KVCache:
   """Returns an empty cache of `length` slots (S) for `batch_size` (B) episodes, in step or each at its own pace."""
   shape = (batch_size, config.num_heads, length, config.width // config.num_heads)
-  values = tuple(sharding.constrain(jnp.zeros(shape, config.dtype), 'data', 'model') for _ in range(config.num_layers))
-  keys = tuple(sharding.constrain(jnp.swapaxes(x, 2, 3), 'data', 'model') for x in values)
+  if config.scan_layers:
+    values = jnp.zeros((batch_size, config.num_layers, *shape[1:]), config.dtype)
+    keys, values = (sharding.constrain(x, 'data', None, 'model') for x in (jnp.swapaxes(values, 3, 4), values))
+  else:
+    layers = [jnp.zeros(shape, config.dtype)] * config.num_layers
+    values = tuple(sharding.constrain(x, 'data', 'model') for x in layers)
+    keys = tuple(sharding.constrain(jnp.swapaxes(x, 2, 3), 'data', 'model') for x in layers)
   index = jnp.zeros(() if in_step else batch_size, jnp.int32)
   return KVCache(keys=keys, values=values, mask=jnp.zeros((batch_size, length), bool), index=index)
+
+
+def gathered(model: 'GPT2', params: Any, dtype: str = 'float32') -> Any:
+  """Returns parameters as one pass over texts takes them: `sharding.gathered`, but for those of blocks that are a loop,
+  which gathers them one after another."""
+  return sharding.gathered(params, dtype, blocks=not model.config.scan_layers)
+
+
+def stacked(config: GPT2Config, params: Any) -> Any:
+  """Returns parameters in which those of all blocks stand together under `h`, with a leading axis L, if the blocks are a
+  loop. The model takes both forms; in a loop around it, this one is not made again in every round."""
+  if not config.scan_layers:
+    return params
+  rest = {name: x for name, x in params.items() if not name.startswith('h_')}
+  return rest | {'h': jax.tree.map(lambda *x: jnp.stack(x), *(params[f'h_{i}'] for i in range(config.num_layers)))}
 
 
 class HeadProjection(nn.Module):
@@ -93,19 +115,21 @@ class HeadProjection(nn.Module):
 
 
 class Attention(nn.Module):
-  """Causal self-attention over the cached and the new tokens; the mask is that of `_place`."""
+  """Causal self-attention over the cached and the new tokens; the mask is that of `_place`. `cached` are keys and
+  values of this layer, or those of all layers and `layer` the number of this one."""
 
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BxTxD, mask, cached, index):
+  def __call__(self, x_BxTxD, mask, cached, index, layer=None):
     config = self.config
     dtype = jnp.dtype(config.dtype)
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = HeadProjection(config, name='c_attn')(x_BxTxD)
     if cached is not None:
-      cached = (_write(cached[0], jnp.transpose(k_BxTxHxK, (0, 2, 3, 1)), index, axis=3),
-                _write(cached[1], jnp.swapaxes(v_BxTxHxK, 1, 2), index, axis=2))
-      out_BxTxHxK = jnp.swapaxes(attend(jnp.swapaxes(q_BxTxHxK, 1, 2), *cached, mask), 1, 2)
+      cached = (_write(cached[0], jnp.transpose(k_BxTxHxK, (0, 2, 3, 1)), index, axis=-1, layer=layer),
+                _write(cached[1], jnp.swapaxes(v_BxTxHxK, 1, 2), index, axis=-2, layer=layer))
+      own = cached if layer is None else [jax.lax.dynamic_index_in_dim(x, layer, 1, keepdims=False) for x in cached]
+      out_BxTxHxK = jnp.swapaxes(attend(jnp.swapaxes(q_BxTxHxK, 1, 2), *own, mask), 1, 2)
     elif config.attention == 'auto':
       out_BxTxHxK = causal_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask)
     else:
@@ -137,10 +161,10 @@ class Block(nn.Module):
   config: GPT2Config
 
   @nn.compact
-  def __call__(self, x_BxTxD, mask, cached, index):
+  def __call__(self, x_BxTxD, mask, cached, index, layer=None):
     norm = {'epsilon': 1e-5, 'dtype': jnp.dtype(self.config.dtype)}
     attended, cached = Attention(self.config, name='attn')(
-        nn.LayerNorm(**norm, name='ln_1')(x_BxTxD), mask, cached, index)
+        nn.LayerNorm(**norm, name='ln_1')(x_BxTxD), mask, cached, index, layer)
     x_BxTxD = x_BxTxD + attended
     return x_BxTxD + MLP(self.config, name='mlp')(nn.LayerNorm(**norm, name='ln_2')(x_BxTxD)), cached
 
@@ -202,21 +226,42 @@ class GPT2(nn.Module):
     wpe = nn.Embed(config.context_length, config.width, embedding_init=nn.initializers.normal(0.01), name='wpe')
     x_BxTxD = (wte(tokens) + wpe(jnp.minimum(positions, config.context_length - 1))).astype(config.dtype)
     x_BxTxD = sharding.episodes(x_BxTxD)
-    block = nn.remat(Block) if config.remat else Block
-    layers = []
-    for i in range(config.num_layers):
-      cached = None if cache is None else (cache.keys[i], cache.values[i])
-      index = None if cache is None else cache.index
-      x_BxTxD, new = block(config, name=f'h_{i}')(x_BxTxD, attention_mask, cached, index)
-      layers.append(new)
+    if config.scan_layers and not self.is_initializing():
+      x_BxTxD, cached = self._loop(x_BxTxD, attention_mask, cache)
+    else:
+      x_BxTxD, cached = self._one_after_another(x_BxTxD, attention_mask, cache)
     hidden = nn.LayerNorm(epsilon=1e-5, dtype=jnp.dtype(config.dtype), name='ln_f')(x_BxTxD)
     embedding_VxD = wte.embedding.astype(config.dtype)
     logits = jnp.einsum('btd,vd->btv', hidden, embedding_VxD, preferred_element_type=jnp.float32)
     values = ValueHead(config, name='value_head')(hidden)
     if cache is not None:
-      keys, vals = zip(*layers)
-      cache = cache.replace(keys=keys, values=vals, index=cache.index + tokens.shape[1])
+      cache = cache.replace(keys=cached[0], values=cached[1], index=cache.index + tokens.shape[1])
     return GPT2Output(logits=logits, values=values, hidden=hidden, cache=cache)
+
+  def _one_after_another(self, x_BxTxD, mask, cache):
+    block = nn.remat(Block) if self.config.remat else Block
+    layers = []
+    for i in range(self.config.num_layers):
+      cached = None if cache is None else (cache.keys[i], cache.values[i])
+      index = None if cache is None else cache.index
+      x_BxTxD, new = block(self.config, name=f'h_{i}')(x_BxTxD, mask, cached, index)
+      layers.append(new)
+    return x_BxTxD, None if cache is None else tuple(zip(*layers))
+
+  def _loop(self, x_BxTxD, mask, cache):
+    config = self.config
+    params = self.variables['params']
+    layers = params['h'] if 'h' in params else stacked(config, params)['h']
+    cached, index = (None, None) if cache is None else ((cache.keys, cache.values), cache.index)
+
+    def block(carry, inputs):
+      x_BxTxD, cached = carry
+      params, layer = inputs
+      return Block(config, parent=None).apply(
+          {'params': sharding.gathered_block(params)}, x_BxTxD, mask, cached, index, layer), None
+
+    block = jax.checkpoint(block, prevent_cse=False) if config.remat else block
+    return jax.lax.scan(block, (x_BxTxD, cached), (layers, jnp.arange(config.num_layers)))[0]
 
 
 def _place(mask, cache):
@@ -226,18 +271,29 @@ def _place(mask, cache):
     return mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), None
   start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1])[None]
   before = jnp.sum(cache.mask & (slots < start), axis=1, keepdims=True)
-  all_mask = _write(cache.mask, mask, cache.index, axis=1)
+  all_mask = _write(cache.mask, mask, cache.index, axis=-1)
   query = (start + jnp.arange(mask.shape[1])[None])[:, :, None]
   visible = (slots[None] <= query) & all_mask[:, None, :]
   positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
   return visible[:, None], positions, cache.replace(mask=all_mask)
 
 
-def _write(old, new, index, axis):
-  """Writes new slots into old ones from `index` on, `[]` for all episodes or `[B]`; in place where XLA may."""
-  if index.ndim == 0:
-    return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
-  return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(old, new, index, axis - 1)
+def _write(old, new, index, axis, layer=None):
+  """Writes new slots into old ones from `index` on, `[]` for all episodes or `[B]`; in place where XLA may.
+
+  `axis` is that of the slots, counted from the end; `layer` a place along the second axis, if the old ones have layers
+  there.
+  """
+  new = new if layer is None else new[:, None]
+
+  def write(old, new, index):
+    start = [0] * old.ndim
+    start[axis] = index
+    if layer is not None:
+      start[-4] = layer
+    return jax.lax.dynamic_update_slice(old, new, start)
+
+  return write(old, new, index) if index.ndim == 0 else jax.vmap(write)(old, new, index)
 
 
 def _residual_init(config: GPT2Config):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import sharding, slices
 from critkl_jax.config import PretrainConfig
-from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.gpt2 import GPT2, gathered, init_params
 from critkl_jax.losses import masked_mean
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
@@ -84,7 +84,7 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Me
     raise ValueError(f'context_length: expected {length} or more for this task, got {model.config.context_length}.')
 
   def loss_fn(params, prompt, solution, offset):
-    params = sharding.gathered(params)
+    params = gathered(model, params)
     tokens = jnp.concatenate([prompt.tokens, solution.tokens], 1)
     mask = jnp.concatenate([prompt.mask, solution.mask], 1)
     logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from critkl_jax import sharding
 from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, start
 from critkl_jax.drafts import Draft, prompt_lookup
-from critkl_jax.gpt2 import GPT2, init_cache
+from critkl_jax.gpt2 import GPT2, init_cache, stacked
 from critkl_jax.records import Rollout, Solution, Tokens
 from critkl_jax.tasks.task import Task
 
@@ -72,6 +72,8 @@ def gpt2_policy(model: GPT2, params: Any) -> Policy:
   Returns:
     A `Policy` whose state is a `KVCache` with a slot for each token of prompt and response, and K - 1 more.
   """
+
+  params = stacked(model.config, params)
 
   def policy(tokens, mask, cache):
     tokens = jnp.minimum(tokens, model.config.vocab_size - 1)  # a guess may be anything, but must not become NaN
@@ -231,8 +233,8 @@ def _cache_lengths(num_prompt, usual_length, window, num_slots):
 def _grow(episodes, length):
   cache = episodes.policy_state
   more = length - cache.mask.shape[1]
-  keys = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) for x in cache.keys)
-  values = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in cache.values)
+  keys = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]), cache.keys)
+  values = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]), cache.values)
   cache = cache.replace(keys=keys, values=values, mask=jnp.pad(cache.mask, ((0, 0), (0, more))))
   return episodes.replace(policy_state=cache)
 

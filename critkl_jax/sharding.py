@@ -119,19 +119,37 @@ def whole(tree: Any) -> Any:
   return jax.tree.map(constrain, tree)
 
 
-def gathered(params: Any, dtype: str = 'float32') -> Any:
+def gathered(params: Any, dtype: str = 'float32', blocks: bool = True) -> Any:
   """Returns parameters as a pass takes them: whole over `data`, spread over `model`.
+
+  Their gradient is summed into the shares that devices hold at rest.
 
   Args:
     params: the parameters.
     dtype: type in which matrices of the blocks will be multiplied; they are brought to it before they travel. Not for
       parameters whose gradient is taken: its sum over devices would be rounded.
+    blocks: whether those of the blocks (`h_0`, `h_1`, ...) are gathered too.
   """
   if _on_one_device():
     return params
-  return _placed(jax.tree_util.tree_map_with_path(
-      lambda path, x: x.astype(dtype) if path[-1:] and path[-1].key == 'kernel' and len(path) == 4 else x, params),
-                 over_data=False)
+  sizes = _sizes()
+
+  def one(path, x):
+    names = _names(path)
+    if not names[:1] or not names[0].startswith('h_'):
+      return _gather(x, path, sizes)
+    x = x.astype(dtype) if names[-1] == 'kernel' else x
+    return _gather(x, path, sizes) if blocks else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def gathered_block(params: Any) -> Any:
+  """Returns the parameters of one block as `gathered` does."""
+  if _on_one_device():
+    return params
+  sizes = _sizes()
+  return jax.tree_util.tree_map_with_path(lambda path, x: _gather(x, path, sizes), params)
 
 
 def at_rest(tree: Any) -> Any:
@@ -258,10 +276,25 @@ def _placed(tree, over_data):
       lambda path, x: jax.lax.with_sharding_constraint(x, _spec(path, x.shape, sizes, over_data)), tree)
 
 
+def _gather(x, path, sizes):
+  return _spread(x, _spec(path, x.shape, sizes, over_data=False), _spec(path, x.shape, sizes, over_data=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _spread(x, spec, of_gradient):
+  """Returns `x` spread in one way, its gradient in another."""
+  del of_gradient
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+_spread.defvjp(lambda x, spec, of_gradient: (jax.lax.with_sharding_constraint(x, spec), None),
+               lambda spec, of_gradient, _, grad: (jax.lax.with_sharding_constraint(grad, of_gradient),))
+
+
 def _spec(path, shape, sizes, over_data) -> PartitionSpec:
   """Returns the spread of one parameter: an axis over `model` by its name, the largest that is left over `data`, or
   over both where the name says nothing."""
-  names = tuple(str(getattr(entry, 'key', '')) for entry in path)
+  names = _names(path)
   axes: list[Any] = [None] * len(shape)
   at = _MODEL_AXIS.get(names[-3:])
   if at is not None and shape[at] % sizes['model'] == 0:
@@ -272,6 +305,10 @@ def _spec(path, shape, sizes, over_data) -> PartitionSpec:
       axes[axis] = over
       break
   return _normal(axes, sizes)
+
+
+def _names(path) -> tuple[str, ...]:
+  return tuple(str(getattr(entry, 'key', '')) for entry in path)
 
 
 def _normal(axes, sizes) -> PartitionSpec:

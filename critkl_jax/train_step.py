@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import advantages, sharding, slices
 from critkl_jax.config import FinetuneConfig
-from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.gpt2 import GPT2, gathered, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
 from critkl_jax.records import Batch, Rollout, TrainState
@@ -186,7 +186,7 @@ def reference_pass(model: GPT2, config: FinetuneConfig, ref_params: Any, rollout
   """
   read = score if holds_logits(model) else score_hidden
   size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + rollout.actions.shape[1])
-  ref_params = sharding.gathered(ref_params, model.config.dtype)
+  ref_params = gathered(model, ref_params, model.config.dtype)
   return slices.read(lambda part: read(model, ref_params, part)[0], rollout, lengths, size)
 
 
@@ -211,7 +211,7 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
   token_rewards = jnp.where(last, rewards[:, None], 0.0)
   if config.loss.kl_placement == 'reward':
     numbers = hyperparameters.loss
-    params = sharding.gathered(state.params, model.config.dtype)
+    params = gathered(model, state.params, model.config.dtype)
     if holds_logits(model):
       record = weighted_kl(score(model, params, rollout)[0], ref_output, rollout.actions, mask=mask,
                            **op_options(config.loss, numbers))
@@ -287,7 +287,7 @@ def _loss_fn(model, config, state, numbers) -> Callable:
     return linear_ppo_loss(hidden, embedding, values, ref_output, ref_embedding, batch, config.loss, numbers)
 
   def loss_fn(params, rollout, ref_output, batch):
-    params = sharding.gathered(params)
+    params = gathered(model, params)
     if holds_logits(model):
       logits, values = score(model, params, rollout)
       return ppo_loss(logits, values, ref_output, batch, config.loss, numbers)

@@ -95,6 +95,13 @@ def test_json_errors_name_the_field():
     config_lib.from_json(FinetuneConfig, '{')
 
 
+def test_configs_of_older_versions_are_read():
+  values = json.loads(config_lib.to_json(config_lib.replace(FinetuneConfig(), seed=3)))
+  for name in ('rollout', 'window', 'scan_layers'):
+    del values[name]
+  assert config_lib.from_dict(FinetuneConfig, values) == FinetuneConfig(seed=3)
+
+
 def test_whole_numbers_are_read_as_floats():
   values = json.loads(config_lib.to_json(LossConfig()))
   config = config_lib.from_dict(LossConfig, values | {'kl_coefficient': 5})

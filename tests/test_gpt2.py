@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from critkl_jax.config import PRETRAIN_PRESETS, GPT2Config
-from critkl_jax.gpt2 import GPT2, forward_flops, init_cache
+from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, stacked
 
 
 def tokens_of(model, batch_size=3, length=10, seed=5):
@@ -162,6 +163,47 @@ def test_remat_changes_no_gradient(small_model):
   one, two = (jax.grad(lambda p, m=m: jnp.sum(jnp.sin(m.apply({'params': p}, tokens).logits)))(params)
               for m in (model, again))
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
+
+
+def looped(model, **values):
+  return GPT2(dataclasses.replace(model.config, scan_layers=True, **values))
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_blocks_as_a_loop_change_no_output_and_no_gradient(small_model, remat):
+  model, params = small_model
+  tokens = tokens_of(model)
+  mask = jnp.arange(10)[None] >= jnp.array([[0], [3], [9]])
+  again = looped(model, remat=remat)
+  assert model.config.num_layers > 1
+
+  def outputs(m, p):
+    output = m.apply({'params': p}, tokens, mask)
+    return jnp.sum(jnp.sin(output.logits)) + jnp.sum(output.values), output
+
+  one, two = (jax.grad(functools.partial(outputs, m), has_aux=True)(params) for m in (model, again))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, two)
+  _, together = outputs(again, stacked(again.config, params))
+  np.testing.assert_allclose(together.logits, one[1].logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('in_step', [True, False])
+def test_blocks_as_a_loop_decode_the_same(small_model, in_step):
+  model, params = small_model
+  tokens, again = tokens_of(model), looped(model)
+  full = model.apply({'params': params}, tokens)
+  cache = init_cache(again.config, 3, 14, in_step)
+  outputs, params = [], stacked(again.config, params)
+  for start, end in ((0, 6), (6, 7), (7, 10)):
+    outputs.append(again.apply({'params': params}, tokens[:, start:end], cache=cache))
+    cache = outputs[-1].cache
+  np.testing.assert_allclose(jnp.concatenate([o.logits for o in outputs], 1), full.logits, rtol=1e-5, atol=1e-5)
+  assert jnp.all(cache.index == 10)
+
+
+def test_blocks_as_a_loop_have_the_parameters_of_blocks(small_model):
+  model, _ = small_model
+  assert num_params(looped(model).config) == num_params(model.config)
 
 
 @pytest.mark.usefixtures('standard_promotion')

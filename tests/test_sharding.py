@@ -15,9 +15,10 @@ from critkl_jax.footprint import collectives
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.ops.weighted_kl import api
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.records import Batch, Rollout
 from critkl_jax.rollout import respond
 from critkl_jax.tasks.addition import plus_task, pretraining_task
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step, update
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 # Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate.
@@ -36,10 +37,10 @@ def places_of(state):
   return [x.sharding for x in jax.tree.leaves(state)]
 
 
-def advance(config, reference, mesh, num_steps=3):
+def advance(config, reference, mesh, num_steps=3, model=MODEL):
   """Returns the state and the learning curve; `mesh` is text, or None for no mesh at all."""
   mesh = mesh and sharding.make_mesh(mesh)
-  state, step = init_finetuning(MODEL, config, reference, mesh), make_train_step(MODEL, letter_task(), config, mesh)
+  state, step = init_finetuning(model, config, reference, mesh), make_train_step(model, letter_task(), config, mesh)
   key, numbers = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   curve, places = [], places_of(state)
   for _ in range(num_steps):
@@ -81,6 +82,27 @@ def test_a_large_vocabulary_is_computed_where_its_tokens_are(reference, mesh, pl
   wanted = alone(config)
   monkeypatch.setattr(api, 'SMALL_VOCABULARY', 0)
   assert_same_run(advance(config, reference, mesh), wanted)
+
+
+@pytest.mark.parametrize('mesh', ['data:4', 'data:2,model:2'])
+def test_blocks_as_a_loop_on_a_mesh(mesh):
+  models = [GPT2(config_lib.replace(MODEL.config, num_layers=3, scan_layers=loop, remat=loop)) for loop in (False, True)]
+  params = init_params(models[0], jax.random.key(0))
+  assert_same_run(advance(BASE, params, mesh, model=models[1]), advance(BASE, params, None, model=models[0]))
+
+
+def test_a_loop_over_blocks_gathers_one_at_a_time():
+  model = GPT2(config_lib.replace(MODEL.config, num_layers=7, scan_layers=True, remat=True))
+  mesh, (key, numbers) = sharding.make_mesh('data:8'), (finetuning_keys(BASE)[1], Hyperparameters.of(BASE))
+  state = init_finetuning(model, BASE, init_params(model, jax.random.key(0)), mesh)
+  rollout = Rollout(*(jnp.zeros((16, 4), x) for x in (int, bool, int, bool, float, float)))
+  batch = Batch(rollout.actions, rollout.mask, *[rollout.values] * 4)
+  step = jax.jit(sharding.on_mesh(mesh, functools.partial(update, model, BASE)))
+  arguments = rollout, jnp.zeros((16, 4, TOKENIZER.vocab_size)), batch, key, numbers
+  text = step.lower(state, *sharding.replicate(arguments, mesh)).compile().as_text()
+  gathers = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather\(', text)
+  largest = max(math.prod(map(int, shape.split(','))) for shape in gathers if shape)
+  assert largest <= max(x.size for x in jax.tree.leaves(state.params))
 
 
 def test_parameters_at_rest_are_shared_out(reference):
@@ -146,7 +168,10 @@ def test_pretraining_on_a_mesh():
   assert curves[0][-1] < curves[0][0]
 
 
-def test_members_episodes_and_model_share_a_mesh(reference):
+@pytest.mark.parametrize('vocabulary', ['small', 'large'])
+def test_members_episodes_and_model_share_a_mesh(reference, vocabulary, monkeypatch):
+  if vocabulary == 'large':
+    monkeypatch.setattr(api, 'SMALL_VOCABULARY', 0)
   configs = population.product(BASE, certainty_exponent=(0.0, 150.0), seed=(0, 1))
   mesh = sharding.make_mesh('member:2,data:2,model:2')
   step = population.make_population_step(MODEL, letter_task(), configs, mesh)
