@@ -92,17 +92,21 @@ def test_blocks_as_a_loop_on_a_mesh(mesh):
 
 
 def test_a_loop_over_blocks_gathers_one_at_a_time():
-  model = GPT2(config_lib.replace(MODEL.config, num_layers=7, scan_layers=True, remat=True))
+  """The text of an update holds the collectives of one block, however many there are."""
   mesh, (key, numbers) = sharding.make_mesh('data:8'), (finetuning_keys(BASE)[1], Hyperparameters.of(BASE))
-  state = init_finetuning(model, BASE, init_params(model, jax.random.key(0)), mesh)
   rollout = Rollout(*(jnp.zeros((16, 4), x) for x in (int, bool, int, bool, float, float)))
   batch = Batch(rollout.actions, rollout.mask, *[rollout.values] * 4)
-  step = jax.jit(sharding.on_mesh(mesh, functools.partial(update, model, BASE)))
   arguments = rollout, jnp.zeros((16, 4, TOKENIZER.vocab_size)), batch, key, numbers
-  text = step.lower(state, *sharding.replicate(arguments, mesh)).compile().as_text()
-  gathers = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather\(', text)
-  largest = max(math.prod(map(int, shape.split(','))) for shape in gathers if shape)
-  assert largest <= max(x.size for x in jax.tree.leaves(state.params))
+
+  def exchanged(num_layers):
+    model = GPT2(config_lib.replace(MODEL.config, num_layers=num_layers, scan_layers=True, remat=True))
+    state = init_finetuning(model, BASE, init_params(model, jax.random.key(0)), mesh)
+    step = jax.jit(sharding.on_mesh(mesh, functools.partial(update, model, BASE)))
+    text = step.lower(state, *sharding.replicate(arguments, mesh)).compile().as_text()
+    return {row.kind: row.bytes for row in collectives(text) if row.kind == 'all-gather'}
+
+  assert exchanged(3)
+  assert exchanged(3) == exchanged(6)
 
 
 def test_parameters_at_rest_are_shared_out(reference):
