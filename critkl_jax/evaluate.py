@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import sharding
 from critkl_jax.confidence import certainty
-from critkl_jax.gpt2 import GPT2, gathered
+from critkl_jax.gpt2 import GPT2, gathered, gathered_whole
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem
 from critkl_jax.rollout import as_rollout, respond, score
@@ -37,7 +37,7 @@ def make_answer(model: GPT2, task: Task, greedy: bool = True, temperature: float
 
   def answer(params, problems, key):
     problems = sharding.episodes(problems)
-    rollout = respond(model, sharding.gathered(params, model.config.dtype), task, problems, key,
+    rollout = respond(model, gathered_whole(model, params), task, problems, key,
                       temperature=temperature, greedy=greedy)
     return rollout, sharding.whole(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 

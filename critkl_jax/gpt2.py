@@ -81,6 +81,12 @@ def init_cache(config: GPT2Config, batch_size: int, length: int, in_step: bool =
   return KVCache(keys=keys, values=values, mask=jnp.zeros((batch_size, length), bool), index=index)
 
 
+def gathered_whole(model: 'GPT2', params: Any) -> Any:
+  """Returns parameters as a loop around the model takes them: whole over `data`, in the type of the products, and put
+  together as `stacked` does."""
+  return sharding.gathered(stacked(model.config, params), model.config.dtype)
+
+
 def gathered(model: 'GPT2', params: Any, dtype: str = 'float32') -> Any:
   """Returns parameters as one pass over texts takes them: `sharding.gathered`, but for those of blocks that are a loop,
   which gathers them one after another."""
@@ -88,9 +94,9 @@ def gathered(model: 'GPT2', params: Any, dtype: str = 'float32') -> Any:
 
 
 def stacked(config: GPT2Config, params: Any) -> Any:
-  """Returns parameters in which those of all blocks stand together under `h`, with a leading axis L, if the blocks are a
-  loop. The model takes both forms; in a loop around it, this one is not made again in every round."""
-  if not config.scan_layers:
+  """Returns parameters in which those of all blocks stand together under `h`, with a leading axis L, if the blocks are
+  a loop. The model takes both forms; in a loop around it, this one is not made again in every round."""
+  if not config.scan_layers or 'h' in params:
     return params
   rest = {name: x for name, x in params.items() if not name.startswith('h_')}
   return rest | {'h': jax.tree.map(lambda *x: jnp.stack(x), *(params[f'h_{i}'] for i in range(config.num_layers)))}
@@ -251,7 +257,7 @@ class GPT2(nn.Module):
   def _loop(self, x_BxTxD, mask, cache):
     config = self.config
     params = self.variables['params']
-    layers = params['h'] if 'h' in params else stacked(config, params)['h']
+    layers = stacked(config, params)['h']
     cached, index = (None, None) if cache is None else ((cache.keys, cache.values), cache.index)
 
     def block(carry, inputs):

@@ -129,6 +129,8 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
 
   num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
   lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
+  if not on_cpu:  # a loop that makes no round is cheap there; the branch below would copy the parameters for its own use
+    lengths = sorted({*lengths, full})
   cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
   few = prompt.shape[0] // 8 if on_cpu and sharding.axis_size('data') == 1 else 0

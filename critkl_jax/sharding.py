@@ -128,7 +128,7 @@ def gathered(params: Any, dtype: str = 'float32', blocks: bool = True) -> Any:
     params: the parameters.
     dtype: type in which matrices of the blocks will be multiplied; they are brought to it before they travel. Not for
       parameters whose gradient is taken: its sum over devices would be rounded.
-    blocks: whether those of the blocks (`h_0`, `h_1`, ...) are gathered too.
+    blocks: whether those of the blocks (`h_0`, `h_1`, ..., or `h` with a leading axis) are gathered too.
   """
   if _on_one_device():
     return params
@@ -136,10 +136,9 @@ def gathered(params: Any, dtype: str = 'float32', blocks: bool = True) -> Any:
 
   def one(path, x):
     names = _names(path)
-    if not names[:1] or not names[0].startswith('h_'):
-      return _gather(x, path, sizes)
-    x = x.astype(dtype) if names[-1] == 'kernel' else x
-    return _gather(x, path, sizes) if blocks else x
+    in_block = names[:1] == ('h',) or ''.join(names[:1]).startswith('h_')
+    x = x.astype(dtype) if in_block and names[-1] == 'kernel' else x
+    return _gather(x, path, sizes) if blocks or not in_block else x
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -295,6 +294,8 @@ def _spec(path, shape, sizes, over_data) -> PartitionSpec:
   """Returns the spread of one parameter: an axis over `model` by its name, the largest that is left over `data`, or
   over both where the name says nothing."""
   names = _names(path)
+  if names[:1] == ('h',):
+    return PartitionSpec(None, *_spec(path[1:], shape[1:], sizes, over_data))
   axes: list[Any] = [None] * len(shape)
   at = _MODEL_AXIS.get(names[-3:])
   if at is not None and shape[at] % sizes['model'] == 0:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import advantages, sharding, slices
 from critkl_jax.config import FinetuneConfig
-from critkl_jax.gpt2 import GPT2, gathered, init_params
+from critkl_jax.gpt2 import GPT2, gathered, gathered_whole, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
 from critkl_jax.records import Batch, Rollout, TrainState
@@ -154,7 +154,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
   problems = sharding.episodes(jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems))
   rollout = sharding.episodes(respond(
-      model, sharding.gathered(params, model.config.dtype), task, problems, sample_key, method=config.rollout,
+      model, gathered_whole(model, params), task, problems, sample_key, method=config.rollout,
       window=config.window, temperature=temperature))
   return rollout, sharding.episodes(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 

@@ -74,9 +74,10 @@ def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
 def wait_for_step(process, workdir, step):
   deadline = time.monotonic() + 300
   while time.monotonic() < deadline and process.poll() is None:
-    if step in checkpoint.steps_in(workdir / 'checkpoints'):
+    if max(checkpoint.steps_in(workdir / 'checkpoints'), default=0) >= step:
       return
     time.sleep(0.05)
+  process.kill()
   raise AssertionError(f'no checkpoint of step {step}: {finish(process)}')
 
 
@@ -114,7 +115,33 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(reference, tmp_path):
     assert f'stopped by SIGTERM after step {step} of 100000' in err
 
 
+def test_a_study_on_two_hosts_stops_goes_on_and_survives_a_death(reference, tmp_path):
+  flags = finetune(reference, tmp_path, '--seeds=2', '--certainty_exponents=150', '--eval_problems=0', '--save_every=2',
+                   '--num_iterations=100000')
+  members = [tmp_path / 'members' / f'seed={seed}' for seed in (0, 1)]
+  steps_of = lambda: [checkpoint.steps_in(home / 'checkpoints') for home in members]
+  processes = start_hosts('sweep', *flags, devices=1)
+  wait_for_step(processes[0], members[1], 2)
+  processes[1].send_signal(signal.SIGTERM)
+  for code, _, err in map(finish, processes):
+    assert code == 1
+    assert 'stopped by SIGTERM after step' in err
+  stopped = steps_of()
+  assert stopped[0] == stopped[1]
+
+  processes = start_hosts('sweep', *flags, devices=1)
+  wait_for_step(processes[0], members[1], stopped[0][-1] + 4)
+  processes[1].kill()
+  code, _, err = finish(processes[0])
+  assert code != 0
+  assert err.count('error: another host was lost') == 1
+  finish(processes[1])
+  both = set.intersection(*map(set, steps_of()))
+  assert max(both) > stopped[0][-1]
+  for home in members:
+    assert [row['step'] for row in metrics(home)][:max(both)] == list(range(1, max(both) + 1))
+    checkpoint.load_checkpoint(home / 'checkpoints' / str(max(both)))
+
+
 def test_hosts_that_do_not_know_of_each_other_are_told_what_to_give(tmp_path):
   assert '--coordinator_address' in refused('finetune', '--multi_host', f'--workdir={tmp_path}')
-
-
