@@ -129,7 +129,7 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
 
   num_prompt, num_slots = prompt.shape[1], num_slots + window - 1
   lengths, full = _cache_lengths(num_prompt, usual_length, window, num_slots)
-  if not on_cpu:  # a loop that makes no round is cheap there; the branch below would copy the parameters for its own use
+  if not on_cpu:  # a loop of no rounds costs nothing there, and the branch below copies of all parameters
     lengths = sorted({*lengths, full})
   cache = init_cache(model.config, prompt.shape[0], lengths[0], in_step=window == 1)
   episodes = start(decoder, cache, prompt, prompt_mask, key)
