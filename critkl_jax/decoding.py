@@ -108,12 +108,42 @@ def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: 
   zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window)
   return Episodes(
       rows=jnp.arange(batch_size),
-      keys=jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size)),
+      keys=_keys(key, batch_size),
       token=prompt[:, -1].astype(jnp.int32), length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros,
       num_calls=zeros,
       actions=jnp.full(shape, decoder.pad_id, jnp.int32), log_probs=jnp.zeros(shape, jnp.float32),
       values=jnp.zeros(shape, jnp.float32),
       policy_state=policy_state)
+
+
+def go_on(decoder: Decoder, policy_state: Any, rollout: Rollout, position: chex.Array, token: chex.Array,
+          key: chex.PRNGKey) -> Episodes:
+  """Returns episodes that stand at a place of responses written before: after the first `position` tokens of each and
+  another one.
+
+  Args:
+    decoder: how to sample.
+    policy_state: the policy's after prompt and those first tokens.
+    rollout: B responses of T tokens; log-probabilities and values of what is kept are taken from it.
+    position: int32 `[B]`, less than T.
+    token: int32 `[B]` what stands at `position` now; its log-probability and value are 0.
+    key: PRNG key, consumed.
+  """
+  batch_size = position.shape[0]
+  kept = jnp.arange(rollout.actions.shape[1])[None] < position[:, None]
+
+  def first(x, fill):
+    return jnp.pad(jnp.where(kept, x, fill), ((0, 0), (0, decoder.window)), constant_values=fill)
+
+  actions = _write(first(rollout.actions, decoder.pad_id), token.astype(jnp.int32)[:, None], position)
+  states = _stop_states(decoder.stop, jnp.zeros(batch_size, jnp.int32), actions)
+  stop_state = jnp.take_along_axis(states, position[:, None] + 1, 1)[:, 0]
+  length = position.astype(jnp.int32) + 1
+  return Episodes(
+      rows=jnp.arange(batch_size), keys=_keys(key, batch_size), token=token.astype(jnp.int32), length=length,
+      active=(stop_state < decoder.stop.shape[0]) & (length < decoder.max_new_tokens), stop_state=stop_state,
+      num_calls=jnp.zeros(batch_size, jnp.int32), actions=actions, log_probs=first(rollout.log_probs, 0.0),
+      values=first(rollout.values, 0.0), policy_state=policy_state)
 
 
 def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
@@ -171,9 +201,13 @@ def _any_of_members(axis_size, in_batched, condition):
   return any_of_all(condition), False
 
 
+def _keys(key, batch_size):
+  """Returns a key for each episode, of the generator whose numbers under `vmap` are those of each key alone; `rbg` is
+  none of that kind, and the noise of a place would depend on the other episodes."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size))
+
+
 def _threefry(key):
-  """Returns a key of the generator whose numbers under `vmap` are those of each key alone; `rbg` is none of that kind,
-  and the noise of a place would depend on the other episodes."""
   key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
   if str(jax.random.key_impl(key)) == 'threefry2x32':
     return key

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from critkl_jax import sharding
-from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, start
+from critkl_jax.decoding import Decoder, Episodes, Policy, Rewind, advance, any_of_all, finish, go_on, start
 from critkl_jax.drafts import Draft, prompt_lookup
 from critkl_jax.gpt2 import GPT2, init_cache, stacked
 from critkl_jax.records import Rollout, Solution, Tokens
@@ -121,8 +121,7 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
   on_cpu = jax.default_backend() == 'cpu'
   if usual_length < 0:
     raise ValueError(f'usual_length: expected 0 or more, got {usual_length}.')
-  most = max(_LOGITS_IN_WINDOW // (prompt.shape[0] * model.config.vocab_size), 1)
-  window = 1 if method == 'cached' else min(window or min(16 if on_cpu else 32, most), max(max_new_tokens, 1))
+  window = 1 if method == 'cached' else min(window or _usual_window(model, prompt.shape[0]), max(max_new_tokens, 1))
   decoder = Decoder(
       policy=gpt2_policy(model, params), max_new_tokens=max_new_tokens, window=window, rewind=_rewind,
       draft=draft or prompt_lookup(prompt, prompt_mask), stop=jnp.asarray(stop), **options)
@@ -168,6 +167,46 @@ def respond(model: GPT2, params: Any, task: Task, problems: Any, key: chex.PRNGK
       usual_length=task.solution_length, pad_id=task.tokenizer.pad_id, draft=draft, **options)
 
 
+def respond_from(model: GPT2, params: Any, task: Task, problems: Any, rollout: Rollout, position: chex.Array,
+                 token: chex.Array, key: chex.PRNGKey, window: int = 0, **options: Any) -> Rollout:
+  """Samples the rest of each response anew, after its first tokens and another one.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    task: gives lengths, the end of a response and the draft.
+    problems: with a leading axis B.
+    rollout: B responses of T tokens to these problems.
+    position: int32 `[B]` number of tokens that are kept, less than T.
+    token: int32 `[B]` the token after them.
+    key: PRNG key, consumed.
+    window: as in `gpt2_generate`; without a draft of the task it is 1.
+    **options: `temperature`, `top_p` and `greedy`, as in `generate`.
+
+  Returns:
+    A `Rollout` of B episodes. Log-probabilities and values of what was kept are those of the given one, 0 at `token`.
+
+  Raises:
+    ValueError: if prompt and response do not fit into the model's context.
+  """
+  num_prompt, num_tokens = rollout.prompt.shape[1], rollout.actions.shape[1]
+  if num_prompt + num_tokens > model.config.context_length:
+    raise ValueError(f'rollout: {num_prompt + num_tokens} positions do not fit into a context of '
+                     f'{model.config.context_length}.')
+  window = (window or _usual_window(model, rollout.prompt.shape[0])) if task.draft else 1
+  decoder = Decoder(
+      policy=gpt2_policy(model, params), stop=jnp.asarray(task.stop), max_new_tokens=num_tokens, window=window,
+      draft=_task_draft(task, problems) if task.draft else None, rewind=_rewind, pad_id=task.tokenizer.pad_id,
+      **options)
+  cache = init_cache(model.config, rollout.prompt.shape[0], num_prompt + num_tokens + window, in_step=False)
+  _, _, cache = decoder.policy(jnp.concatenate([rollout.prompt, rollout.actions[:, :-1]], 1),
+                               jnp.concatenate([rollout.prompt_mask, rollout.mask[:, :-1]], 1), cache)
+  cache = cache.replace(index=num_prompt + position.astype(jnp.int32))  # what stands beyond does not count
+  episodes = go_on(decoder, cache, rollout, position, token, key)
+  episodes = jax.lax.while_loop(lambda e: any_of_all(e.active), lambda e: advance(decoder, e), episodes)
+  return finish(decoder, episodes, rollout.prompt, rollout.prompt_mask)
+
+
 def as_rollout(prompt: Tokens, solution: Solution) -> Rollout:
   """Returns solutions `[B, T]` to prompts `[B, Q]` as if they had been sampled; log-probabilities and values are 0."""
   blank = jnp.zeros(solution.mask.shape)
@@ -208,6 +247,12 @@ def _read(model, params, rollout):
   tokens = jnp.concatenate([rollout.prompt, rollout.actions[:, :-1]], 1)
   mask = jnp.concatenate([rollout.prompt_mask, rollout.mask[:, :-1]], 1)
   return model.apply({'params': params}, tokens, mask), rollout.prompt.shape[1] - 1
+
+
+def _usual_window(model, batch_size):
+  """Returns the window where none is given; see `gpt2_generate`."""
+  most = max(_LOGITS_IN_WINDOW // (batch_size * model.config.vocab_size), 1)
+  return min(16 if jax.default_backend() == 'cpu' else 32, most)
 
 
 def _task_draft(task: Task, problems: Any) -> Draft:

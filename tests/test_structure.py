@@ -17,7 +17,7 @@ ORDER = [
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
     'decoding', 'rollout', 'slices', 'advantages', 'losses', 'pretrain_step', 'train_step', 'population', 'footprint',
-    'evaluate', 'hosts', 'checkpoint', 'runner',
+    'critical_tokens', 'evaluate', 'hosts', 'checkpoint', 'runner',
     'analysis.statistics', 'analysis.curves',
 ]
 
