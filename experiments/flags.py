@@ -100,19 +100,23 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
     sys.exit(f'error: --{error}')
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs a binary: what the user can mend is said in one line, without a traceback, and exits with status 1."""
+def run(main: Callable[..., None], *arguments: str) -> None:
+  """Runs a binary: what the user can mend is said in one line, without a traceback, and exits with status 1.
+
+  `arguments` are names of what is given without a flag, all of which must be; `main` is called with it.
+  """
 
   def guarded(argv: list[str]) -> None:
-    if len(argv) > 1:
-      sys.exit(f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
+    if len(argv) - 1 != len(arguments):
+      sys.exit(f'error: expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
+               f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
 
     def ended():
       pass
 
     try:
       ended = join_hosts()
-      main()
+      main(*argv[1:])
     except Interrupted as reason:
       sys.exit(str(reason))
     except CheckpointError as error:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from critkl_jax.analysis.page import Table
+from critkl_jax.analysis.summary import FIGURES
+
 
 def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
   """Formats the rows of `evaluate.accuracy_table`: a line for each number of digits, a column for each distribution."""
@@ -36,3 +39,41 @@ def study_rows(rows: Sequence[dict[str, Any]]) -> str:
       difference = (f'{100 * row["difference"]:+6.1f} points [{100 * row["low"]:+.1f}, {100 * row["high"]:+.1f}]')
     lines.append(f'{row["group"]:<{width}}{row["members"]:>8}{100 * row["accuracy"]:>9.1f}%  {difference}'.rstrip())
   return '\n'.join(lines)
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+  """Returns what `analysis.summary.summarize` found as tables of text."""
+  accuracy = [[number, f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}]',
+               str(row['num_problems'])] for number, row in summary['accuracy'].items()]
+  titles = {'critical': 'critical', 'other': 'others', 'after_error': 'after the first error'}
+  places = [[name, *(_number(summary['places'][place][name]) for place in titles)] for name in ('number', *FIGURES)]
+  gap = summary['certainty_gap']
+  certainty = [['certainty at critical tokens minus elsewhere', 'none' if gap is None else _interval(gap)],
+               ['lowest certainty elsewhere', _number(summary['lowest_other_certainty'])],
+               ['tokens at which the reference is sure of a wrong one', f'{100 * summary["certain_and_wrong"]:.2f}%']]
+  figures = ('precision', 'recall', 'auroc', 'average_precision')
+  detectors = [[name, *('none' if row[figure] is None else _interval(row[figure]) for figure in figures),
+                _number(row['base_rate'])] for name, row in summary['detectors'].items()]
+  return [Table('Accuracy', ('digits', 'accuracy [95% interval]', 'problems'), accuracy),
+          Table('Means over tokens', ('', *titles.values()), places),
+          Table('The reference', ('', '[95% interval]'), certainty),
+          Table('Detectors against the oracle [95% interval]', ('', *figures, 'base rate'), detectors)]
+
+
+def text_of(tables: Sequence[Table]) -> str:
+  """Formats tables for a terminal."""
+  lines = []
+  for table in tables:
+    rows = [list(map(str, row)) for row in (table.columns, *table.rows)]
+    widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(table.columns))]
+    lines += ['', table.title, *(''.join(f'{cell:<{width}}' for cell, width in zip(row, widths)).rstrip()
+                                 for row in rows)]
+  return '\n'.join(lines)
+
+
+def _number(value: float | None) -> str:
+  return 'none' if value is None else str(value) if isinstance(value, int) else f'{value:.4g}'
+
+
+def _interval(value: Sequence[float]) -> str:
+  return f'{value[0]:.4g} [{value[1]:.4g}, {value[2]:.4g}]'

@@ -18,7 +18,8 @@ ORDER = [
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
     'decoding', 'rollout', 'slices', 'advantages', 'losses', 'pretrain_step', 'train_step', 'population', 'footprint',
     'critical_tokens', 'evaluate', 'hosts', 'checkpoint', 'runner',
-    'analysis.statistics', 'analysis.curves',
+    'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
+    'analysis.charts', 'analysis.comparison', 'analysis.page',
 ]
 
 

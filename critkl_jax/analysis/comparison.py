@@ -1,0 +1,101 @@
+"""Two checkpoints side by side: how far parameters moved, where their predictions differ, whose answers changed."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from critkl_jax.analysis.reading import read_tokens
+from critkl_jax.analysis.statistics import paired_difference
+from critkl_jax.checkpoint import Checkpoint, CheckpointError
+
+
+def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
+  """Returns how far parameters moved from one checkpoint to the other.
+
+  Args:
+    one: parameters, a nested dict.
+    two: parameters of the same names and shapes.
+
+  Returns:
+    A row for each part of each layer, in the order of the layers: `layer` (`wte`, `h_0/attn`, ...), `parameters`,
+    `distance`, the Euclidean norm of the difference, and `relative`, that over the norm of the first.
+
+  Raises:
+    CheckpointError: if names or shapes differ; the first of them is named.
+  """
+  flat = [{jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(x, np.float64)
+           for key, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (one, two)]
+  shapes = [{name: x.shape for name, x in tree.items()} for tree in flat]
+  for name in sorted(shapes[0].keys() | shapes[1].keys()):
+    if shapes[0].get(name) != shapes[1].get(name):
+      raise CheckpointError(f'{name} has {shapes[0].get(name, "nothing")} in the first checkpoint and '
+                            f'{shapes[1].get(name, "nothing")} in the second; they are models of other sizes.')
+  layers: dict[str, list[str]] = {}
+  for name in flat[0]:
+    parts = name.split('/')
+    layers.setdefault('/'.join(parts[:2]) if parts[0].startswith('h_') else parts[0], []).append(name)
+  rows = []
+  for layer in sorted(layers, key=_place):
+    names = layers[layer]
+    distance, size = (float(np.sqrt(sum(np.sum(f(name)**2) for name in names))) for f in (
+        lambda name: flat[1][name] - flat[0][name], lambda name: flat[0][name]))
+    rows.append({'layer': layer, 'parameters': sum(flat[0][name].size for name in names), 'distance': distance,
+                 'relative': distance / size if size else None})
+  return rows
+
+
+def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: list[int] | None = None, seed: int = 0,
+            progress: bool = False) -> dict[str, Any]:
+  """Compares two checkpoints of models for one task.
+
+  Args:
+    one: the first, taken for the reference of the second.
+    two: the second.
+    num_problems: of each number of digits, the same for both.
+    digits: of the longer operand; N and N + 1 if None.
+    seed: of the problems.
+    progress: whether to show it.
+
+  Returns:
+    `drift`: of `parameter_drift`, None if their sizes differ. `answers`: of each number of digits the `accuracy` of
+    both, `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`. `flipped`: the problems
+    whose answer changed from right to wrong or back, with both responses. `kl`: KL(second || first) in nats a token on
+    the right solutions: `mean`, `critical`, `other`, and `by_position` `[T]` (NaN where no solution is so long).
+
+  Raises:
+    CheckpointError: if they do not belong together.
+  """
+  own = {'digits': digits, 'num_problems': num_problems, 'seed': seed, 'progress': progress}
+  # Each is its own reference where only its answers are asked for.
+  first, second = (read_tokens(c, c, **own) for c in (one, two))
+  solutions = read_tokens(two, one, responses='solution', **own)
+  try:
+    drift = parameter_drift(one.params, two.params)
+  except CheckpointError:
+    if one.info.model.width == two.info.model.width and one.info.model.num_layers == two.info.model.num_layers:
+      raise
+    drift = None
+  answers = {}
+  for number in np.unique(first['digits']):
+    before, after = (x['reward'][x['digits'] == number] for x in (first, second))
+    answers[str(number)] = {'accuracy': [float(before.mean()), float(after.mean())],
+                            'difference': paired_difference(after[None], before[None]),
+                            'gained': int(((after > 0) & (before == 0)).sum()),
+                            'lost': int(((after == 0) & (before > 0)).sum())}
+  flipped = [{'problem': first['problem'][i], 'digits': int(first['digits'][i]),
+              'change': 'gained' if second['reward'][i] else 'lost', 'first': first['response'][i],
+              'second': second['response'][i]} for i in np.nonzero(first['reward'] != second['reward'])[0]]
+  mask, critical = solutions['mask'], solutions['critical/oracle']
+  count = mask.sum(0)
+  position = np.where(count > 0, np.where(mask, solutions['kl'], 0).sum(0) / np.maximum(count, 1), np.nan)
+  kl = {name: float(solutions['kl'][where].mean()) if where.any() else None
+        for name, where in (('mean', mask), ('critical', critical), ('other', mask & ~critical))}
+  return {'drift': drift, 'answers': answers, 'flipped': flipped, 'kl': kl | {'by_position': position}}
+
+
+def _place(layer: str) -> tuple[int, int, str]:
+  """Orders layers as data pass them."""
+  if layer.startswith('h_'):
+    return 1, int(layer[2:].split('/')[0]), layer
+  return {'wte': 0, 'wpe': 0}.get(layer, 2), 0, layer

@@ -1,0 +1,58 @@
+"""Figures of tokens: accuracy, what is different at critical tokens, and how far detectors agree."""
+
+from typing import Any
+
+import numpy as np
+
+from critkl_jax.analysis.agreement import agreement
+from critkl_jax.evaluate import bootstrap_interval
+
+FIGURES = ('certainty', 'entropy', 'ref_entropy', 'weight', 'kl', 'right_prob', 'ref_right_prob')
+
+
+def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
+  """Returns what is to be said of an analysis.
+
+  Args:
+    tokens: of `reading.read_tokens`.
+
+  Returns:
+    `accuracy`: of each number of digits `accuracy` with `low` and `high` (95% bootstrap) and `num_problems`. `places`:
+    means of `FIGURES` at the oracle's `critical` tokens, at `other` tokens after right ones, and at those
+    `after_error`, where the right token is not known; with their `number`. `certainty_gap`: certainty at critical
+    tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
+    `lowest_other_certainty`. `certain_and_wrong`: the share of tokens after right ones at which the reference gives
+    more than 0.9 to a wrong token. `detectors`: the agreement of each with the oracle.
+  """
+  accuracy = {}
+  for number in np.unique(tokens['digits']):
+    own = tokens['reward'][tokens['digits'] == number]
+    low, high = bootstrap_interval(own)
+    accuracy[str(number)] = {'accuracy': float(own.mean()), 'low': low, 'high': high, 'num_problems': len(own)}
+  here, critical = tokens['on_path'], tokens['critical/oracle']
+  other = here & ~critical
+  places = {name: {'number': int(where.sum())} | {
+      field: float(tokens[field][where].mean()) if where.any() and not (name == 'after_error' and 'right' in field)
+      else None for field in FIGURES}
+            for name, where in (('critical', critical), ('other', other), ('after_error', tokens['mask'] & ~here))}
+  sure = here & (tokens['ref_top_prob'][..., 0] > 0.9) & (tokens['ref_right_prob'] < 0.1)
+  detectors = {name.removeprefix('critical/'): _against_oracle(tokens, name.removeprefix('critical/'))
+               for name in tokens if name.startswith('critical/') and name != 'critical/oracle'}
+  return {'accuracy': accuracy, 'places': places, 'certainty_gap': _gap(tokens['certainty'], critical, other),
+          'lowest_other_certainty': float(tokens['certainty'][other].min()) if other.any() else None,
+          'certain_and_wrong': float(sure.sum() / max(here.sum(), 1)), 'detectors': detectors}
+
+
+def _gap(values, critical, other):
+  """Returns the mean difference within responses, and its interval over responses."""
+  rows = critical.any(1) & other.any(1)
+  if not rows.any():
+    return None
+  means = [np.where(where, values, 0)[rows].sum(1) / where[rows].sum(1) for where in (critical, other)]
+  gaps = means[0] - means[1]
+  return (float(gaps.mean()), *bootstrap_interval(gaps))
+
+
+def _against_oracle(tokens, name):
+  return agreement(tokens[f'score/{name}'], tokens[f'critical/{name}'], tokens['critical/oracle'],
+                   tokens[f'looked_at/{name}'] * (tokens['looked_at/oracle'] > 0))

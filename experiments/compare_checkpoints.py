@@ -1,0 +1,82 @@
+"""Compares two checkpoints: drift of parameters by layer, KL by position, flipped answers.
+
+    python -m experiments.compare_checkpoints runs/finetune/reference runs/finetune --workdir=runs/compare
+"""
+
+import json
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from critkl_jax import checkpoint
+from critkl_jax.analysis.charts import plot_comparison
+from critkl_jax.analysis.comparison import compare
+from experiments.flags import run
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png.')
+PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', lower_bound=1)
+DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of the problems.')
+SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
+
+
+def main(first: str, second: str) -> None:
+  """Prints the comparison and writes it where asked."""
+  one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
+  try:
+    digits = [int(n) for n in DIGITS.value] if DIGITS.value else None
+    found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
+  except checkpoint.CheckpointError:
+    raise
+  except ValueError as error:
+    raise SystemExit(f'error: --digits: {error}') from error
+  print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
+  print_drift(found['drift'])
+  print_answers(found)
+  if WORKDIR.value:
+    write(found, pathlib.Path(WORKDIR.value))
+
+
+def print_drift(rows) -> None:
+  """Prints how far each layer moved."""
+  if rows is None:
+    print('\nmodels of other sizes: their parameters cannot be compared.')
+    return
+  print(f'\n{"layer":<14}{"parameters":>12}{"distance":>12}{"relative":>12}')
+  for row in rows:
+    relative = 'was 0' if row['relative'] is None else f'{row["relative"]:.2e}'
+    print(f'{row["layer"]:<14}{row["parameters"]:>12,}{row["distance"]:>12.4f}{relative:>12}')
+
+
+def print_answers(found) -> None:
+  """Prints accuracies, KL, and some of the answers that changed."""
+  print(f'\n{"digits":>6}{"first":>9}{"second":>9}   difference [95% interval]     gained   lost')
+  for number, row in found['answers'].items():
+    mean, low, high = (100 * x for x in row['difference'])
+    before, after = (f'{100 * x:.1f}%' for x in row['accuracy'])
+    print(f'{number:>6}{before:>9}{after:>9}   {f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]":<30}{row["gained"]:>6}'
+          f'{row["lost"]:>7}')
+  kl = {name: 'none' if value is None else f'{value:.5f}' for name, value in found['kl'].items()
+        if name != 'by_position'}
+  print(f'\nKL(second || first) on right solutions, nats a token: {kl["mean"]}; at critical tokens {kl["critical"]}, '
+        f'elsewhere {kl["other"]}')
+  for row in found['flipped'][:SHOWN.value]:
+    last = [row[name].rstrip().split('\n')[-1] for name in ('first', 'second')]
+    print(f'{row["change"]:>7}: {row["problem"]} = {last[0]!r} -> {last[1]!r}')
+  if len(found['flipped']) > SHOWN.value:
+    print(f'        and {len(found["flipped"]) - SHOWN.value} more')
+
+
+def write(found, workdir: pathlib.Path) -> None:
+  """Writes comparison.json and comparison.png."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  plot_comparison(found, workdir / 'comparison.png')
+  position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
+  found = found | {'kl': found['kl'] | {'by_position': position}}
+  (workdir / 'comparison.json').write_text(json.dumps(found, indent=2) + '\n')
+  print(f'\nIn {workdir}: comparison.json, comparison.png.')
+
+
+if __name__ == '__main__':
+  run(main, 'FIRST', 'SECOND')

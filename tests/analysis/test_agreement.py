@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from critkl_jax.analysis.agreement import agreement
+
+
+def by_pairs(score, wanted, weight):
+  """AUROC as the share of pairs in the right order."""
+  total = right = 0.0
+  for s, y, w in zip(score.ravel(), wanted.ravel(), weight.ravel()):
+    for t, z, v in zip(score.ravel(), wanted.ravel(), weight.ravel()):
+      if y and not z:
+        total += w * v
+        right += w * v * (1.0 if s > t else 0.5 if s == t else 0.0)
+  return right / total
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+  rng = np.random.default_rng(0)
+  score, wanted = rng.integers(0, 5, (4, 9)) / 4.0, rng.random((4, 9)) < 0.3
+  weight = rng.integers(0, 4, (4, 9)).astype(float)
+  found = agreement(score, score > 0.6, wanted, weight)
+  assert found['auroc'][0] == pytest.approx(by_pairs(score, wanted, weight))
+  called = score > 0.6
+  assert found['precision'][0] == pytest.approx((weight * called * wanted).sum() / (weight * called).sum())
+  assert found['recall'][0] == pytest.approx((weight * called * wanted).sum() / (weight * wanted).sum())
+  assert found['base_rate'] == pytest.approx((weight * wanted).sum() / weight.sum())
+  for name in ('precision', 'recall', 'auroc', 'average_precision'):
+    value, low, high = found[name]
+    assert 0 <= low <= value <= high <= 1
+
+
+def test_average_precision_by_hand():
+  score, wanted = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]]), np.array([[True, False, True, False, False]])
+  found = agreement(score, score > 0.65, wanted, np.ones((1, 5)))
+  assert found['average_precision'][0] == pytest.approx((1 / 1 + 2 / 3) / 2)
+  assert found['precision'][0] == pytest.approx(2 / 3)
+  assert found['recall'][0] == 1.0
+
+
+def test_a_perfect_and_a_useless_score():
+  wanted = np.random.default_rng(1).random((20, 30)) < 0.1
+  perfect = agreement(wanted * 1.0, wanted, wanted, np.ones(wanted.shape))
+  assert perfect['auroc'] == perfect['average_precision'] == perfect['precision'] == (1.0, 1.0, 1.0)
+  useless = agreement(np.zeros(wanted.shape), wanted & False, wanted, np.ones(wanted.shape))
+  assert useless['auroc'][0] == 0.5
+  assert useless['precision'] is None
+  assert useless['average_precision'][0] == pytest.approx(useless['base_rate'])
+
+
+def test_weights_stand_for_tokens_that_were_not_looked_at():
+  rng = np.random.default_rng(2)
+  score, wanted = rng.random((3, 8)), rng.random((3, 8)) < 0.4
+  weight = rng.integers(1, 4, (3, 8))
+  several = [np.repeat(x, weight.ravel()).reshape(1, -1) for x in (score.ravel(), wanted.ravel())]
+  one = agreement(score, score > 0.5, wanted, weight)
+  other = agreement(several[0], several[0] > 0.5, several[1], np.ones(several[0].shape))
+  for name in ('precision', 'recall', 'auroc', 'average_precision'):
+    assert one[name][0] == pytest.approx(other[name][0])
+
+
+def test_intervals_cover_the_truth():
+  """Of responses whose tokens hang together; intervals over single tokens would be far too narrow."""
+  covered = 0
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    wanted = rng.random((60, 20)) < 0.2
+    score = wanted + rng.normal(size=(60, 1)) + 0.5 * rng.normal(size=(60, 20))
+    _, low, high = agreement(score, score > 1, wanted, np.ones(wanted.shape), num_resamples=300)['auroc']
+    covered += low <= 0.7365 <= high  # P(1 + sqrt(2.5) Z > 0), but for pairs within a response
+  assert 34 <= covered <= 40
+
+
+def test_shapes_must_agree():
+  with pytest.raises(ValueError, match='expected one shape'):
+    agreement(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 2)), np.zeros((2, 3)))

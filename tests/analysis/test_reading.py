@@ -1,0 +1,182 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import SMOKE, finetuned_workdir, noisy, write
+
+from critkl_jax import checkpoint
+from critkl_jax.analysis.charts import plot_certainty, plot_positions, plot_steps, reliability
+from critkl_jax.analysis.comparison import compare, parameter_drift
+from critkl_jax.analysis.reading import find_reference, load_pair, read_steps, read_tokens
+from critkl_jax.analysis.summary import summarize
+from critkl_jax.checkpoint import CheckpointError, load_checkpoint
+from critkl_jax.confidence import certainty, kl_weight
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.tasks.addition import TOKENIZER
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  home = tmp_path_factory.mktemp('run')
+  finetuned_workdir(home, certainty_exponent=10.0, kl_coefficient=2.0)
+  return home
+
+
+@pytest.fixture(scope='module')
+def greedy(workdir):
+  return read_tokens(workdir, num_problems=3, batch_size=2)
+
+
+@pytest.fixture(scope='module')
+def solutions(workdir):
+  return read_tokens(workdir, num_problems=3, responses='solution')
+
+
+def test_what_is_read_is_what_the_models_say(workdir, solutions):
+  """Each number once more, from the logits of a plain pass over one text."""
+  policy, reference = load_checkpoint(workdir), load_checkpoint(workdir / 'reference')
+  i, text = 4, solutions['response'][4]
+  prompt = f'Input:\n{solutions["problem"][i]}\nTarget:'
+  tokens = jnp.asarray(TOKENIZER.encode(prompt + text))[None]
+  log_pi, log_ref = (np.asarray(jax.nn.log_softmax(GPT2(c.info.model).apply({'params': c.params}, tokens).logits))[
+      0, len(prompt) - 1:-1] for c in (policy, reference))
+  n, actions = len(text), np.asarray(tokens[0, len(prompt):])
+  assert solutions['mask'][i].sum() == n
+  own = {name: solutions[name][i, :n] for name in solutions if solutions[name].ndim >= 2}
+  at = np.arange(n), actions
+  expected = {
+      'token': actions, 'log_prob': log_pi[at], 'ref_log_prob': log_ref[at],
+      'entropy': -(np.exp(log_pi) * log_pi).sum(1), 'ref_entropy': -(np.exp(log_ref) * log_ref).sum(1),
+      'kl': (np.exp(log_pi) * (log_pi - log_ref)).sum(1), 'right_prob': np.exp(log_pi[at]),
+      'ref_right_prob': np.exp(log_ref[at]),
+      'certainty/min_entropy': certainty(jnp.asarray(log_ref), 'min_entropy'), 'certainty': certainty(log_ref),
+      'weight': kl_weight(certainty(log_ref), 10.0),
+      'penalty': 2.0 * kl_weight(certainty(log_ref), 10.0) * 0.5 * (log_pi[at] - log_ref[at])**2}
+  for name, wanted in expected.items():
+    np.testing.assert_allclose(own[name], wanted, rtol=2e-4, atol=2e-6, err_msg=name)
+  np.testing.assert_array_equal(own['top'], np.argsort(-log_pi, 1, kind='stable')[:, :5])
+  np.testing.assert_allclose(own['ref_top_prob'], -np.sort(-np.exp(log_ref), 1)[:, :5], rtol=1e-4)
+  assert ''.join(own['character']) == text
+  assert own['right'].all()
+  assert own['on_path'].all()
+
+
+def test_responses_of_the_policy(greedy):
+  num, length = greedy['mask'].shape
+  assert num == 6
+  assert greedy['digits'].tolist() == [1, 1, 1, 2, 2, 2]
+  for name, x in greedy.items():
+    assert x.shape[0] == num, name
+    assert x.ndim == 1 or x.shape[1] == length, name
+  rows = np.arange(num)
+  first_wrong = np.argmax(~greedy['right'], 1)
+  assert greedy['on_path'][rows, first_wrong].all()
+  assert not greedy['on_path'][rows, first_wrong + 1].any()
+  best = greedy['top'][..., 0]
+  assert (best == greedy['token'])[greedy['mask']].mean() > 0.999  # greedy, but for ties
+
+
+def test_the_same_seed_reads_the_same(workdir, greedy):
+  again = read_tokens(workdir, num_problems=3, batch_size=2)
+  for name, x in greedy.items():
+    np.testing.assert_array_equal(again[name], x)
+  sampled = read_tokens(workdir, num_problems=3, batch_size=2, responses='sampled')
+  np.testing.assert_array_equal(sampled['problem'], greedy['problem'])
+  assert (sampled['response'] != greedy['response']).all()
+
+
+def test_references_are_found(workdir, tmp_path):
+  policy, reference = load_pair(workdir)
+  assert reference.path == (workdir / 'reference' / '7').resolve()
+  assert find_reference(reference) == reference.path
+  elsewhere = tmp_path / 'copied'
+  write(elsewhere / '4', policy.params, 4, training=policy.info.training)
+  assert find_reference(load_checkpoint(elsewhere / '4')) == checkpoint.SHIPPED_REFERENCE
+  with pytest.raises(CheckpointError, match='known_digits is 1, but 5 in the reference'):
+    load_pair(elsewhere / '4')
+  assert load_pair(elsewhere / '4', workdir / 'reference')[1].step == 7
+  with pytest.raises(ValueError, match='responses: expected one of'):
+    read_tokens(workdir, responses='best')
+
+
+def test_summary(greedy, solutions):
+  found = summarize(solutions)
+  here, critical = solutions['on_path'], solutions['critical/oracle']
+  assert found['places']['critical']['number'] == critical.sum() > 0
+  assert found['places']['other']['kl'] == pytest.approx(solutions['kl'][here & ~critical].mean())
+  assert found['places']['after_error']['number'] == 0
+  gaps = [solutions['certainty'][i][critical[i]].mean() - solutions['certainty'][i][here[i] & ~critical[i]].mean()
+          for i in range(6) if critical[i].any()]
+  assert found['certainty_gap'][0] == pytest.approx(np.mean(gaps), rel=1e-5)
+  assert found['accuracy']['1'] == {'accuracy': 1.0, 'low': 1.0, 'high': 1.0, 'num_problems': 3}
+  assert set(found['detectors']) == {'threshold', 'quantile'}
+  own = summarize(greedy)
+  assert own['accuracy']['2']['accuracy'] == 0
+  assert own['places']['after_error']['right_prob'] is None
+  assert own['certainty_gap'] is None  # these never come to a critical token
+
+
+def test_reliability_of_a_reference(solutions):
+  said, rate, count = reliability(solutions)
+  assert count.sum() == solutions['on_path'].sum()
+  right = solutions['ref_top'][..., 0] == solutions['token']
+  assert rate @ count == pytest.approx(right[solutions['on_path']].sum())
+  assert ((said >= 0) & (said <= 1)).all()
+
+
+def test_steps(workdir, tmp_path):
+  steps = read_steps(workdir, num_problems=2, num_solutions=2)
+  assert steps['step'].tolist() == [0, 2, 4]  # the reference, and what was saved
+  assert steps['critical_kl'][0] == pytest.approx(0, abs=1e-6)
+  assert steps['critical_kl'][0] < steps['critical_kl'][1] < steps['critical_kl'][2]
+  assert steps['right_prob'].shape == (3, *steps['mask'].shape)
+  assert read_steps(workdir, num_problems=2, most=1)['step'].tolist() == [0, 2]
+  plot_steps(steps, tmp_path / 'steps.png', 'steps')
+  assert (tmp_path / 'steps.png').stat().st_size > 1000
+
+
+def test_pictures(greedy, solutions, tmp_path):
+  for name, tokens in (('greedy', greedy), ('solutions', solutions)):
+    plot_certainty(tokens, tmp_path / f'{name}1.png', name)
+    plot_positions(tokens, tmp_path / f'{name}2.png', name)
+  assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_checkpoint_against_itself(workdir):
+  one = load_checkpoint(workdir)
+  found = compare(one, one, num_problems=2)
+  assert all(row['distance'] == 0 for row in found['drift'])
+  assert sum(row['parameters'] for row in found['drift']) == sum(x.size for x in jax.tree.leaves(one.params))
+  assert found['flipped'] == []
+  assert found['kl']['mean'] == pytest.approx(0, abs=1e-7)
+  assert found['answers']['1']['difference'] == (0.0, 0.0, 0.0)
+
+
+def test_a_checkpoint_against_another(workdir):
+  one, two = load_checkpoint(workdir / 'reference'), load_checkpoint(workdir)
+  found = compare(one, two, num_problems=2)
+  blocks = [f'h_{i}/{part}' for i in (0, 1) for part in ('attn', 'ln_1', 'ln_2', 'mlp')]
+  assert [row['layer'] for row in found['drift']] == ['wpe', 'wte', *blocks, 'ln_f', 'value_head']
+  row = found['drift'][1]
+  moved = np.linalg.norm(np.asarray(two.params['wte']['embedding'] - one.params['wte']['embedding']))
+  assert row['distance'] == pytest.approx(moved, rel=1e-5)
+  assert found['kl']['mean'] > 0
+  position = found['kl']['by_position']
+  assert np.isfinite(position[:50]).all()
+  assert np.isnan(position[-1])
+
+
+def test_models_of_other_sizes_are_compared_by_what_they_say(workdir):
+  wide = GPT2(SMOKE.model.__class__(context_length=384, num_layers=1, num_heads=2, width=16))
+  one = load_checkpoint(workdir)
+  two = checkpoint.Checkpoint(init_params(wide, jax.random.key(0)), checkpoint.CheckpointInfo(wide.config, 1, SMOKE), 0,
+                              one.path.parent)
+  assert compare(one, two, num_problems=2)['drift'] is None
+  with pytest.raises(CheckpointError, match='models of other sizes'):
+    parameter_drift(one.params, two.params)
+
+
+def test_noise_is_drift():
+  params = {'wte': {'embedding': jnp.ones((3, 4))}}
+  (row,) = parameter_drift(params, noisy(params, 0.0))
+  assert row == {'layer': 'wte', 'parameters': 12, 'distance': 0.0, 'relative': 0.0}

@@ -1,0 +1,33 @@
+"""Checkpoints of small models, made without a trainer."""
+
+import jax
+import jax.numpy as jnp
+
+from critkl_jax import checkpoint
+from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.records import TrainState
+
+SMOKE = PRETRAIN_PRESETS['smoke']
+
+
+def noisy(params, scale, seed=0):
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return jax.tree.unflatten(structure, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+def write(directory, params, step, training=SMOKE, model=SMOKE.model, known_digits=1):
+  with checkpoint.open_manager(directory) as manager:
+    checkpoint.save(manager, TrainState(params=params, opt_state=None, step=jnp.int32(step)),
+                    checkpoint.CheckpointInfo(model, known_digits, training), with_optimizer=False)
+
+
+def finetuned_workdir(workdir, steps=(2, 4), **loss):
+  """A workdir as a run of fine-tuning leaves it: its reference, and policies that move away from it."""
+  reference = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.3)
+  write(workdir / 'reference', reference, 7)
+  for step in steps:
+    write(workdir / 'checkpoints', noisy(reference, 0.02 * step, step), step,
+          training=replace(FINETUNE_PRESETS['smoke'], **loss))
+  return reference

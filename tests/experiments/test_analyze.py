@@ -1,0 +1,63 @@
+"""The binaries that look inside checkpoints, as a user starts them."""
+
+import csv
+import json
+
+import pytest
+from checkpoints import finetuned_workdir
+from processes import refused, run
+
+from critkl_jax import checkpoint
+
+SMALL = ('--problems=2', '--steps=2')
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  home = tmp_path_factory.mktemp('runs') / 'some'
+  finetuned_workdir(home)
+  return home
+
+
+def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
+  said = run('analyze', f'--checkpoints={workdir},{workdir}/checkpoints/2', f'--workdir={tmp_path}', *SMALL,
+             '--responses=solution', '--counterfactual=2', '--samples=1')
+  assert 'Detectors against the oracle' in said
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert len(summary) == 2
+  for found in summary.values():
+    assert set(found['detectors']) == {'threshold', 'quantile', 'counterfactual'}
+    assert found['reference'].endswith('reference/7')
+  with (tmp_path / 'tokens.csv').open(newline='') as file:
+    rows = list(csv.DictReader(file))
+  own = [row for row in rows if row['checkpoint'] == rows[0]['checkpoint'] and row['response'] == '3']
+  assert [int(row['position']) for row in own] == list(range(len(own)))
+  text = ''.join(row['text'] for row in own)
+  assert text.startswith('\n<scratch>\n')
+  assert text.endswith('\n')
+  assert {row['right'] for row in own} == {'right'}
+  assert sum(float(row['critical/oracle']) for row in own) > 0
+  assert sum(row['checkpoint'] == rows[0]['checkpoint'] for row in rows) == sum(
+      place['number'] for place in next(iter(summary.values()))['places'].values())
+  page = (tmp_path / 'report.html').read_text()
+  assert all(name in page for name in summary)
+  assert len(list(tmp_path.glob('*.png'))) == 6
+
+
+def test_compare_checkpoints(workdir, tmp_path):
+  said = run('compare_checkpoints', workdir / 'reference', workdir, '--problems=2', f'--workdir={tmp_path}')
+  assert 'h_1/mlp' in said
+  found = json.loads((tmp_path / 'comparison.json').read_text())
+  assert found['kl']['mean'] > 0
+  assert set(found['answers']) == {'1', '2'}
+  assert (tmp_path / 'comparison.png').stat().st_size > 1000
+
+
+def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
+  assert 'expected FIRST SECOND and flags' in refused('compare_checkpoints', workdir)
+  assert 'no such directory' in refused('analyze', '--checkpoints=/nowhere', f'--workdir={tmp_path}')
+  mixed = refused('analyze', f'--checkpoints={workdir},{checkpoint.SHIPPED_REFERENCE}', f'--workdir={tmp_path}')
+  assert 'pre-trained on [1, 5] digits' in mixed
+  twice = refused('analyze', f'--checkpoints={workdir},{workdir}', f'--workdir={tmp_path}')
+  assert 'twice' in twice
+  assert '--digits' in refused('analyze', f'--checkpoints={workdir}', '--digits=9', f'--workdir={tmp_path}', *SMALL)
