@@ -4,6 +4,7 @@ from critkl_jax.advantages import gae, group_relative, leave_one_out, whiten
 from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
+from critkl_jax.critical_tokens import Detection, counterfactual, low_certainty, oracle
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import Coefficients, linear_ppo_loss, masked_mean, ppo_loss, ppo_loss_jit, token_kl
 from critkl_jax.ops.weighted_kl import (
@@ -28,6 +29,7 @@ __all__ = (
     'Checkpoint',
     'CheckpointError',
     'Coefficients',
+    'Detection',
     'FinetuneConfig',
     'GPT2',
     'GPT2Config',
@@ -42,6 +44,7 @@ __all__ = (
     'TrainState',
     'WeightedKL',
     'certainty',
+    'counterfactual',
     'gae',
     'generate',
     'gpt2_generate',
@@ -53,8 +56,10 @@ __all__ = (
     'linear_weighted_kl',
     'linear_weighted_kl_loss',
     'load_checkpoint',
+    'low_certainty',
     'make_train_step',
     'masked_mean',
+    'oracle',
     'pick_implementation',
     'plus_task',
     'ppo_loss',

@@ -2,7 +2,7 @@
 
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
-    DIR/STEP/config      JSON: format, kind, known_digits, model, training
+    DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
@@ -12,14 +12,16 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from critkl_jax import hosts, sharding
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
@@ -90,13 +92,13 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     with_optimizer: whether training can be taken up again from it.
     wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
   """
-  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
-            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training)}
-  items = {'params': ocp.args.StandardSave(state.params), 'config': ocp.args.JsonSave(config)}
-  if with_optimizer:
-    items['opt_state'] = ocp.args.StandardSave(state.opt_state)
   if hosts.as_first_says(int(state.step) in manager.all_steps()):
     return
+  trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
+  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
+            'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
   manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
     manager.wait_until_finished()  # the next step is given these very arrays to write over
@@ -206,14 +208,67 @@ def _read(path: pathlib.Path, item: str, target: Any) -> Any:
   with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
     try:
       _check_shapes(path, item, handler.metadata(directory).tree, abstract)
-      return handler.restore(directory, args=ocp.args.StandardRestore(abstract))
+      restored = handler.restore(directory, args=ocp.args.StandardRestore(abstract))
     except (CheckpointError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       logging.debug('restoring %s', directory, exc_info=True)
-      reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-      raise CheckpointError(f'{path}: {item} is damaged or half written ({reason}); remove this step directory or take '
-                            'another one.') from error
+      raise CheckpointError(f'{path}: {item} is damaged or half written ({_reason(path, error)}); remove this step '
+                            'directory or take another one.') from error
+  _check_sums(path, item, restored)
+  return restored
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """Returns a checksum of each array of a PyTree, by its path, wherever the arrays lie: TensorStore keeps none of them.
+
+  It is the sum of the elements' bits, each times an odd number of its own, modulo 2^32, so that no single changed
+  element goes unseen.
+  """
+  return {jax.tree_util.keystr(key, simple=True, separator='/'): _checksum(x)
+          for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(x) -> int:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return int(jax.jit(_spread_checksum, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
+  bits = np.ascontiguousarray(x).reshape(-1)
+  bits = bits.view(f'u{bits.dtype.itemsize}').astype(np.uint32)
+  return int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint32) + 1), dtype=np.uint32))
+
+
+def _spread_checksum(x):
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
+  index, size = jnp.uint32(0), 1
+  for axis in reversed(range(x.ndim)):
+    index, size = index + jnp.uint32(size) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis), size * x.shape[axis]
+  return jnp.sum(bits * (jnp.uint32(2) * index + jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def _check_sums(path, item, restored):
+  wanted = json.loads((path / 'config' / 'metadata').read_text()).get('checksums', {}).get(item)
+  if wanted is None:  # of an older version
+    return
+  found = checksums(restored)
+  damaged = sorted(name for name in wanted if found.get(name) != wanted[name])
+  if damaged:
+    names = ', '.join(damaged[:3]) + (', ...' if damaged[3:] else '')
+    raise CheckpointError(f'{path}: {item} is damaged: {names} is not what was saved; remove this step directory or '
+                          'take another one.')
+
+
+def _reason(path, error):
+  """Returns in a few words what is wrong with which file: TensorStore names it last, after the arrays in it."""
+  chain = [error]
+  while chain[-1].__cause__ is not None:
+    chain.append(chain[-1].__cause__)
+  text = ' '.join(' '.join(map(str, chain[::-1])).split()) or type(error).__name__
+  files = [name for name in re.findall(r'local file "([^"]+)"', text) if not name.endswith('/')]
+  what = re.match(r'[A-Z_]+(?=: )', text)
+  if not files:
+    return text[:200]
+  return f'{pathlib.Path(files[-1]).relative_to(path) if files[-1].startswith(str(path)) else files[-1]}: ' + (
+      what[0] if what else text.rpartition('": ')[2][:100])
 
 
 def _check_shapes(path, item, stored, target):

@@ -52,12 +52,14 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
                ['lowest certainty elsewhere', _number(summary['lowest_other_certainty'])],
                ['tokens at which the reference is sure of a wrong one', f'{100 * summary["certain_and_wrong"]:.2f}%']]
   figures = ('precision', 'recall', 'auroc', 'average_precision')
-  detectors = [[name, *('none' if row[figure] is None else _interval(row[figure]) for figure in figures),
-                _number(row['base_rate'])] for name, row in summary['detectors'].items()]
+  detectors = {target: [[name, *('none' if row[figure] is None else _interval(row[figure]) for figure in figures),
+                         _number(row['base_rate'])] for name, row in rows.items()]
+               for target, rows in summary['agreement'].items()}
   return [Table('Accuracy', ('digits', 'accuracy [95% interval]', 'problems'), accuracy),
           Table('Means over tokens', ('', *titles.values()), places),
           Table('The reference', ('', '[95% interval]'), certainty),
-          Table('Detectors against the oracle [95% interval]', ('', *figures, 'base rate'), detectors)]
+          *(Table(f'Detectors against {target} [95% interval]', ('', *figures, 'base rate'), rows)
+            for target, rows in detectors.items())]
 
 
 def text_of(tables: Sequence[Table]) -> str:

@@ -134,6 +134,35 @@ def test_truncated_files(saved):
   assert 'damaged or half written' in error_of(saved / '10')
 
 
+@pytest.mark.parametrize('cut', [True, False])
+def test_a_damaged_file_of_arrays(saved, cut):
+  """TensorStore has no checksum of its own for the arrays' data."""
+  file = max((x for x in (saved / '10' / 'params').rglob('*') if x.is_file()), key=lambda x: x.stat().st_size)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 1
+  file.write_bytes(data[:len(data) // 2] if cut else data)
+  message = error_of(saved / '10')
+  assert 'is damaged' in message
+  assert 'h_' in message or 'wte' in message  # the array, which is what lies in the file
+  assert load_checkpoint(saved / '2').step == 2
+
+
+def test_checksums_are_the_same_wherever_arrays_lie(state):
+  x = state.params['h_0']['mlp']['c_fc']['kernel']
+  wanted = checkpoint.checksums({'x': x})['x']
+  spread = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ('data',)), PartitionSpec(None, 'data')))
+  assert jax.jit(checkpoint._spread_checksum)(spread) == wanted
+  assert checkpoint.checksums({'x': np.asarray(x)})['x'] == wanted
+  assert checkpoint.checksums({'x': x.at[3, 5].add(1e-7)})['x'] != wanted
+  assert checkpoint.checksums({'x': x[::-1]})['x'] != wanted
+  assert jax.jit(checkpoint._spread_checksum)(jnp.int32(7)) == checkpoint.checksums({'n': jnp.int32(7)})['n'] == 7
+
+
+def test_checkpoints_without_checksums_are_read(saved, state):
+  change_config(saved / '10', lambda values: values.pop('checksums'))
+  assert_trees_equal(load_checkpoint(saved / '10').params, state.params)
+
+
 def test_missing_files(saved):
   shutil.rmtree(saved / '10' / 'params' / 'd')
   shutil.rmtree(saved / '10' / 'params' / 'ocdbt.process_0')

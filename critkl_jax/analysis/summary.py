@@ -22,7 +22,8 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
     `after_error`, where the right token is not known; with their `number`. `certainty_gap`: certainty at critical
     tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
     `lowest_other_certainty`. `certain_and_wrong`: the share of tokens after right ones at which the reference gives
-    more than 0.9 to a wrong token. `detectors`: the agreement of each with the oracle.
+    more than 0.9 to a wrong token. `agreement`: of the oracle, and of the counterfactual detector where there is one,
+    the agreement of each other detector with it (see `agreement`), over the tokens that both looked at.
   """
   accuracy = {}
   for number in np.unique(tokens['digits']):
@@ -36,11 +37,12 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
       else None for field in FIGURES}
             for name, where in (('critical', critical), ('other', other), ('after_error', tokens['mask'] & ~here))}
   sure = here & (tokens['ref_top_prob'][..., 0] > 0.9) & (tokens['ref_right_prob'] < 0.1)
-  detectors = {name.removeprefix('critical/'): _against_oracle(tokens, name.removeprefix('critical/'))
-               for name in tokens if name.startswith('critical/') and name != 'critical/oracle'}
+  detectors = [name.removeprefix('critical/') for name in tokens if name.startswith('critical/')]
+  agreed = {target: {name: _agreement(tokens, name, target) for name in detectors if name != target}
+            for target in detectors if target in ('oracle', 'counterfactual')}
   return {'accuracy': accuracy, 'places': places, 'certainty_gap': _gap(tokens['certainty'], critical, other),
           'lowest_other_certainty': float(tokens['certainty'][other].min()) if other.any() else None,
-          'certain_and_wrong': float(sure.sum() / max(here.sum(), 1)), 'detectors': detectors}
+          'certain_and_wrong': float(sure.sum() / max(here.sum(), 1)), 'agreement': agreed}
 
 
 def _gap(values, critical, other):
@@ -53,6 +55,7 @@ def _gap(values, critical, other):
   return (float(gaps.mean()), *bootstrap_interval(gaps))
 
 
-def _against_oracle(tokens, name):
-  return agreement(tokens[f'score/{name}'], tokens[f'critical/{name}'], tokens['critical/oracle'],
-                   tokens[f'looked_at/{name}'] * (tokens['looked_at/oracle'] > 0))
+def _agreement(tokens, name, target):
+  weights = [tokens[f'looked_at/{detector}'] for detector in (name, target)]
+  both = np.where(np.minimum(*weights) > 0, np.maximum(*weights), 0)  # one looks at all, or they look at the same
+  return agreement(tokens[f'score/{name}'], tokens[f'critical/{name}'], tokens[f'critical/{target}'], both)

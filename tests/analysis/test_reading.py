@@ -109,7 +109,8 @@ def test_summary(greedy, solutions):
           for i in range(6) if critical[i].any()]
   assert found['certainty_gap'][0] == pytest.approx(np.mean(gaps), rel=1e-5)
   assert found['accuracy']['1'] == {'accuracy': 1.0, 'low': 1.0, 'high': 1.0, 'num_problems': 3}
-  assert set(found['detectors']) == {'threshold', 'quantile'}
+  assert set(found['agreement']) == {'oracle'}
+  assert set(found['agreement']['oracle']) == {'threshold', 'quantile'}
   own = summarize(greedy)
   assert own['accuracy']['2']['accuracy'] == 0
   assert own['places']['after_error']['right_prob'] is None

@@ -22,11 +22,12 @@ def workdir(tmp_path_factory):
 def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   said = run('analyze', f'--checkpoints={workdir},{workdir}/checkpoints/2', f'--workdir={tmp_path}', *SMALL,
              '--responses=solution', '--counterfactual=2', '--samples=1')
-  assert 'Detectors against the oracle' in said
+  assert 'Detectors against oracle' in said
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert len(summary) == 2
   for found in summary.values():
-    assert set(found['detectors']) == {'threshold', 'quantile', 'counterfactual'}
+    assert set(found['agreement']['oracle']) == {'threshold', 'quantile', 'counterfactual'}
+    assert set(found['agreement']['counterfactual']) == {'threshold', 'quantile', 'oracle'}
     assert found['reference'].endswith('reference/7')
   with (tmp_path / 'tokens.csv').open(newline='') as file:
     rows = list(csv.DictReader(file))
