@@ -23,9 +23,9 @@ def paired_difference(rewards: np.ndarray, baseline: np.ndarray, confidence: flo
   Raises:
     ValueError: if the shapes differ or an axis is empty.
   """
-  difference = np.asarray(rewards, np.float64) - np.asarray(baseline, np.float64)
-  if np.shape(rewards) != np.shape(baseline) or difference.ndim != 2 or not difference.size:
+  if np.shape(rewards) != np.shape(baseline) or np.ndim(rewards) != 2 or not np.size(rewards):
     raise ValueError(f'baseline: expected [S, M] as rewards, got {np.shape(rewards)} and {np.shape(baseline)}.')
+  difference = np.asarray(rewards, np.float64) - np.asarray(baseline, np.float64)
   rng = np.random.default_rng(seed)
   num_seeds, num_problems = difference.shape
   means = np.empty(num_resamples)
@@ -44,3 +44,63 @@ def curve_band(curves: np.ndarray, confidence: float = 0.95, num_resamples: int 
   means = curves[rng.integers(0, len(curves), (num_resamples, len(curves)))].mean(1)
   low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
   return curves.mean(0), low, high
+
+
+def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+  """Returns the mean of the middle half of values along an axis (Agarwal et al. 2021, arXiv 2108.13264): a quarter of
+  the smallest and of the greatest weigh nothing, with fractions where a quarter is no whole number."""
+  values = np.sort(np.asarray(values, np.float64), axis)
+  count = values.shape[axis]
+  places = np.arange(count)
+  weight = np.clip(np.minimum(places + 1, 0.75 * count) - np.maximum(places, 0.25 * count), 0, None)
+  return np.tensordot(values, weight / weight.sum(), (axis, 0))
+
+
+def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: float = 0.95, num_resamples: int = 2000,
+                      seed: int = 0) -> dict[str, tuple[float, float, float]]:
+  """Compares a figure of runs with that of other runs of the same seeds.
+
+  Args:
+    values: float `[S]`, one for each seed.
+    baseline: float `[S]` of the other runs.
+    confidence: of the percentile bootstrap intervals over seeds.
+    num_resamples: of the bootstrap.
+    seed: of the resampling.
+
+  Returns:
+    `(value, low, high)` of `difference`, the mean difference; `iqm_difference`, its interquartile mean over seeds; and
+    `improvement`, the probability that a run is better than the other of its seed, ties counting half.
+
+  Raises:
+    ValueError: if the shapes differ or there is no seed.
+  """
+  if np.shape(values) != np.shape(baseline) or np.ndim(values) != 1 or not np.size(values):
+    raise ValueError(f'baseline: expected [S] as values, got {np.shape(values)} and {np.shape(baseline)}.')
+  difference = np.asarray(values, np.float64) - np.asarray(baseline, np.float64)
+  rows = np.random.default_rng(seed).integers(0, difference.size, (num_resamples, difference.size))
+  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+  figures = {'difference': lambda x: x.mean(-1), 'iqm_difference': lambda x: interquartile_mean(x, x.ndim - 1),
+             'improvement': lambda x: ((x > 0) + 0.5 * (x == 0)).mean(-1)}
+  return {name: (float(f(difference)), *map(float, np.quantile(f(difference[rows]), edges)))
+          for name, f in figures.items()}
+
+
+def area_under_curve(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Returns the mean height `[...]` of curves `[..., T]` between their first and last step (trapezoids)."""
+  steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+  if steps.size == 1:
+    return values[..., 0]
+  return np.sum((values[..., 1:] + values[..., :-1]) / 2 * np.diff(steps), -1) / (steps[-1] - steps[0])
+
+
+def steps_to_target(steps: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+  """Returns the step `[...]` at which curves `[..., T]` first reach a target, between two points on the line that joins
+  them; infinity where they never do."""
+  steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+  reached = values >= target
+  place = np.argmax(reached, -1)
+  before = np.maximum(place - 1, 0)
+  low, high = (np.take_along_axis(values, i[..., None], -1)[..., 0] for i in (before, place))
+  share = np.where(place > 0, (target - low) / np.where(high > low, high - low, 1), 0.0)
+  found = steps[before] + share * (steps[place] - steps[before])
+  return np.where(reached.any(-1), found, np.inf)
