@@ -23,6 +23,8 @@ from critkl_jax.records import Rollout
 from critkl_jax.rollout import respond_from, score
 from critkl_jax.tasks.task import Task
 
+THRESHOLD, QUANTILE, SAMPLES = 0.9, 0.02, 8  # what detectors take where nothing is said
+
 Detector = Callable[[Any, Rollout, chex.Array], 'Detection']
 
 
@@ -71,7 +73,8 @@ def low_certainty(threshold: float | None = None, quantile: float | None = None,
 
   Args:
     threshold: tokens of less certainty than this are critical.
-    quantile: the share of a response's tokens, those of least certainty, that are critical; ties all count or none.
+    quantile: the share of a response's tokens, those of least certainty, that are critical, rounded to whole tokens; of
+      tokens alike at the edge none counts.
     kind: as in `confidence.certainty`.
     temperature: as in `confidence.certainty`.
 
@@ -88,8 +91,10 @@ def low_certainty(threshold: float | None = None, quantile: float | None = None,
     if threshold is not None:
       critical = value < threshold
     else:
-      limits = jnp.nanquantile(jnp.where(rollout.mask, value, jnp.nan), quantile, axis=1, keepdims=True, method='lower')
-      critical = value < limits
+      number = jnp.round(quantile * jnp.sum(rollout.mask, 1, keepdims=True, dtype=jnp.float32)).astype(jnp.int32)
+      ascending = jnp.sort(jnp.where(rollout.mask, value, jnp.inf), 1)
+      ascending = jnp.pad(ascending, ((0, 0), (0, 1)), constant_values=jnp.inf)
+      critical = value < jnp.take_along_axis(ascending, number, 1)
     return Detection(score=jnp.where(rollout.mask, 1.0 - value, 0.0), critical=critical & rollout.mask,
                      weight=rollout.mask.astype(jnp.float32))
 
@@ -97,23 +102,24 @@ def low_certainty(threshold: float | None = None, quantile: float | None = None,
 
 
 def counterfactual(model: GPT2, params: Any, task: Task, key: chex.PRNGKey, *, num_alternatives: int = 2,
-                   num_samples: int = 4, num_positions: int | None = None, always: Detector | None = None,
+                   num_samples: int = SAMPLES, num_positions: int | None = None, always: Detector | None = None,
                    threshold: float = 0.5, batch_size: int = 64, temperature: float = 1.0, progress: bool = False
                    ) -> Detector:
   """Makes the detector that replaces a token and sees whether the chance of success changes.
 
   From the same first tokens responses are sampled with the token as it is and with each of the K tokens that the
   reference finds most probable beside it, and rewarded. The score is `|sum_a q_a (p - p_a)|`: p the chance of success
-  with the token, p_a with alternative a, q_a the reference's probability of a among the K.
+  with the token, p_a with alternative a, q_a the reference's probability of a among the K. All are sampled with the
+  same noise, so that where a token changes nothing the chances hardly differ.
 
   Args:
     model: the network that goes on with the responses.
     params: its parameters.
     task: any task with a reward.
-    key: PRNG key; a function of it, the detector is the same at every call.
+    key: PRNG key; with it and the prompts, the detector is the same at every call.
     num_alternatives: K, less than the vocabulary.
     num_samples: responses for each of them, whose mean reward is its chance of success. A difference of chances has a
-      standard error of up to `0.7 / sqrt(num_samples)`.
+      standard error of up to `0.7 / sqrt(num_samples)`, and less for the common noise.
     num_positions: tokens that are looked at in each response, drawn without replacement; all if None.
     always: a detector whose critical tokens are looked at in any case.
     threshold: tokens of at least this score are critical.
@@ -122,13 +128,16 @@ def counterfactual(model: GPT2, params: Any, task: Task, key: chex.PRNGKey, *, n
     progress: whether to show it.
 
   Raises:
-    ValueError: if a number is less than 1.
+    ValueError: if a number is less than 1, or there are not so many alternatives.
   """
   numbers = {'num_alternatives': num_alternatives, 'num_samples': num_samples, 'batch_size': batch_size,
              'num_positions': 1 if num_positions is None else num_positions}
   for name, number in numbers.items():
     if number < 1:
       raise ValueError(f'{name}: expected 1 or more, got {number}.')
+  if num_alternatives >= model.config.vocab_size:
+    raise ValueError(f'num_alternatives: expected less than the vocabulary of {model.config.vocab_size}, got '
+                     f'{num_alternatives}.')
 
   @jax.jit
   def success(params, problems, rollout, position, token, key):
@@ -136,20 +145,23 @@ def counterfactual(model: GPT2, params: Any, task: Task, key: chex.PRNGKey, *, n
     return jax.vmap(task.reward)(problems, new.actions, new.mask)
 
   def detect(problems, rollout, ref_logits):
-    choice_key, sample_key = jax.random.split(key)
+    prompts = jnp.sum(rollout.prompt.astype(jnp.uint32) * jnp.arange(1, rollout.prompt.size + 1, dtype=jnp.uint32)
+                      .reshape(rollout.prompt.shape), dtype=jnp.uint32)
+    choice_key, sample_key = jax.random.split(jax.random.fold_in(key, prompts))  # other noise for other problems
     weight = np.asarray(_places(choice_key, rollout.mask, num_positions,
                                 None if always is None else always(problems, rollout, ref_logits).critical))
     tokens, shares = _alternatives(rollout.actions, ref_logits, num_alternatives)
     rows, position = np.nonzero(weight)
     tokens, shares = np.asarray(tokens)[rows, position], np.asarray(shares)[rows, position]  # [places, 1 + K], [., K]
-    jobs = np.stack([np.repeat(x, (1 + num_alternatives) * num_samples) for x in (rows, position)]
-                    + [np.repeat(tokens.reshape(-1), num_samples)])
-    rewards = []
-    for start in tqdm.trange(0, jobs.shape[1], batch_size, desc='counterfactuals', disable=not progress):
-      own = jobs[:, (start + np.arange(batch_size)) % jobs.shape[1]]
-      some = jax.tree.map(lambda x, own=own: x[own[0]], (problems, rollout))
-      rewards.append(np.asarray(success(params, *some, own[1], own[2], jax.random.fold_in(sample_key, start))))
-    chances = np.concatenate(rewards)[:jobs.shape[1]].reshape(-1, 1 + num_alternatives, num_samples).mean(2)
+    jobs = np.repeat(np.arange(rows.size), num_samples)
+    rewards = np.zeros((jobs.size, 1 + num_alternatives))
+    for start in tqdm.trange(0, jobs.size, batch_size, desc='counterfactuals', disable=not progress):
+      own = jobs[(start + np.arange(batch_size)) % jobs.size]
+      some = jax.tree.map(lambda x, own=own: x[rows[own]], (problems, rollout))
+      for i in range(1 + num_alternatives):
+        reward = success(params, *some, position[own], tokens[own, i], jax.random.fold_in(sample_key, start))
+        rewards[start:start + batch_size, i] = np.asarray(reward)[:jobs.size - start]
+    chances = rewards.reshape(-1, num_samples, 1 + num_alternatives).mean(1)
     found = np.zeros(weight.shape, np.float32)
     found[rows, position] = np.abs(np.sum(shares * (chances[:, :1] - chances[:, 1:]), 1))
     return Detection(score=jnp.asarray(found), critical=jnp.asarray((found >= threshold) & (weight > 0)),

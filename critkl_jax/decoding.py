@@ -234,7 +234,8 @@ def _stop_states(stop, state, tokens):
     state = jnp.where(state < final, after, state)
     return state, state
 
-  _, states = jax.lax.scan(follow, state, tokens.T, unroll=jax.default_backend() != 'cpu')
+  unroll = jax.default_backend() != 'cpu' and tokens.shape[1] <= 64  # a window, not a whole response
+  _, states = jax.lax.scan(follow, state, tokens.T, unroll=unroll)
   return jnp.concatenate([state[None], states]).T
 
 

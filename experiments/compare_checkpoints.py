@@ -40,8 +40,8 @@ def main(first: str, second: str) -> None:
 
 def print_drift(rows) -> None:
   """Prints how far each layer moved."""
-  if rows is None:
-    print('\nmodels of other sizes: their parameters cannot be compared.')
+  if not rows:
+    print('\nno parameters of one name and shape: models of other sizes.')
     return
   print(f'\n{"layer":<14}{"parameters":>12}{"distance":>12}{"relative":>12}')
   for row in rows:

@@ -55,7 +55,8 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
   detectors = {target: [[name, *('none' if row[figure] is None else _interval(row[figure]) for figure in figures),
                          _number(row['base_rate'])] for name, row in rows.items()]
                for target, rows in summary['agreement'].items()}
-  return [Table('Accuracy', ('digits', 'accuracy [95% interval]', 'problems'), accuracy),
+  whole = [Table('Accuracy', ('digits', 'accuracy [95% interval]', 'problems'), accuracy)] if accuracy else []
+  return [*whole,
           Table('Means over tokens', ('', *titles.values()), places),
           Table('The reference', ('', '[95% interval]'), certainty),
           *(Table(f'Detectors against {target} [95% interval]', ('', *figures, 'base rate'), rows)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -143,7 +144,7 @@ def test_a_damaged_file_of_arrays(saved, cut):
   file.write_bytes(data[:len(data) // 2] if cut else data)
   message = error_of(saved / '10')
   assert 'is damaged' in message
-  assert 'h_' in message or 'wte' in message  # the array, which is what lies in the file
+  assert re.search(r'(h_\d|wte|wpe|ln_f|value_head)[./]', message)  # the array, which is what lies in the file
   assert load_checkpoint(saved / '2').step == 2
 
 
@@ -161,6 +162,13 @@ def test_checksums_are_the_same_wherever_arrays_lie(state):
 def test_checkpoints_without_checksums_are_read(saved, state):
   change_config(saved / '10', lambda values: values.pop('checksums'))
   assert_trees_equal(load_checkpoint(saved / '10').params, state.params)
+
+
+def test_the_shipped_reference_has_checksums(tmp_path):
+  copy = tmp_path / 'copy' / checkpoint.latest(checkpoint.SHIPPED_REFERENCE).name
+  shutil.copytree(checkpoint.latest(checkpoint.SHIPPED_REFERENCE), copy)
+  change_config(copy, lambda values: values['checksums']['params'].update({'wte/embedding': 1}))
+  assert 'wte/embedding is not what was saved' in error_of(copy)
 
 
 def test_missing_files(saved):

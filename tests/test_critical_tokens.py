@@ -19,6 +19,7 @@ from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import Rollout
 from critkl_jax.rollout import as_rollout, respond, respond_from
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import stop_after
 
 V = TOKENIZER.vocab_size
 MODEL = GPT2(GPT2Config(vocab_size=V, context_length=8, num_layers=1, num_heads=2, width=16))
@@ -74,8 +75,13 @@ def test_low_certainty():
   np.testing.assert_array_equal(found.critical, [[0, 1, 1, 0], [1, 0, 0, 0]])
   np.testing.assert_array_equal(found.weight, rollout.mask)
   np.testing.assert_allclose(found.score[0], [0, found.score[1, 0], 1, 0], atol=1e-5)
-  by_quantile = low_certainty(quantile=0.5)(None, rollout, logits)
+  by_quantile = low_certainty(quantile=0.34)(None, rollout, logits)  # one of three
   np.testing.assert_array_equal(by_quantile.critical, [[0, 0, 1, 0], [1, 0, 0, 0]])
+  several = jax.random.normal(jax.random.key(0), (3, 100, V))
+  long = rollout_of(jnp.ones((3, 100)), jnp.arange(100)[None] < jnp.array([[100], [50], [4]]))
+  for quantile, numbers in ((0.02, [2, 1, 0]), (0.5, [50, 25, 2]), (1.0, [100, 50, 4]), (0.0, [0, 0, 0])):
+    found = low_certainty(quantile=quantile)(None, long, several)
+    np.testing.assert_array_equal(found.critical.sum(1), numbers)
   for wrong in ({}, {'threshold': 0.5, 'quantile': 0.5}, {'quantile': 1.5}):
     with pytest.raises(ValueError, match='threshold, quantile'):
       low_certainty(**wrong)
@@ -118,6 +124,24 @@ def test_counterfactuals_at_some_places_stand_for_all(params):
   jax.tree.map(np.testing.assert_array_equal, found, again)
   with pytest.raises(ValueError, match='num_samples: expected 1 or more, got 0'):
     counterfactual(MODEL, params, task, jax.random.key(0), num_samples=0)
+  with pytest.raises(ValueError, match='num_alternatives: expected less than the vocabulary of 6, got 6'):
+    counterfactual(MODEL, params, task, jax.random.key(0), num_alternatives=V)
+
+
+def test_a_token_that_changes_nothing_has_no_effect_under_common_noise():
+  """Success is a coin of the last token; with noise of their own for each alternative, chances would differ."""
+  model = GPT2(dataclasses.replace(MODEL.config, num_layers=1))
+  flat = jax.tree.map(jnp.zeros_like, init_params(model, jax.random.key(0)))  # every token as probable as any other
+
+  def reward(problem, actions, mask):
+    return (actions[3] <= 2).astype(jnp.float32)
+
+  task = dataclasses.replace(letter_task(), stop=stop_after([[99]]), reward=reward)
+  problems, rollout = jnp.ones(8, jnp.int32), rollout_of(jnp.ones((8, 4)), jnp.ones((8, 4)))
+  detector = counterfactual(model, flat, task, jax.random.key(0), num_alternatives=3, num_samples=4)
+  found = detector(problems, rollout, read_logits(model, flat, rollout))
+  assert not found.score[:, :3].any()
+  assert found.score[:, 3].any()
 
 
 def test_detectors_have_one_signature(params):

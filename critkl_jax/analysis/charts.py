@@ -92,7 +92,8 @@ def plot_steps(steps: dict[str, np.ndarray], path: str | pathlib.Path, title: st
   """Draws the curves of `reading.read_steps` into a PNG."""
   figure = Figure(figsize=(12, 3.4), layout='constrained')
   axes = figure.subplots(1, 3)
-  panels = (('accuracy, greedy', (('N+1', 'N+1', _INK), ('N', 'N', _OTHER))),
+  short, long = (f'{n} digits' for n in steps['digits'])
+  panels = (('accuracy, greedy', ((long, 'long', _INK), (short, 'short', _OTHER))),
             ('probability of the right token', (('critical tokens', 'critical_prob', _INK),
                                                 ('others', 'other_prob', _OTHER))),
             ('KL from the reference, nats a token', (('critical tokens', 'critical_kl', _INK),
@@ -110,7 +111,7 @@ def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
   """Draws what `comparison.compare` found into a PNG: drift by layer, KL by position."""
   figure = Figure(figsize=(11, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2)
-  rows = [row for row in found['drift'] or [] if row['relative'] is not None]
+  rows = [row for row in found['drift'] if row['relative'] is not None]
   left.barh([row['layer'] for row in rows], [row['relative'] for row in rows], color=_OTHER)
   left.invert_yaxis()
   left.tick_params(axis='y', labelsize=8)
@@ -124,5 +125,5 @@ def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
 def _finish(figure, axes, path, title):
   for axis in axes:
     axis.grid(alpha=0.3)
-  figure.suptitle(title, fontsize=11)
+  figure.suptitle(title.replace('$', r'\$'), fontsize=11)  # a path is no mathematics
   figure.savefig(path, dpi=110)

@@ -7,7 +7,7 @@ import numpy as np
 
 from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.analysis.statistics import paired_difference
-from critkl_jax.checkpoint import Checkpoint, CheckpointError
+from critkl_jax.checkpoint import Checkpoint
 
 
 def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
@@ -15,24 +15,18 @@ def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
 
   Args:
     one: parameters, a nested dict.
-    two: parameters of the same names and shapes.
+    two: parameters; those whose names or shapes are not the first's are left out.
 
   Returns:
     A row for each part of each layer, in the order of the layers: `layer` (`wte`, `h_0/attn`, ...), `parameters`,
-    `distance`, the Euclidean norm of the difference, and `relative`, that over the norm of the first.
-
-  Raises:
-    CheckpointError: if names or shapes differ; the first of them is named.
+    `distance`, the Euclidean norm of the difference, and `relative`, that over the norm of the first, None if it is 0.
   """
   flat = [{jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(x, np.float64)
            for key, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (one, two)]
-  shapes = [{name: x.shape for name, x in tree.items()} for tree in flat]
-  for name in sorted(shapes[0].keys() | shapes[1].keys()):
-    if shapes[0].get(name) != shapes[1].get(name):
-      raise CheckpointError(f'{name} has {shapes[0].get(name, "nothing")} in the first checkpoint and '
-                            f'{shapes[1].get(name, "nothing")} in the second; they are models of other sizes.')
   layers: dict[str, list[str]] = {}
   for name in flat[0]:
+    if name not in flat[1] or flat[0][name].shape != flat[1][name].shape:
+      continue
     parts = name.split('/')
     layers.setdefault('/'.join(parts[:2]) if parts[0].startswith('h_') else parts[0], []).append(name)
   rows = []
@@ -58,10 +52,11 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
     progress: whether to show it.
 
   Returns:
-    `drift`: of `parameter_drift`, None if their sizes differ. `answers`: of each number of digits the `accuracy` of
-    both, `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`. `flipped`: the problems
-    whose answer changed from right to wrong or back, with both responses. `kl`: KL(second || first) in nats a token on
-    the right solutions: `mean`, `critical`, `other`, and `by_position` `[T]` (NaN where no solution is so long).
+    `drift`: of `parameter_drift`, of the arrays that both have in one shape. `answers`: of each number of digits the
+    `accuracy` of both, `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`.
+    `flipped`: the problems whose answer changed from right to wrong or back, with both responses. `kl`: KL(second ||
+    first) on the right solutions, nats a token at the temperature of the second's loss: `mean`, `critical`, `other`,
+    and `by_position` `[T]` (NaN where no solution is so long).
 
   Raises:
     CheckpointError: if they do not belong together.
@@ -70,12 +65,6 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
   # Each is its own reference where only its answers are asked for.
   first, second = (read_tokens(c, c, **own) for c in (one, two))
   solutions = read_tokens(two, one, responses='solution', **own)
-  try:
-    drift = parameter_drift(one.params, two.params)
-  except CheckpointError:
-    if one.info.model.width == two.info.model.width and one.info.model.num_layers == two.info.model.num_layers:
-      raise
-    drift = None
   answers = {}
   for number in np.unique(first['digits']):
     before, after = (x['reward'][x['digits'] == number] for x in (first, second))
@@ -91,7 +80,8 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
   position = np.where(count > 0, np.where(mask, solutions['kl'], 0).sum(0) / np.maximum(count, 1), np.nan)
   kl = {name: float(solutions['kl'][where].mean()) if where.any() else None
         for name, where in (('mean', mask), ('critical', critical), ('other', mask & ~critical))}
-  return {'drift': drift, 'answers': answers, 'flipped': flipped, 'kl': kl | {'by_position': position}}
+  return {'drift': parameter_drift(one.params, two.params), 'answers': answers, 'flipped': flipped,
+          'kl': kl | {'by_position': position}}
 
 
 def _place(layer: str) -> tuple[int, int, str]:

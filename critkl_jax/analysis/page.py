@@ -53,9 +53,11 @@ def write_page(path: str | pathlib.Path, runs: Sequence[Run], alphabet: str, abo
     about: a sentence below the title.
 
   Raises:
-    ValueError: if there is no checkpoint, or they were read with other detectors.
+    ValueError: if there is no checkpoint, they were read with other detectors, or with more than 15.
   """
   detectors = [_detectors(run.tokens) for run in runs]
+  if any(len(names) > 15 for names in detectors):
+    raise ValueError(f'runs: expected at most 15 detectors, got {detectors[0]}.')
   if not runs or any(names != detectors[0] for names in detectors):
     raise ValueError(f'runs: expected one or more, read with the same detectors, got {detectors}.')
   data = {'about': about, 'alphabet': list(alphabet), 'detectors': detectors[0],
@@ -73,22 +75,23 @@ def _detectors(tokens):
 def _packed_run(run: Run) -> dict[str, Any]:
   tokens = run.tokens
   mask = tokens['mask']
-  flags = tokens['on_path'] + 2 * tokens['right'].astype(np.uint8)
+  flags = tokens['on_path'] + 2 * tokens['right'].astype(int)
   for i, name in enumerate(_detectors(tokens)):
-    flags = flags + (tokens[f'critical/{name}'].astype(np.uint8) << (2 + i))
-  packed = {'flags': _pack(flags[mask].astype(np.uint8)), 'kl': _pack(tokens['kl'][mask].astype('<f4'))}
+    flags = flags + (tokens[f'critical/{name}'].astype(int) << (2 + 2 * i))
+    flags = flags + ((tokens[f'looked_at/{name}'] > 0).astype(int) << (3 + 2 * i))
+  packed = {'flags': _pack(flags[mask].astype('<u4')), 'kl': _pack(tokens['kl'][mask].astype('<f4'))}
   packed |= {name: _pack(_share(tokens[field][mask])) for name, field in (
       ('certainty', 'certainty'), ('weight', 'weight'), ('right', 'right_prob'), ('ref_right', 'ref_right_prob'),
       ('top_prob', 'top_prob'), ('ref_top_prob', 'ref_top_prob'))}
   packed |= {name: _pack(tokens[name][mask].astype('<u2')) for name in ('top', 'ref_top')}
-  steps = run.steps and {name: run.steps[name].tolist() for name in (
-      'step', 'N', 'N+1', 'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
+  steps = run.steps and {name: _plain(run.steps[name]) for name in (
+      'digits', 'step', 'short', 'long', 'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
   if steps:
     own = run.steps['mask']
-    packed['step_prob'] = _pack(np.rint(255 * run.steps['right_prob'][:, own]).astype(np.uint8))
+    packed['step_prob'] = _pack(np.rint(255 * np.nan_to_num(run.steps['right_prob'][:, own])).astype(np.uint8))
     steps |= {'texts': run.steps['response'].tolist(), 'problems': run.steps['problem'].tolist(),
               'critical': [c[m].astype(int).tolist() for c, m in zip(run.steps['critical'], own)]}
-  responses = [{'problem': problem, 'digits': int(digits), 'reward': int(reward), 'text': text} for
+  responses = [{'problem': problem, 'digits': int(digits), 'reward': _plain(reward), 'text': text} for
                problem, digits, reward, text in zip(*(tokens[k] for k in ('problem', 'digits', 'reward', 'response')))]
   pictures = [{'title': title, 'source': 'data:image/png;base64,' + base64.b64encode(file.read_bytes()).decode()}
               for title, file in run.pictures.items()]
@@ -96,9 +99,14 @@ def _packed_run(run: Run) -> dict[str, Any]:
           'tables': [table._asdict() for table in run.tables], 'pictures': pictures}
 
 
+def _plain(x):
+  """Numbers as JSON has them, None for those that are none."""
+  return np.where(np.isnan(x), None, np.asarray(x)).tolist()
+
+
 def _share(x):
-  """Numbers between 0 and 1 as 16 bits."""
-  return np.rint(65535 * np.clip(x, 0, 1)).astype('<u2')
+  """Numbers between 0 and 1 as 16 bits, 0 for those that are none."""
+  return np.rint(65535 * np.clip(np.nan_to_num(x), 0, 1)).astype('<u2')
 
 
 def _pack(x):

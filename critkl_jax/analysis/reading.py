@@ -21,8 +21,17 @@ from critkl_jax import checkpoint as checkpoint_lib
 from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, entropy
 from critkl_jax.config import FinetuneConfig, LossConfig
-from critkl_jax.critical_tokens import Detector, low_certainty, on_path, oracle, read_logits
-from critkl_jax.evaluate import draw_problems, make_answer
+from critkl_jax.critical_tokens import (
+    QUANTILE,
+    THRESHOLD,
+    Detector,
+    detect_all,
+    low_certainty,
+    on_path,
+    oracle,
+    read_logits,
+)
+from critkl_jax.evaluate import answer_all, draw_problems, make_answer
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import Coefficients, action_log_probs, op_options, weighted_penalty
 from critkl_jax.ops.weighted_kl import weighted_kl
@@ -32,12 +41,14 @@ from critkl_jax.tasks.task import Task
 
 CERTAINTIES = ('negentropy', 'min_entropy', 'max_prob')
 TOP = 5  # alternatives that are kept of each distribution
+PROBLEMS, STEPS = 64, 20  # of each number of digits; checkpoints of a directory; where nothing is said
+_LOGITS = 2**27  # that are held of a batch, policy's and reference's each: 512 MiB
 RESPONSES = ('greedy', 'sampled', 'solution')
 
 
 def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_REFERENCE,
                 reference: str | pathlib.Path | Checkpoint | None = None, *, digits: list[int] | None = None,
-                num_problems: int = 64, responses: str = 'greedy', detectors: dict[str, Detector] | None = None,
+                num_problems: int = PROBLEMS, responses: str = 'greedy', detectors: dict[str, Detector] | None = None,
                 seed: int = 0, batch_size: int = 64, progress: bool = False) -> dict[str, np.ndarray]:
   """Reads what a policy answers, and what it and its reference say at each token.
 
@@ -46,59 +57,71 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     reference: that of the reference; `find_reference` looks for it if None.
     digits: numbers of digits of the longer operand; N and N + 1 if None.
     num_problems: problems of each, always the same for the same seed.
-    responses: whose tokens are read: `greedy` or `sampled` ones of the policy, or the right `solution`.
+    responses: whose tokens are read: `greedy` ones of the policy, `sampled` ones at the temperature of its training, or
+      the right `solution`.
     detectors: of critical tokens, by name; `standard_detectors` if None.
     seed: of problems and samples.
-    batch_size: responses read at a time.
+    batch_size: responses read at a time; fewer for a large vocabulary.
     progress: whether to show it.
 
   Returns:
-    NumPy arrays. `[B]`: `problem` (text), `digits`, `reward`, `response` (text). `[B, T]`: `mask`, true at tokens;
-    `token` (id), `character`; `on_path`, whether all tokens before are those of the right solution, and `right`,
-    whether this one is too; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`, `kl` (exact, nats), `certainty/KIND`
-    of each kind, `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default;
-    `right_prob` and `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and
+    NumPy arrays. `[B]`: `problem` (text), `digits`, `response` (text), `reward` (NaN for solutions). `[B, T]`: `mask`,
+    true at tokens; `token` (id), `character`; `on_path`, whether all tokens before are those of the right solution, and
+    `right`, whether this one is too; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`, `kl` (exact, nats),
+    `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default, and `certainty/KIND` of
+    each kind; `right_prob` and `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and
     `looked_at/NAME` of each detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`,
-    `ref_top_prob`.
+    `ref_top_prob`. All are 0 beyond the end of a response. Policy and reference are read at the temperature of the
+    loss, certainties at their own.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read or they do not belong together.
-    ValueError: if the responses are of an unknown kind, or problems do not fit into the context.
+    ValueError: if the responses are of an unknown kind, there is no problem, or problems do not fit into the context.
   """
   if responses not in RESPONSES:
     raise ValueError(f'responses: expected one of {RESPONSES}, got {responses!r}.')
+  if num_problems < 1:
+    raise ValueError(f'num_problems: expected 1 or more, got {num_problems}.')
   policy, reference = load_pair(path, reference)
-  known = policy.info.known_digits
+  known, loss = policy.info.known_digits, loss_of(policy)
   digits = digits or [known, known + 1]
-  task = plus_task(min(known, max(digits)), max(max(digits) - known, 0))
-  detectors = standard_detectors(task) if detectors is None else detectors
-  model = GPT2(policy.info.model)
-  answer = make_answer(model, task, greedy=responses == 'greedy')
+  task = task_of(policy, digits)
+  detectors = standard_detectors(task, loss) if detectors is None else detectors
+  answer = make_answer(_model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature)
   read = make_token_reader(policy, reference, task)
-  key = jax.random.key(seed)
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  batch_size = _batch_size(batch_size, policy, task)
   parts, batches = [], [(n, start) for n in digits for start in range(0, num_problems, batch_size)]
   for number, start in tqdm.tqdm(batches, 'responses', unit='batch', disable=not progress):
-    drawn = draw_problems(jax.random.fold_in(key, number), num_problems, 'plus', number, known, max(digits))
+    drawn = draw_problems(jax.random.fold_in(problem_key, number), num_problems, 'plus', number, known, max(digits))
     problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn)
     if responses == 'solution':
       rollout = as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems))
-      rewards = jnp.ones(rollout.mask.shape[0])
+      rewards = jnp.full(rollout.mask.shape[0], jnp.nan)
     else:
-      rollout, rewards = answer(policy.params, problems, jax.random.fold_in(jax.random.fold_in(key, number), start))
+      key = jax.random.fold_in(jax.random.fold_in(answer_key, number), start)
+      rollout, rewards = answer(policy.params, problems, key)
     found = read(policy.params, reference.params, problems, rollout)
-    ref_logits = found.pop('ref_logits')
-    for name, detector in detectors.items():
-      one = detector(problems, rollout, ref_logits)
+    for name, one in detect_all(detectors, problems, rollout, found.pop('ref_logits')).items():
       found |= {f'score/{name}': one.score, f'critical/{name}': one.critical, f'looked_at/{name}': one.weight}
     found |= {'reward': rewards, 'digits': jnp.full(rewards.shape, number)}
     parts.append(jax.device_get(found) | _texts(task, problems, rollout))
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def standard_detectors(task: Task, threshold: float = 0.9, quantile: float = 0.02) -> dict[str, Detector]:
-  """Returns the detectors that cost nothing beside the reference's logits: `oracle`, `threshold` and `quantile`."""
-  return {'oracle': oracle(task), 'threshold': low_certainty(threshold=threshold),
-          'quantile': low_certainty(quantile=quantile)}
+def task_of(policy: Checkpoint, digits: list[int]) -> Task:
+  """Returns the task of problems of so many digits, the longest of which sizes its arrays."""
+  known, longest = policy.info.known_digits, max(digits)
+  return plus_task(min(known, longest), max(longest - known, 0))
+
+
+def standard_detectors(task: Task, loss: LossConfig = LossConfig(), threshold: float = THRESHOLD,
+                       quantile: float = QUANTILE) -> dict[str, Detector]:
+  """Returns the detectors that cost nothing beside the reference's logits: `oracle`, and `threshold` and `quantile` of
+  the certainty that the loss takes."""
+  own = {'kind': loss.certainty, 'temperature': loss.certainty_temperature}
+  return {'oracle': oracle(task), 'threshold': low_certainty(threshold=threshold, **own),
+          'quantile': low_certainty(quantile=quantile, **own)}
 
 
 def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None
@@ -125,9 +148,10 @@ def find_reference(policy: Checkpoint) -> pathlib.Path:
   model is its own."""
   if policy.info.kind == 'pretrain':
     return policy.path
-  kept = policy.path.parent.parent / 'reference'
-  named = policy.info.training.reference
-  return kept if kept.is_dir() else pathlib.Path(named) if named else checkpoint_lib.SHIPPED_REFERENCE
+  kept = checkpoint_lib.latest(policy.path.parent.parent / 'reference')
+  if kept is not None:
+    return kept
+  return load_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
 
 
 def loss_of(policy: Checkpoint) -> LossConfig:
@@ -139,8 +163,7 @@ def loss_of(policy: Checkpoint) -> LossConfig:
 def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> Callable:
   """Makes `(params, ref_params, problems, rollout) -> dict`, jitted: arrays `[B, T]` and `[B, T, 5]` of `read_tokens`
   but for the detectors', and `ref_logits` `[B, T, V]`, which detectors look at."""
-  config = loss_of(policy)
-  model, ref_model = (GPT2(dataclasses.replace(c.info.model, remat=False)) for c in (policy, reference))
+  config, model, ref_model = loss_of(policy), _model_of(policy), _model_of(reference)
 
   def read(params, ref_params, problems, rollout):
     mask, ref_logits = rollout.mask, read_logits(ref_model, ref_params, rollout)
@@ -159,61 +182,94 @@ def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> 
       probs, tokens = jax.lax.top_k(jax.nn.softmax(some), min(TOP, some.shape[-1]))
       right = jnp.exp(action_log_probs(some, solution.tokens))
       found |= {f'{name}top': tokens, f'{name}top_prob': probs, f'{name}right_prob': jnp.where(here, right, 0.0)}
+    found = {name: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+             for name, x in found.items()}
     return found | {'ref_logits': ref_logits}
 
   return jax.jit(read)
 
 
-def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = None, *, most: int = 20,
-               num_problems: int = 64, num_solutions: int = 6, seed: int = 0, progress: bool = False) -> dict[str, Any]:
+def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = None, *, most: int = STEPS,
+               digits: list[int] | None = None, num_problems: int = PROBLEMS, num_solutions: int = 6, seed: int = 0,
+               batch_size: int = 64, progress: bool = False) -> dict[str, Any]:
   """Reads the checkpoints of a directory, one after another.
 
   Args:
     path: a workdir, or a directory of step directories.
     reference: as in `read_tokens`.
-    most: checkpoints that are read, at most: the first, the last, and some evenly between.
+    most: checkpoints that are read, at most: the last, the first, and some evenly between.
+    digits: the first of them and the last are read; N and N + 1 if None.
     num_problems: problems for each accuracy, and right solutions that are read.
     num_solutions: solutions of which single tokens are kept.
     seed: of the problems.
+    batch_size: problems at a time; fewer for a large vocabulary.
     progress: whether to show it.
 
   Returns:
-    `step`, `N` and `N+1` (greedy accuracy), `critical_prob` and `other_prob` (of the right token after right ones, at
-    N + 1 digits), `critical_kl`, `other_kl` (nats), `[S]` each, for S steps; the reference stands first, as step 0, if
-    no checkpoint has that step. `right_prob` `[S, num_solutions, T]`, and of these solutions `token`, `mask`,
-    `critical` `[num_solutions, T]` and `problem` `[num_solutions]`.
+    `digits` `[2]`; `step`, `short` and `long` (greedy accuracy at each of these), `critical_prob` and `other_prob` (of
+    the right token after right ones, in right solutions of the greater number), `critical_kl`, `other_kl` (nats), `[S]`
+    each, for S steps. A fine-tuned policy's own reference stands first, as step 0. `right_prob` `[S, num_solutions,
+    T]`, and of these solutions `token`, `mask`, `critical` `[num_solutions, T]`, `problem` and `response`.
 
   Raises:
     CheckpointError: as `read_tokens`.
   """
   last, reference = load_pair(path, reference)
-  steps = checkpoint_lib.steps_in(last.path.parent)
-  chosen = sorted({steps[i] for i in np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)})
   known = last.info.known_digits
-  task = plus_task(known, 1)
-  answer, read = make_answer(GPT2(last.info.model), task), make_token_reader(last, reference, task)
-  key = jax.random.key(seed)
-  problems = {n: draw_problems(jax.random.fold_in(key, n), num_problems, 'plus', n, known, known + 1)
-              for n in (known, known + 1)}
-  right = as_rollout(*(jax.vmap(f)(problems[known + 1]) for f in (task.prompt, task.solution)))
-  critical = np.asarray(oracle(task)(problems[known + 1], right, None).critical)
+  digits = [known, known + 1] if digits is None else [digits[0], digits[-1]]
+  task, longest = task_of(last, digits), digits[-1]
+  batch_size = _batch_size(batch_size, last, task)
+  answer, read = make_answer(_model_of(last), task), make_token_reader(last, reference, task)
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  problems = {n: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known, max(digits))
+              for n in digits}
+  right = as_rollout(*(jax.vmap(f)(problems[longest]) for f in (task.prompt, task.solution)))
+  critical = np.asarray(oracle(task)(problems[longest], right, None).critical)
   rows, kept = [], []
-  states = [(step, None) for step in chosen] if 0 in chosen or last.info.kind == 'pretrain' else [
-      (0, {**last.params, **{k: v for k, v in reference.params.items() if k != 'value_head'}}),
-      *((step, None) for step in chosen)]
-  for step, params in tqdm.tqdm(states, 'steps', unit='step', disable=not progress):
+  for step, params in tqdm.tqdm(list(_states(last, reference, most)), 'steps', unit='step', disable=not progress):
     params = load_checkpoint(last.path.parent, step).params if params is None else params
-    found = jax.device_get(read(params, reference.params, problems[known + 1], right))
-    row = {'step': step} | {name: float(np.mean(answer(params, problems[n], key)[1]))
-                            for name, n in (('N', known), ('N+1', known + 1))}
+    found = _in_batches(lambda some, p=params: {k: v for k, v in read(p, reference.params, *some).items()
+                                                if k in ('mask', 'right_prob', 'kl')},
+                        (problems[longest], right), batch_size)
+    row = {'step': step} | {name: float(answer_all(answer, params, problems[n], answer_key, batch_size).mean())
+                            for name, n in zip(('short', 'long'), digits)}
     for name, where in (('critical', critical), ('other', found['mask'] & ~critical)):
-      row |= {f'{name}_prob': float(found['right_prob'][where].mean()), f'{name}_kl': float(found['kl'][where].mean())}
+      row |= {f'{name}_{short}': float(found[field][where].mean()) if where.any() else np.nan
+              for short, field in (('prob', 'right_prob'), ('kl', 'kl'))}
     rows.append(row)
     kept.append(found['right_prob'][:num_solutions])
-  own = jax.tree.map(lambda x: x[:num_solutions], (problems[known + 1], right))
+  own = jax.tree.map(lambda x: x[:num_solutions], (problems[longest], right))
   curves = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-  return curves | {'right_prob': np.stack(kept), 'token': np.asarray(own[1].actions), 'mask': np.asarray(own[1].mask),
-                   'critical': critical[:num_solutions], **_texts(task, *own)}
+  return curves | {'digits': np.array(digits), 'right_prob': np.stack(kept), 'token': np.asarray(own[1].actions),
+                   'mask': np.asarray(own[1].mask), 'critical': critical[:num_solutions], **_texts(task, *own)}
+
+
+def _states(last, reference, most):
+  """Yields the steps to read, and the parameters of those that are no checkpoint beside the last one."""
+  steps = checkpoint_lib.steps_in(last.path.parent)
+  chosen = np.linspace(len(steps) - 1, 0, min(most, len(steps))).round().astype(int)
+  if last.info.kind == 'finetune' and 0 not in steps and reference.path == find_reference(last).resolve():
+    trunk = {name: x for name, x in reference.params.items() if name != 'value_head'}
+    yield 0, {**last.params, **trunk}
+  for i in sorted(set(chosen.tolist())):
+    yield steps[i], None
+
+
+def _in_batches(read, arrays, batch_size):
+  size = jax.tree.leaves(arrays)[0].shape[0]
+  parts = [jax.device_get(read(jax.tree.map(lambda x, i=i: x[i:i + batch_size], arrays)))
+           for i in range(0, size, batch_size)]
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _model_of(checkpoint: Checkpoint) -> GPT2:
+  """Returns the model as any device can run it."""
+  return GPT2(dataclasses.replace(checkpoint.info.model, remat=False, attention='auto'))
+
+
+def _batch_size(asked, policy, task):
+  logits = (task.prompt_length + task.response_length) * policy.info.model.vocab_size
+  return max(min(asked, _LOGITS // logits), 1)
 
 
 def _texts(task, problems, rollout) -> dict[str, np.ndarray]:

@@ -17,16 +17,16 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
     tokens: of `reading.read_tokens`.
 
   Returns:
-    `accuracy`: of each number of digits `accuracy` with `low` and `high` (95% bootstrap) and `num_problems`. `places`:
-    means of `FIGURES` at the oracle's `critical` tokens, at `other` tokens after right ones, and at those
-    `after_error`, where the right token is not known; with their `number`. `certainty_gap`: certainty at critical
-    tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
+    `accuracy`: of each number of digits `accuracy` with `low` and `high` (95% bootstrap) and `num_problems`; empty if
+    right solutions were read. `places`: means of `FIGURES` at the oracle's `critical` tokens, at `other` tokens after
+    right ones, and at those `after_error`, where the right token is not known; with their `number`. `certainty_gap`:
+    certainty at critical tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
     `lowest_other_certainty`. `certain_and_wrong`: the share of tokens after right ones at which the reference gives
     more than 0.9 to a wrong token. `agreement`: of the oracle, and of the counterfactual detector where there is one,
     the agreement of each other detector with it (see `agreement`), over the tokens that both looked at.
   """
   accuracy = {}
-  for number in np.unique(tokens['digits']):
+  for number in np.unique(tokens['digits'][~np.isnan(tokens['reward'])]):
     own = tokens['reward'][tokens['digits'] == number]
     low, high = bootstrap_interval(own)
     accuracy[str(number)] = {'accuracy': float(own.mean()), 'low': low, 'high': high, 'num_problems': len(own)}

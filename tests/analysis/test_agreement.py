@@ -71,6 +71,23 @@ def test_intervals_cover_the_truth():
   assert 34 <= covered <= 40
 
 
+def test_nothing_to_compare():
+  nothing = np.zeros((2, 3))
+  found = agreement(nothing, nothing > 0, nothing > 0, nothing)
+  assert set(found.values()) == {None}
+
+
+def test_resamples_of_many_scores_are_those_of_the_scores():
+  """Their ranks are brought to fewer bins, which moves no interval visibly."""
+  rng = np.random.default_rng(3)
+  wanted = rng.random((30, 400)) < 0.1
+  score = wanted + rng.normal(size=(30, 400))
+  value, low, high = agreement(score, score > 1, wanted, np.ones(wanted.shape), num_resamples=200)['auroc']
+  assert low < value < high
+  assert value == pytest.approx(0.760, abs=0.02)  # P(1 + sqrt(2) Z > 0)
+  assert high - low < 0.05
+
+
 def test_shapes_must_agree():
   with pytest.raises(ValueError, match='expected one shape'):
     agreement(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 2)), np.zeros((2, 3)))

@@ -28,21 +28,23 @@ def tokens_of(num_responses, length=80, seed=0):
   on_path = mask & (np.arange(length)[None] <= first_error)
   share = lambda *shape: rng.random((num_responses, length, *shape)).astype(np.float32)
   tokens = {'problem': np.array([f'{i}+1' for i in range(num_responses)], object),
-            'digits': np.where(np.arange(num_responses) % 2, 6, 5), 'reward': np.arange(num_responses) % 3 == 0,
+            'digits': np.where(np.arange(num_responses) % 2, 6, 5), 'reward': (np.arange(num_responses) % 3 == 0) * 1.0,
             'response': np.array([TOKENIZER.decode(row, own) for row, own in zip(ids, mask)], object),
             'mask': mask, 'on_path': on_path, 'right': on_path & (np.arange(length)[None] < first_error)}
   tokens |= {name: share() for name in ('certainty', 'weight', 'kl', 'right_prob', 'ref_right_prob')}
   tokens |= {name: share(5) for name in ('top_prob', 'ref_top_prob')}
   tokens |= {name: rng.integers(0, TOKENIZER.vocab_size, (num_responses, length, 5)) for name in ('top', 'ref_top')}
-  return tokens | {f'critical/{name}': mask & (share() < 0.1) for name in ('oracle', 'threshold')}
+  tokens |= {f'critical/{name}': mask & (share() < 0.1) for name in ('oracle', 'threshold')}
+  return tokens | {'looked_at/oracle': on_path * 1.0, 'looked_at/threshold': mask * 1.0}
 
 
 def steps_of(num_steps=3, length=30):
   rng = np.random.default_rng(1)
   mask = np.arange(length)[None] < np.array([[20], [30]])
   curves = {name: np.linspace(0.1, 0.9, num_steps) for name in (
-      'N', 'N+1', 'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
-  return {'step': np.arange(num_steps) * 4, **curves, 'right_prob': rng.random((num_steps, 2, length)), 'mask': mask,
+      'short', 'long', 'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
+  return {'digits': np.array([5, 6]), 'step': np.arange(num_steps) * 4, **curves, 'mask': mask,
+          'right_prob': rng.random((num_steps, 2, length)),
           'critical': mask & (rng.random(mask.shape) < 0.2),
           'response': np.array(['x' * 20, 'y' * 30], object), 'problem': np.array(['1+2', '3+4'], object)}
 
@@ -121,15 +123,45 @@ def test_filters_and_colours(tmp_path):
 def test_a_token_that_was_clicked_shows_its_alternatives(tmp_path):
   path, tokens = page(tmp_path, 3), tokens_of(3)
   k = int(tokens['mask'][0].sum()) + 4  # of the second response
-  tip = opened(path, f'token={k}').split('id="tip"')[1]
+  assert_tip(opened(path, f'token={k}'), tokens, 1, 4)
+
+
+@needs_browser
+def test_a_token_that_is_pointed_at_shows_its_alternatives(tmp_path):
+  path, tokens = page(tmp_path, 3), tokens_of(3)
+  script = ('document.querySelectorAll("#responses span[data-k]")[7].dispatchEvent('
+            'new MouseEvent("mousemove", {bubbles: true, clientX: 50, clientY: 60}));')
+  path.write_text(path.read_text().replace('setUp();\n</script>', f'setUp();\n{script}\n</script>'))
+  assert_tip(opened(path), tokens, 0, 7)
+
+
+def assert_tip(dom, tokens, i, t):
+  tip = dom.split('id="tip"')[1]
   assert 'hidden' not in tip.split('>')[0]
-  said = html.unescape(re.sub(r'<[^>]+>', ' ', tip))
-  assert f'certainty {tokens["certainty"][1, 4]:.2f}'[:13] in said
-  for name in ('top_prob', 'ref_top_prob'):
-    for p in tokens[name][1, 4]:
-      assert f'{p:.2f}'[:3] in said
-  assert 'reference' in said
-  assert 'policy' in said
+  first, reference, policy = tip.split('<table>')
+  assert f'certainty {tokens["certainty"][i, t]:.3g}'[:14] in first
+  assert ('after the first wrong token' in first) != tokens['on_path'][i, t]
+  assert ('not looked at by: oracle' in first) != tokens['on_path'][i, t]
+  for table, name in ((reference, 'ref_top'), (policy, 'top')):
+    rows = re.findall(r'<code>([^<]*)</code></td><td>([^<]*)<', table)
+    shown = {'\n': '\u21b5', ' ': '\u2423'}
+    characters = [TOKENIZER.decode([token]) for token in tokens[name][i, t]]
+    assert [html.unescape(c) for c, _ in rows] == [shown.get(c, c) for c in characters]
+    np.testing.assert_allclose([float(p) for _, p in rows], tokens[f'{name}_prob'][i, t], rtol=0.01, atol=1e-4)
+
+
+@needs_browser
+def test_what_is_no_number_breaks_nothing(tmp_path):
+  tokens, steps = tokens_of(2), steps_of()
+  for name in ('kl', 'right_prob', 'top_prob'):
+    tokens[name][:] = np.nan
+  tokens['reward'] = np.full(2, np.nan)
+  steps['critical_kl'][1] = np.nan
+  steps['right_prob'][1] = np.nan
+  write_page(tmp_path / 'nan.html', [Run('nan', '', tokens, [], {}, steps)], TOKENIZER.alphabet, '')
+  dom = opened(tmp_path / 'nan.html', 'colour=kl&step=1&run=x&detector=9')
+  assert all(background is None for _, background, _ in spans(dom))
+  assert 'right solution' in dom
 
 
 @needs_browser

@@ -38,6 +38,8 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   assert text.endswith('\n')
   assert {row['right'] for row in own} == {'right'}
   assert sum(float(row['critical/oracle']) for row in own) > 0
+  looked = [row['score/counterfactual'] != '' for row in own]
+  assert sum(looked) == 2 + sum(row['critical/oracle'] == '1' for row in own)
   assert sum(row['checkpoint'] == rows[0]['checkpoint'] for row in rows) == sum(
       place['number'] for place in next(iter(summary.values()))['places'].values())
   page = (tmp_path / 'report.html').read_text()
@@ -60,5 +62,5 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
   mixed = refused('analyze', f'--checkpoints={workdir},{checkpoint.SHIPPED_REFERENCE}', f'--workdir={tmp_path}')
   assert 'pre-trained on [1, 5] digits' in mixed
   twice = refused('analyze', f'--checkpoints={workdir},{workdir}', f'--workdir={tmp_path}')
-  assert 'twice' in twice
+  assert 'none of them twice' in twice
   assert '--digits' in refused('analyze', f'--checkpoints={workdir}', '--digits=9', f'--workdir={tmp_path}', *SMALL)
