@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 ConfigT = TypeVar('ConfigT')
 
-_ADDED = {'rollout', 'window', 'scan_layers'}  # fields that checkpoints of older versions lack
+# Fields that checkpoints of older versions lack.
+_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction'}
 
 
 # Checks.
@@ -145,6 +146,10 @@ class LossConfig:
     certainty_exponent: beta.
     certainty_intercept: c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
     certainty_temperature: temperature at which the reference's certainty is taken.
+    kl_gate: rule that switches the penalty of single tokens off, beside its weight, see `gates.kl_gate`: `none`,
+      `oracle`, `threshold`, `random`, `top_entropy`, `response_entropy`, `negative_advantage` or `kl_cov`.
+    gate_threshold: certainty below which `threshold` switches it off.
+    gate_fraction: share of tokens that `top_entropy` and `response_entropy` switch it off at, `kl_cov` on.
   """
 
   algorithm: str = 'ppo'
@@ -161,6 +166,9 @@ class LossConfig:
   certainty_exponent: float = 150.0
   certainty_intercept: float = 0.0
   certainty_temperature: float = 1.0
+  kl_gate: str = 'none'
+  gate_threshold: float = 0.9
+  gate_fraction: float = 0.2
 
   def __post_init__(self):
     _one_of(self, 'algorithm', 'ppo', 'a2c')
@@ -171,6 +179,11 @@ class LossConfig:
     _positive(self, 'clip_ratio', 'temperature', 'certainty_temperature')
     _at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
               'certainty_exponent')
+    _one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'random', 'top_entropy', 'response_entropy',
+            'negative_advantage', 'kl_cov')
+    _between(self, 0, 1, 'gate_threshold', 'gate_fraction')
+    if self.kl_gate != 'none' and self.kl_placement != 'loss':
+      raise ValueError(f"kl_gate: {self.kl_gate!r} needs kl_placement='loss', got {self.kl_placement!r}.")
     if not self.certainty_intercept <= 1:
       raise ValueError(f'certainty_intercept: expected at most 1, got {self.certainty_intercept}.')
 

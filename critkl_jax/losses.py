@@ -29,6 +29,8 @@ class Coefficients:
   certainty_exponent: chex.Numeric
   certainty_intercept: chex.Numeric
   certainty_temperature: chex.Numeric
+  gate_threshold: chex.Numeric = 0.9
+  gate_fraction: chex.Numeric = 0.2
 
   @classmethod
   def of(cls, config: LossConfig) -> 'Coefficients':
@@ -211,7 +213,7 @@ def ppo_loss(logits: chex.Array, values: chex.Array, ref_logits: chex.Array, bat
   chex.assert_equal_shape_prefix([logits, values], 2)
   c = Coefficients.of(config) if coefficients is None else coefficients
   record = weighted_kl(logits, ref_logits, batch.actions, mask=batch.mask, **op_options(config, c))
-  parts = _token_parts(record, batch.log_probs, batch.advantages, config, c)
+  parts = _token_parts(record, config, c, *_of_tokens(batch))
   return _with_critic(masked_mean(parts['loss'], batch.mask), parts, values, batch, config, c)
 
 
@@ -243,21 +245,26 @@ def linear_ppo_loss(hidden: chex.Array, embedding: chex.Array, values: chex.Arra
   _check_batch(values, batch)
   c = Coefficients.of(config) if coefficients is None else coefficients
 
-  def token_loss(record, log_probs, advantages):
-    return _token_parts(record, log_probs, advantages, config, c)['loss']
+  def token_loss(record, *of_tokens):
+    return _token_parts(record, config, c, *of_tokens)['loss']
 
   total, record = linear_weighted_kl_loss(
-      token_loss, hidden, embedding, ref_hidden, ref_embedding, batch.actions, batch.log_probs, batch.advantages,
+      token_loss, hidden, embedding, ref_hidden, ref_embedding, batch.actions, *_of_tokens(batch),
       mask=batch.mask, **op_options(config, c), **options)
-  parts = _token_parts(record, batch.log_probs, batch.advantages, config, c)
+  parts = _token_parts(record, config, c, *_of_tokens(batch))
   count = jnp.maximum(jnp.sum(batch.mask, dtype=jnp.float32), 1.0)
   return _with_critic(total / count, parts, values, batch, config, c)
 
 
-def _token_parts(record, old_log_probs, advantages, config, c):
+def _of_tokens(batch):
+  """Returns what the loss of a token needs beside what the models say of it."""
+  return (batch.log_probs, batch.advantages) + (() if batch.gate is None else (batch.gate,))
+
+
+def _token_parts(record, config, c, old_log_probs, advantages, gate=1.0):
   """Returns the loss of each token but for the critic's, and what it is made of."""
   policy_losses, clipped = policy_loss(record.log_prob, old_log_probs, advantages, config.algorithm, c.clip_ratio)
-  penalty, weight = weighted_penalty(record, config)
+  penalty, weight = (gate * x for x in weighted_penalty(record, config))
   kl_coefficient = c.kl_coefficient if config.kl_placement == 'loss' else 0.0
   return {'loss': policy_losses - c.entropy_coefficient * record.entropy + kl_coefficient * penalty,
           'policy_loss': policy_losses, 'entropy': record.entropy, 'weighted_kl': penalty, 'kl': record.kl,

@@ -86,6 +86,7 @@ class Batch:
     values: float32 `[B, T]` value estimates at the time of the rollout.
     advantages: float32 `[B, T]` advantage of each action.
     returns: float32 `[B, T]` regression targets of the critic.
+    gate: float32 `[B, T]` by what the KL penalty of each token is multiplied, beside its weight; None for 1.
   """
 
   actions: chex.Array
@@ -94,6 +95,7 @@ class Batch:
   values: chex.Array
   advantages: chex.Array
   returns: chex.Array
+  gate: chex.Array | None = None
 
 
 @struct.dataclass

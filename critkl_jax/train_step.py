@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from critkl_jax import advantages, sharding, slices
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.critical_tokens import on_path
+from critkl_jax.gates import kl_gate
 from critkl_jax.gpt2 import GPT2, gathered, gathered_whole, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
@@ -121,9 +123,13 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
 
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
     rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
-    rollout, rewards = collect(model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
+    problems, rollout, rewards = collect(
+        model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
     ref_output = reference_pass(model, config, state.ref_params, rollout, lengths)
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
+    if config.loss.kl_gate != 'none':
+      gate_key = jax.random.fold_in(rollout_key, 1)
+      batch = gated(model, task, config, state, problems, rollout, ref_output, batch, gate_key, hyperparameters)
     state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     if mesh is not None:
@@ -136,7 +142,7 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
 
 
 def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: chex.PRNGKey,
-            temperature: chex.Numeric) -> tuple[Rollout, chex.Array]:
+            temperature: chex.Numeric) -> tuple[Any, Rollout, chex.Array]:
   """Draws problems, samples a response to each and rewards it.
 
   Args:
@@ -148,7 +154,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
     temperature: of the samples; may be traced.
 
   Returns:
-    The `Rollout` of B episodes and their rewards, float32 `[B]`.
+    The problems, with a leading axis B, the `Rollout` of B episodes, and their rewards, float32 `[B]`.
   """
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
@@ -156,7 +162,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
   rollout = sharding.episodes(respond(
       model, gathered_whole(model, params), task, problems, sample_key, method=config.rollout,
       window=config.window, temperature=temperature))
-  return rollout, sharding.episodes(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
+  return problems, rollout, sharding.episodes(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 
 
 def shorter_lengths(task: Task) -> tuple[int, ...]:
@@ -234,6 +240,37 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
     returns = jnp.where(mask, jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1], 0.0)
   return Batch(actions=rollout.actions, mask=mask, log_probs=rollout.log_probs, values=rollout.values,
                advantages=token_advantages, returns=returns)
+
+
+def gated(model: GPT2, task: Task, config: FinetuneConfig, state: TrainState, problems: Any, rollout: Rollout,
+          ref_output: chex.Array, batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters) -> Batch:
+  """Returns the batch with the gate that the config names.
+
+  Args:
+    model: the network.
+    task: knows the critical tokens.
+    config: names the gate and the certainty.
+    state: its reference's embedding is taken where hidden states are held.
+    problems: with a leading axis B.
+    rollout: B episodes of T tokens.
+    ref_output: of `reference_pass`.
+    batch: `[B, T]`.
+    key: PRNG key, consumed.
+    hyperparameters: the numbers.
+  """
+  numbers = hyperparameters.loss
+  if holds_logits(model):  # the reference against itself: its own entropy and certainty
+    record = weighted_kl(ref_output, ref_output, rollout.actions, mask=rollout.mask, **op_options(config.loss, numbers))
+  else:
+    record = sharding.own_tokens(
+        lambda own, shared: linear_weighted_kl(own[0], shared[0], own[0], shared[0], own[1], mask=own[2],
+                                               **op_options(config.loss, shared[1])),
+        (ref_output, rollout.actions, rollout.mask), (_ref_embedding(state, ref_output), numbers))
+  critical = on_path(task, problems, rollout) & jax.vmap(task.solution)(problems).critical
+  gate = kl_gate(config.loss.kl_gate, rollout.mask, certainty=record.certainty, entropy=record.entropy,
+                 log_probs=rollout.log_probs, advantages=batch.advantages, critical=critical, key=key,
+                 threshold=numbers.gate_threshold, fraction=numbers.gate_fraction)
+  return batch.replace(gate=sharding.episodes(gate))
 
 
 def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,

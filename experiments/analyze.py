@@ -81,7 +81,7 @@ def names_of(paths: list[str]) -> dict[str, str]:
   """Returns a short name for each path: what it does not share with the others, or its last part."""
   if not paths or len(set(paths)) < len(paths):
     raise SystemExit(f'error: --checkpoints: expected one or more, none of them twice, got {paths}.')
-  parts = [pathlib.Path(path).parts for path in paths]
+  parts = [pathlib.Path(path).resolve().parts for path in paths]
   shared = 0 if len(paths) == 1 else next(
       (i for i, some in enumerate(zip(*parts)) if len(set(some)) > 1), min(map(len, parts)))
   names = ['/'.join(own[shared:] if shared and own[shared:] else own[-1:]) for own in parts]

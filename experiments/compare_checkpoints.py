@@ -32,21 +32,20 @@ def main(first: str, second: str) -> None:
   except ValueError as error:
     raise SystemExit(f'error: --digits: {error}') from error
   print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
-  print_drift(found['drift'])
+  print_drift(found['drift'], found['left_out'])
   print_answers(found)
   if WORKDIR.value:
     write(found, pathlib.Path(WORKDIR.value))
 
 
-def print_drift(rows) -> None:
-  """Prints how far each layer moved."""
-  if not rows:
-    print('\nno parameters of one name and shape: models of other sizes.')
-    return
+def print_drift(rows, left_out) -> None:
+  """Prints how far each layer moved, and what could not be compared."""
   print(f'\n{"layer":<14}{"parameters":>12}{"distance":>12}{"relative":>12}')
   for row in rows:
     relative = 'was 0' if row['relative'] is None else f'{row["relative"]:.2e}'
     print(f'{row["layer"]:<14}{row["parameters"]:>12,}{row["distance"]:>12.4f}{relative:>12}')
+  if left_out:
+    print(f'not compared, of another shape or in one alone: {", ".join(left_out[:6])}{", ..." if left_out[6:] else ""}')
 
 
 def print_answers(found) -> None:

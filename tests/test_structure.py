@@ -16,8 +16,9 @@ ORDER = [
     'tasks.task', 'tasks.text', 'tasks.addition_draft', 'tasks.addition', 'attention', 'gpt2', 'confidence',
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
-    'decoding', 'rollout', 'slices', 'advantages', 'losses', 'pretrain_step', 'train_step', 'population', 'footprint',
-    'critical_tokens', 'evaluate', 'hosts', 'checkpoint', 'runner',
+    'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step', 'train_step',
+    'population', 'footprint',
+    'evaluate', 'hosts', 'checkpoint', 'runner',
     'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
     'analysis.charts', 'analysis.comparison', 'analysis.page',
 ]

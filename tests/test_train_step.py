@@ -187,7 +187,7 @@ def test_another_value_head_starts_anew(reference, model):
 
 def make_inputs(model, reference, config):
   numbers = Hyperparameters.of(config)
-  rollout, rewards = collect(model, letter_task(), config, reference, KEY, numbers.loss.temperature)
+  _, rollout, rewards = collect(model, letter_task(), config, reference, KEY, numbers.loss.temperature)
   other = jax.tree.map(lambda x: 1.3 * x, reference)
   ref_logits, _ = score(model, other, rollout)
   state = init_finetuning(model, config, reference)

@@ -21,8 +21,8 @@ def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
     A row for each part of each layer, in the order of the layers: `layer` (`wte`, `h_0/attn`, ...), `parameters`,
     `distance`, the Euclidean norm of the difference, and `relative`, that over the norm of the first, None if it is 0.
   """
-  flat = [{jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(x, np.float64)
-           for key, x in jax.tree_util.tree_leaves_with_path(tree)} for tree in (one, two)]
+  flat = [{_name(key): np.asarray(x, np.float64) for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+          for tree in (one, two)]
   layers: dict[str, list[str]] = {}
   for name in flat[0]:
     if name not in flat[1] or flat[0][name].shape != flat[1][name].shape:
@@ -52,11 +52,11 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
     progress: whether to show it.
 
   Returns:
-    `drift`: of `parameter_drift`, of the arrays that both have in one shape. `answers`: of each number of digits the
-    `accuracy` of both, `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`.
-    `flipped`: the problems whose answer changed from right to wrong or back, with both responses. `kl`: KL(second ||
-    first) on the right solutions, nats a token at the temperature of the second's loss: `mean`, `critical`, `other`,
-    and `by_position` `[T]` (NaN where no solution is so long).
+    `drift`: of `parameter_drift`, of the arrays that both have in one shape, and `left_out`, names of the others.
+    `answers`: of each number of digits the `accuracy` of both, `difference` (mean, low, high; paired over problems),
+    and numbers `gained` and `lost`. `flipped`: the problems whose answer changed from right to wrong or back, with both
+    responses. `kl`: KL(second || first) on the right solutions, nats a token at the temperature of the second's loss:
+    `mean`, `critical`, `other`, and `by_position` `[T]` (NaN where no solution is so long).
 
   Raises:
     CheckpointError: if they do not belong together.
@@ -80,8 +80,14 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
   position = np.where(count > 0, np.where(mask, solutions['kl'], 0).sum(0) / np.maximum(count, 1), np.nan)
   kl = {name: float(solutions['kl'][where].mean()) if where.any() else None
         for name, where in (('mean', mask), ('critical', critical), ('other', mask & ~critical))}
-  return {'drift': parameter_drift(one.params, two.params), 'answers': answers, 'flipped': flipped,
-          'kl': kl | {'by_position': position}}
+  shapes = [{_name(key): x.shape for key, x in jax.tree_util.tree_leaves_with_path(c.params)} for c in (one, two)]
+  left_out = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+  return {'drift': parameter_drift(one.params, two.params), 'left_out': left_out, 'answers': answers,
+          'flipped': flipped, 'kl': kl | {'by_position': position}}
+
+
+def _name(key) -> str:
+  return jax.tree_util.keystr(key, simple=True, separator='/')
 
 
 def _place(layer: str) -> tuple[int, int, str]:

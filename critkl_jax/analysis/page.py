@@ -1,7 +1,7 @@
 """One self-contained page of what was read from checkpoints: a browser opens it without a network.
 
-The page itself is `page.html`; here its data are packed: numbers of tokens as base64 of small integers, one after
-another for all tokens of all responses, text as text.
+The page itself is `page.html`; here its data are packed: numbers of tokens as base64 of arrays, one after another for
+all tokens of all responses, text as text.
 """
 
 import base64

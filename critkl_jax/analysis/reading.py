@@ -68,11 +68,11 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     NumPy arrays. `[B]`: `problem` (text), `digits`, `response` (text), `reward` (NaN for solutions). `[B, T]`: `mask`,
     true at tokens; `token` (id), `character`; `on_path`, whether all tokens before are those of the right solution, and
     `right`, whether this one is too; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`, `kl` (exact, nats),
-    `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default, and `certainty/KIND` of
-    each kind; `right_prob` and `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and
-    `looked_at/NAME` of each detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`,
-    `ref_top_prob`. All are 0 beyond the end of a response. Policy and reference are read at the temperature of the
-    loss, certainties at their own.
+    `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default, but for a gate of single
+    tokens (`kl_gate`); `certainty/KIND` of each kind; `right_prob` and `ref_right_prob` of the right token where
+    `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each detector (see `Detection`). `[B, T, 5]`:
+    `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the end of a response. Policy and reference are
+    read at the temperature of the loss, certainties at their own.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read or they do not belong together.
@@ -198,7 +198,7 @@ def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = 
     path: a workdir, or a directory of step directories.
     reference: as in `read_tokens`.
     most: checkpoints that are read, at most: the last, the first, and some evenly between.
-    digits: the first of them and the last are read; N and N + 1 if None.
+    digits: the least and the greatest of them are read; N and N + 1 if None.
     num_problems: problems for each accuracy, and right solutions that are read.
     num_solutions: solutions of which single tokens are kept.
     seed: of the problems.
@@ -213,10 +213,13 @@ def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = 
 
   Raises:
     CheckpointError: as `read_tokens`.
+    ValueError: as `read_tokens`.
   """
+  if num_problems < 1:
+    raise ValueError(f'num_problems: expected 1 or more, got {num_problems}.')
   last, reference = load_pair(path, reference)
   known = last.info.known_digits
-  digits = [known, known + 1] if digits is None else [digits[0], digits[-1]]
+  digits = [known, known + 1] if digits is None else [min(digits), max(digits)]
   task, longest = task_of(last, digits), digits[-1]
   batch_size = _batch_size(batch_size, last, task)
   answer, read = make_answer(_model_of(last), task), make_token_reader(last, reference, task)
@@ -248,11 +251,18 @@ def _states(last, reference, most):
   """Yields the steps to read, and the parameters of those that are no checkpoint beside the last one."""
   steps = checkpoint_lib.steps_in(last.path.parent)
   chosen = np.linspace(len(steps) - 1, 0, min(most, len(steps))).round().astype(int)
-  if last.info.kind == 'finetune' and 0 not in steps and reference.path == find_reference(last).resolve():
+  if last.info.kind == 'finetune' and 0 not in steps and _is_own(last, reference):
     trunk = {name: x for name, x in reference.params.items() if name != 'value_head'}
     yield 0, {**last.params, **trunk}
   for i in sorted(set(chosen.tolist())):
     yield steps[i], None
+
+
+def _is_own(policy, reference):
+  try:
+    return reference.path == find_reference(policy).resolve()
+  except CheckpointError:  # the one that it had is gone
+    return False
 
 
 def _in_batches(read, arrays, batch_size):

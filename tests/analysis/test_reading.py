@@ -11,6 +11,7 @@ from critkl_jax.analysis.reading import find_reference, load_pair, read_steps, r
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, kl_weight
+from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.tasks.addition import TOKENIZER
 
@@ -94,6 +95,12 @@ def test_references_are_found(workdir, tmp_path):
   assert find_reference(load_checkpoint(elsewhere / '4')) == load_checkpoint().path
   with pytest.raises(CheckpointError, match='known_digits is 1, but 5 in the reference'):
     load_pair(elsewhere / '4')
+  lost = tmp_path / 'lost'
+  for step in (2, 4):
+    write(lost, policy.params, step, training=replace(policy.info.training, reference='/gone'))
+  with pytest.raises(CheckpointError, match='/gone: no such directory'):
+    load_pair(lost)
+  assert read_steps(lost, workdir / 'reference', num_problems=1)['step'].tolist() == [2, 4]
   assert load_pair(elsewhere / '4', workdir / 'reference')[1].step == 7
   with pytest.raises(ValueError, match='responses: expected one of'):
     read_tokens(workdir, responses='best')
@@ -192,7 +199,11 @@ def test_models_of_other_sizes_are_compared_by_what_they_say(workdir):
   one = load_checkpoint(workdir)
   two = checkpoint.Checkpoint(init_params(wide, jax.random.key(0)), checkpoint.CheckpointInfo(wide.config, 1, SMOKE), 0,
                               one.path.parent)
-  assert [row['layer'] for row in compare(one, two, num_problems=2)['drift']] == ['value_head']
+  found = compare(one, two, num_problems=2)
+  assert [row['layer'] for row in found['drift']] == ['value_head']
+  assert 'wte/embedding' in found['left_out']
+  assert 'h_1/attn/c_attn/kernel' in found['left_out']
+  assert compare(one, one, num_problems=2)['left_out'] == []
 
 
 def test_noise_is_drift():

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import TOKENIZER, letter_task
+
+from critkl_jax import config as config_lib
+from critkl_jax import losses
+from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig
+from critkl_jax.gates import GATES, kl_gate
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.ops.weighted_kl import api
+from critkl_jax.records import Batch
+from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+
+KEY = jax.random.key(0)
+MASK = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], bool)
+TOKENS = {
+    'certainty': jnp.array([[0.95, 0.2, 0.9, 0.99, 0.5], [1.0, 0.89, 0.91, 0.92, 0.0]]),
+    'entropy': jnp.array([[0.1, 0.9, 0.2, 0.0, 0.5], [0.0, 0.3, 0.25, 0.05, 9.0]]),
+    'log_probs': jnp.array([[-1.0, -1.0, -3.0, -1.0, -1.0], [-1.0, 0.0, -1.0, -1.0, 0.0]]),
+    'advantages': jnp.array([[1.0, 1.0, 1.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -1.0, 0.0]]),
+    'critical': jnp.array([[0, 1, 0, 0, 1], [0, 1, 0, 0, 0]], bool)}
+
+
+def gate(name, **changes):
+  return np.asarray(kl_gate(name, MASK, key=KEY, **(TOKENS | changes)))
+
+
+@pytest.mark.parametrize(('name', 'changes', 'wanted'), [
+    ('none', {}, [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    ('oracle', {}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),
+    ('threshold', {}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),
+    ('threshold', {'threshold': 0.5}, [[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    ('top_entropy', {'fraction': 1 / 3}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),  # 3 of 9
+    ('response_entropy', {'fraction': 0.25}, [[1, 0, 1, 1, 1], [1, 0, 1, 1, 0]]),  # 1 of 5, 1 of 4
+    ('negative_advantage', {}, [[0, 0, 0, 0, 0], [1, 1, 1, 1, 0]]),
+    ('kl_cov', {'fraction': 1 / 9}, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),  # the four greatest are alike: none counts
+    ('kl_cov', {'fraction': 4 / 9}, [[1, 1, 0, 1, 1], [0, 0, 0, 0, 0]]),
+    ('top_entropy', {'fraction': 0.0}, [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    ('top_entropy', {'fraction': 1.0}, [[0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+])
+def test_gates_by_hand(name, changes, wanted):
+  np.testing.assert_array_equal(gate(name, **changes), wanted)
+
+
+def test_the_covariance_of_single_tokens():
+  advantages = jnp.array([[1.0, 2.0, 1.0, 1.5, 1.0], [-1.0, -1.0, -1.0, -1.2, 0.0]])
+  mean = [float(jnp.sum(jnp.where(MASK, x, 0)) / 9) for x in (TOKENS['log_probs'], advantages)]
+  covariance = np.where(MASK, (TOKENS['log_probs'] - mean[0]) * (advantages - mean[1]), -np.inf)
+  order = np.argsort(-covariance.ravel())
+  wanted = np.zeros(10)
+  wanted[order[:2]] = 1
+  np.testing.assert_array_equal(gate('kl_cov', advantages=advantages, fraction=2 / 9).ravel(), wanted)
+
+
+def test_random_tokens_are_as_many_as_the_critical_ones():
+  mask = jnp.arange(50)[None] < jnp.array([[50], [30], [10]])
+  critical = mask & (jnp.arange(50)[None] % 9 == 2)
+  some = {name: jnp.zeros(mask.shape) for name in ('certainty', 'entropy', 'log_probs', 'advantages')}
+  off = [mask & (kl_gate('random', mask, critical=critical, key=jax.random.key(i), **some) == 0) for i in range(2)]
+  for one in off:
+    np.testing.assert_array_equal(one.sum(1), critical.sum(1))
+  assert (off[0] != off[1]).any()
+
+
+def test_unknown_gates():
+  with pytest.raises(ValueError, match='kl_gate: expected one of'):
+    gate('all')
+  with pytest.raises(ValueError, match='kl_gate'):
+    LossConfig(kl_gate='all')
+  with pytest.raises(ValueError, match="kl_gate: 'oracle' needs kl_placement='loss'"):
+    LossConfig(kl_gate='oracle', kl_placement='reward')
+  for name in GATES:
+    assert LossConfig(kl_gate=name).kl_gate == name
+
+
+def test_the_penalty_is_taken_where_the_gate_is_on():
+  logits, ref_logits = jax.random.normal(KEY, (2, 2, 5, 7))
+  zeros = jnp.zeros((2, 5))
+  batch = Batch(actions=jnp.ones((2, 5), jnp.int32), mask=MASK, log_probs=zeros, values=zeros, advantages=zeros,
+                returns=zeros)
+  config = LossConfig(certainty_exponent=2.0, kl_coefficient=3.0)
+  gates = jnp.asarray(gate('oracle'))
+  _, metrics = losses.ppo_loss(logits, zeros, ref_logits, batch.replace(gate=gates), config)
+  record = losses.weighted_kl(logits, ref_logits, batch.actions, mask=MASK, exponent=2.0)
+  penalty, weight = losses.weighted_penalty(record, config)
+  np.testing.assert_allclose(metrics['weighted_kl'], losses.masked_mean(gates * penalty, MASK), rtol=1e-6)
+  np.testing.assert_allclose(metrics['weight'], losses.masked_mean(gates * weight, MASK), rtol=1e-6)
+  np.testing.assert_allclose(metrics['kl'], losses.masked_mean(record.kl, MASK), rtol=1e-6)
+  off = losses.ppo_loss(logits, zeros, ref_logits, batch.replace(gate=0 * gates), config)[0]
+  none = losses.ppo_loss(logits, zeros, ref_logits, batch, config_lib.replace(config, kl_coefficient=0.0))[0]
+  np.testing.assert_allclose(off, none, atol=1e-6)
+
+
+@pytest.mark.usefixtures('standard_promotion')
+@pytest.mark.parametrize('name', GATES[1:])
+def test_a_step_with_a_gate_from_logits_and_from_hidden_states(name, monkeypatch):
+  model = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=1, num_heads=2, width=16))
+  config = config_lib.replace(FinetuneConfig(episodes=16, minibatches=2, learning_rate=1e-2), kl_gate=name,
+                              kl_coefficient=1.0, certainty_exponent=1.0, gate_fraction=0.3, gate_threshold=0.004)
+  reference = init_params(model, jax.random.key(0))
+
+  def advance():
+    state, step = init_finetuning(model, config, reference), make_train_step(model, letter_task(), config)
+    for _ in range(3):
+      state, metrics = step(state, finetuning_keys(config)[1], Hyperparameters.of(config))
+    return jax.device_get((state.params, metrics))
+
+  params, metrics = advance()
+  monkeypatch.setattr(api, 'SMALL_VOCABULARY', 0)
+  again, others = advance()
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), params, again)
+  for metric, value in metrics.items():
+    np.testing.assert_allclose(value, others[metric], rtol=1e-3, atol=1e-4, err_msg=metric)
+  assert metrics['kl'] > 0
