@@ -153,14 +153,14 @@ def counterfactual(model: GPT2, params: Any, task: Task, key: chex.PRNGKey, *, n
     tokens, shares = _alternatives(rollout.actions, ref_logits, num_alternatives)
     rows, position = np.nonzero(weight)
     tokens, shares = np.asarray(tokens)[rows, position], np.asarray(shares)[rows, position]  # [places, 1 + K], [., K]
-    jobs = np.repeat(np.arange(rows.size), num_samples)
-    rewards = np.zeros((jobs.size, 1 + num_alternatives))
-    for start in tqdm.trange(0, jobs.size, batch_size, desc='counterfactuals', disable=not progress):
-      own = jobs[(start + np.arange(batch_size)) % jobs.size]
+    places = np.repeat(np.arange(rows.size), num_samples)
+    rewards = np.zeros((places.size, 1 + num_alternatives))
+    for start in tqdm.trange(0, places.size, batch_size, desc='counterfactuals', disable=not progress):
+      own = places[(start + np.arange(batch_size)) % places.size]
       some = jax.tree.map(lambda x, own=own: x[rows[own]], (problems, rollout))
       for i in range(1 + num_alternatives):
         reward = success(params, *some, position[own], tokens[own, i], jax.random.fold_in(sample_key, start))
-        rewards[start:start + batch_size, i] = np.asarray(reward)[:jobs.size - start]
+        rewards[start:start + batch_size, i] = np.asarray(reward)[:places.size - start]
     chances = rewards.reshape(-1, num_samples, 1 + num_alternatives).mean(1)
     found = np.zeros(weight.shape, np.float32)
     found[rows, position] = np.abs(np.sum(shares * (chances[:, :1] - chances[:, 1:]), 1))

@@ -122,13 +122,14 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
   lengths = shorter_lengths(task)
 
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
-    rollout_key, shuffle_key = jax.random.split(jax.random.fold_in(key, state.step))
+    step_key = jax.random.fold_in(key, state.step)
+    rollout_key, shuffle_key = jax.random.split(step_key)
     problems, rollout, rewards = collect(
         model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
     ref_output = reference_pass(model, config, state.ref_params, rollout, lengths)
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
     if config.loss.kl_gate != 'none':
-      gate_key = jax.random.fold_in(rollout_key, 1)
+      gate_key = jax.random.fold_in(step_key, 2)  # 0 and 1 may be the two of the split
       batch = gated(model, task, config, state, problems, rollout, ref_output, batch, gate_key, hyperparameters)
     state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)

@@ -9,6 +9,7 @@ import numpy as np
 
 _NAMES = ('precision', 'recall', 'auroc', 'average_precision')
 
+
 def agreement(score: np.ndarray, called: np.ndarray, wanted: np.ndarray, weight: np.ndarray, confidence: float = 0.95,
               num_resamples: int = 500, seed: int = 0) -> dict[str, Any]:
   """Compares what a detector finds with what was to be found.

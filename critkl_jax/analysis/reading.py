@@ -91,10 +91,10 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
   read = make_token_reader(policy, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, policy, task)
+  drawn = _problems(policy, digits, num_problems, problem_key)
   parts, batches = [], [(n, start) for n in digits for start in range(0, num_problems, batch_size)]
   for number, start in tqdm.tqdm(batches, 'responses', unit='batch', disable=not progress):
-    drawn = draw_problems(jax.random.fold_in(problem_key, number), num_problems, 'plus', number, known, max(digits))
-    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn)
+    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
     if responses == 'solution':
       rollout = as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems))
       rewards = jnp.full(rollout.mask.shape[0], jnp.nan)
@@ -224,8 +224,7 @@ def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = 
   batch_size = _batch_size(batch_size, last, task)
   answer, read = make_answer(_model_of(last), task), make_token_reader(last, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
-  problems = {n: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known, max(digits))
-              for n in digits}
+  problems = _problems(last, digits, num_problems, problem_key)
   right = as_rollout(*(jax.vmap(f)(problems[longest]) for f in (task.prompt, task.solution)))
   critical = np.asarray(oracle(task)(problems[longest], right, None).critical)
   rows, kept = [], []
@@ -245,6 +244,12 @@ def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = 
   curves = {name: np.array([row[name] for row in rows]) for name in rows[0]}
   return curves | {'digits': np.array(digits), 'right_prob': np.stack(kept), 'token': np.asarray(own[1].actions),
                    'mask': np.asarray(own[1].mask), 'critical': critical[:num_solutions], **_texts(task, *own)}
+
+
+def _problems(policy, digits, num_problems, key):
+  """Draws the problems of each number of digits, in arrays of one size."""
+  return {n: draw_problems(jax.random.fold_in(key, n), num_problems, 'plus', n, policy.info.known_digits, max(digits))
+          for n in digits}
 
 
 def _states(last, reference, most):
