@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 # Fields that checkpoints of older versions lack.
-_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction'}
+_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward'}
 
 
 # Checks.
@@ -203,6 +203,7 @@ class FinetuneConfig:
     minibatches: updates in a pass, a divisor of `episodes`.
     learning_rate: of Adam.
     max_grad_norm: gradients are scaled down to this global norm.
+    wrong_reward: of a response that is not right, where a right one gets 1: 0 in the paper, -1 in its released code.
     advantage: `group_relative` (return minus the group's mean, over its standard deviation), `leave_one_out` (return
       minus the mean of the others) or `gae` (generalised advantage estimation with the critic). A group is the episodes
       of one problem, or the whole rollout where episodes_per_problem is 1.
@@ -234,6 +235,7 @@ class FinetuneConfig:
   minibatches: int = 3
   learning_rate: float = 4e-5
   max_grad_norm: float = 1.0
+  wrong_reward: float = 0.0
   advantage: str = 'group_relative'
   whiten_advantages: bool = False
   discount: float = 1.0
@@ -255,6 +257,8 @@ class FinetuneConfig:
     _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
     _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems')
     _positive(self, 'learning_rate', 'max_grad_norm')
+    if not self.wrong_reward < 1:
+      raise ValueError(f'wrong_reward: expected less than 1, the reward of a right response, got {self.wrong_reward}.')
     _between(self, 0, 1, 'discount', 'gae_lambda')
     _one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
     _one_of(self, 'value_head', 'linear', 'mlp')
@@ -319,12 +323,12 @@ FINETUNE_PRESETS = {
         loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.0005, kl_coefficient=5.0),
         num_iterations=100, episodes=50, minibatches=25, learning_rate=1e-6, advantage='gae', gae_lambda=0.95,
         value_head='mlp', eval_problems=1000),
-    # The released code where it departs from the paper: temperatures, certainty, entropy coefficient.
+    # The released code where it departs from the paper: temperatures, certainty, entropy coefficient, rewards.
     'released': FinetuneConfig(
         loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.001, kl_coefficient=5.0,
                         temperature=2.0, certainty='min_entropy', certainty_temperature=4.0),
-        num_iterations=100, episodes=50, minibatches=25, learning_rate=1e-6, advantage='gae', gae_lambda=0.95,
-        value_head='mlp', eval_problems=1000),
+        num_iterations=100, episodes=50, minibatches=25, learning_rate=1e-6, wrong_reward=-1.0, advantage='gae',
+        gae_lambda=0.95, value_head='mlp', eval_problems=1000),
 }
 
 

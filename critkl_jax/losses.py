@@ -202,7 +202,8 @@ def ppo_loss(logits: chex.Array, values: chex.Array, ref_logits: chex.Array, bat
 
   Returns:
     `(loss, metrics)`, float32 `[]` each. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy` (nats), `kl` (exact,
-    unweighted, nats), `weighted_kl` (as penalised), `weight`, `clip_fraction`.
+    unweighted, nats), `weighted_kl` (as penalised), `weight`, `clip_fraction`. Where the batch knows its critical tokens
+    also `critical`, their share, and `kl_at_critical` and `weight_at_critical`, what of these means comes from them.
 
   Raises:
     AssertionError: if the shapes do not agree.
@@ -278,6 +279,10 @@ def _with_critic(loss, parts, values, batch, config, c):
   critic = masked_mean(value_loss(values, batch.values, batch.returns, config.value_clip), batch.mask)
   loss = loss + c.value_coefficient * critic
   metrics = {name: masked_mean(part, batch.mask) for name, part in parts.items()}
+  if batch.critical is not None:
+    metrics |= {f'{name}_at_critical': masked_mean(jnp.where(batch.critical, parts[name], 0.0), batch.mask)
+                for name in ('kl', 'weight')}
+    metrics['critical'] = masked_mean(batch.critical.astype(jnp.float32), batch.mask)
   return loss, jax.lax.stop_gradient(metrics | {'value_loss': critic, 'loss': loss})
 
 

@@ -120,8 +120,8 @@ def _numbers_of(configs):
   return keys, jax.tree.map(lambda *x: jnp.stack(x), *map(Hyperparameters.of, configs))
 
 
-def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'
-                         ) -> Callable:
+def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto',
+                         probe: Callable[[Any], dict[str, chex.Array]] | None = None) -> Callable:
   """Makes one iteration of all members, `(state, keys, hyperparameters) -> (state, metrics [P])`, jitted, the state
   donated.
 
@@ -134,6 +134,7 @@ def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConf
     mesh: of `init_population`.
     mapping: `vmap` computes the members side by side, `scan` one after another, `shard` spreads them over the mesh's
       axis `member`, one after another on each part; `auto` picks, see `pick_mapping`.
+    probe: as in `make_train_step`.
 
   Returns:
     The step; keys and hyperparameters are those of `numbers_of`.
@@ -142,7 +143,7 @@ def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConf
     ValueError: if the mapping is unknown or does not fit the mesh, or members differ in what is part of the program.
   """
   shared, mapping = shared_config(configs), _named(mapping, len(configs), mesh)
-  single = make_train_step(model, task, shared)
+  single = make_train_step(model, task, shared, probe=probe)
   penalised = np.array([config.loss.kl != 'none' for config in configs], np.float32)
 
   in_turn = _one_after_another(single)
@@ -154,7 +155,7 @@ def make_population_step(model: GPT2, task: Task, configs: Sequence[FinetuneConf
   def step(state, keys, hyperparameters):
     placement = _placement(state, mesh)
     state, metrics = mapped(state, keys, hyperparameters)
-    metrics |= {name: penalised * metrics[name] for name in ('weight', 'weighted_kl')}
+    metrics |= {name: penalised * metrics[name] for name in ('weight', 'weighted_kl', 'weight_critical')}
     return jax.lax.with_sharding_constraint((state, metrics), (placement, NamedSharding(mesh, PartitionSpec())))
 
   return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0)
@@ -197,8 +198,30 @@ def _on_each_part(in_turn, mesh):
   return spread
 
 
-def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto'
-                 ) -> tuple[Callable, 'Memory']:
+def map_members(fn: Callable, mesh: Mesh) -> Callable:
+  """Makes `(params, *shared) -> arrays [P, ...]`, jitted: `fn(params, *shared)` of each of P members, one after another
+  on each device.
+
+  Args:
+    fn: (parameters of one member, shared arrays) -> PyTree of arrays.
+    mesh: of `init_population`; of its axes only `member` may be greater than 1.
+
+  Raises:
+    ValueError: if the mesh has other axes.
+  """
+  if mesh.shape['member'] != mesh.size:
+    raise ValueError(f'mesh: expected an axis of members alone, got {dict(mesh.shape)}.')
+  own, everywhere = PartitionSpec('member'), PartitionSpec()
+
+  def in_turn(params, shared):
+    return jax.lax.map(lambda one: fn(one, *shared), params)
+
+  mapped = jax.shard_map(in_turn, in_specs=(own, everywhere), out_specs=own, check_vma=False)
+  return jax.jit(sharding.on_mesh(mesh, lambda params, *shared: mapped(params, shared)))
+
+
+def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: Mesh, mapping: str = 'auto',
+                 probe: Callable[[Any], dict[str, chex.Array]] | None = None) -> tuple[Callable, 'Memory']:
   """Compiles the step of a population from shapes alone, and says what memory it takes: nothing is allocated for it.
 
   Args:
@@ -207,6 +230,7 @@ def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mes
     configs: of P members.
     mesh: of `init_population`.
     mapping: as in `make_population_step`.
+    probe: as in `make_train_step`.
 
   Returns:
     The compiled step, for arrays placed as those of `init_population`, and its memory.
@@ -215,7 +239,7 @@ def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mes
     ValueError: as `make_population_step`.
   """
   state, numbers = state_shapes(model, configs, mesh), numbers_shapes(configs, mesh)
-  compiled = make_population_step(model, task, configs, mesh, mapping).lower(state, *numbers).compile()
+  compiled = make_population_step(model, task, configs, mesh, mapping, probe).lower(state, *numbers).compile()
   stats, mapping = compiled.memory_analysis(), _named(mapping, len(configs), mesh)
   own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state))) // mesh.size
   return compiled, Memory(state=own, shared=stats.argument_size_in_bytes - own, temporary=stats.temp_size_in_bytes,

@@ -87,6 +87,7 @@ class Batch:
     advantages: float32 `[B, T]` advantage of each action.
     returns: float32 `[B, T]` regression targets of the critic.
     gate: float32 `[B, T]` by what the KL penalty of each token is multiplied, beside its weight; None for 1.
+    critical: bool `[B, T]` the critical tokens, where they are known; the loss only reports on them. None if not.
   """
 
   actions: chex.Array
@@ -96,6 +97,7 @@ class Batch:
   advantages: chex.Array
   returns: chex.Array
   gate: chex.Array | None = None
+  critical: chex.Array | None = None
 
 
 @struct.dataclass

@@ -20,7 +20,7 @@ from critkl_jax.gates import kl_gate
 from critkl_jax.gpt2 import GPT2, gathered, gathered_whole, init_params
 from critkl_jax.losses import Coefficients, linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
-from critkl_jax.records import Batch, Rollout, TrainState
+from critkl_jax.records import Batch, Rollout, Solution, TrainState
 from critkl_jax.rollout import respond, score, score_hidden
 from critkl_jax.tasks.task import Task
 
@@ -100,7 +100,8 @@ def finetuning_keys(config: FinetuneConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]
   return init_key, run_key
 
 
-def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh | None = None) -> Callable:
+def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh | None = None,
+                    probe: Callable[[Any], dict[str, chex.Array]] | None = None) -> Callable:
   """Makes one iteration of fine-tuning: `(state, key, hyperparameters) -> (state, metrics)`, jitted, the state donated.
 
   Under `vmap` it advances several members at once; with `TrainState(..., ref_params=None)` as their axes they share one
@@ -112,11 +113,13 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
     config: structure and estimators; its numbers are taken from the third argument of the step.
     mesh: the devices over which episodes and model are spread, for a state of `init_finetuning` on the same mesh, and
       key and hyperparameters replicated on it; None for one device.
+    probe: params -> further metrics, float32 `[]` each, of the policy as it was when the rollout was sampled.
 
   Returns:
     The step. Its key is the run's: iteration i uses `fold_in(key, i)`, i being `state.step`. Its metrics are float32
-    `[]`: those of `ppo_loss` and `grad_norm` as means over the updates, and `accuracy`, the mean reward of the rollout,
-    `response_length`, tokens in an episode, and `num_tokens`, tokens sampled.
+    `[]`: those of `ppo_loss` and `grad_norm` as means over the updates, and of the rollout `accuracy`, the mean of what
+    the task rewards, `response_length`, tokens in an episode, `num_tokens`, tokens sampled, and those of
+    `rollout_metrics`. `kl_critical` and `weight_critical` are means over the critical tokens, NaN if there were none.
   """
 
   lengths = shorter_lengths(task)
@@ -128,10 +131,14 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
         model, task, config, state.params, rollout_key, hyperparameters.loss.temperature)
     ref_output = reference_pass(model, config, state.ref_params, rollout, lengths)
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
+    solutions = jax.vmap(task.solution)(problems)
+    batch = batch.replace(critical=on_path(task, problems, rollout) & solutions.critical)
     if config.loss.kl_gate != 'none':
       gate_key = jax.random.fold_in(step_key, 2)  # 0 and 1 may be the two of the split
-      batch = gated(model, task, config, state, problems, rollout, ref_output, batch, gate_key, hyperparameters)
+      batch = gated(model, config, state, rollout, ref_output, batch, gate_key, hyperparameters)
+    probed = probe(state.params) if probe else {}
     state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
+    metrics |= rollout_metrics(task, rollout, solutions, batch.critical) | probed
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     if mesh is not None:
       state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
@@ -155,7 +162,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
     temperature: of the samples; may be traced.
 
   Returns:
-    The problems, with a leading axis B, the `Rollout` of B episodes, and their rewards, float32 `[B]`.
+    The problems, with a leading axis B, the `Rollout` of B episodes, and what the task rewards them with, float32 `[B]`.
   """
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
@@ -206,7 +213,8 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
     config: names of the estimators.
     state: the state at the time of the rollout.
     rollout: B episodes of T tokens.
-    rewards: float32 `[B]`, given at the last token of each episode.
+    rewards: float32 `[B]` of the task, 1 for a right response and 0 for a wrong one, which gets the config's
+      `wrong_reward`; given at the last token of each episode.
     ref_output: of `reference_pass`.
     hyperparameters: the numbers.
 
@@ -214,6 +222,7 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
     A `Batch` `[B, T]`. Unless the advantages are GAE's, the returns are the sums of the rewards to come.
   """
   mask = rollout.mask
+  rewards = rewards + config.wrong_reward * (1.0 - rewards)
   last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
   token_rewards = jnp.where(last, rewards[:, None], 0.0)
   if config.loss.kl_placement == 'reward':
@@ -243,19 +252,17 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
                advantages=token_advantages, returns=returns)
 
 
-def gated(model: GPT2, task: Task, config: FinetuneConfig, state: TrainState, problems: Any, rollout: Rollout,
-          ref_output: chex.Array, batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters) -> Batch:
+def gated(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
+          batch: Batch, key: chex.PRNGKey, hyperparameters: Hyperparameters) -> Batch:
   """Returns the batch with the gate that the config names.
 
   Args:
     model: the network.
-    task: knows the critical tokens.
     config: names the gate and the certainty.
     state: its reference's embedding is taken where hidden states are held.
-    problems: with a leading axis B.
     rollout: B episodes of T tokens.
     ref_output: of `reference_pass`.
-    batch: `[B, T]`.
+    batch: `[B, T]`, with its critical tokens.
     key: PRNG key, consumed.
     hyperparameters: the numbers.
   """
@@ -267,11 +274,31 @@ def gated(model: GPT2, task: Task, config: FinetuneConfig, state: TrainState, pr
         lambda own, shared: linear_weighted_kl(own[0], shared[0], own[0], shared[0], own[1], mask=own[2],
                                                **op_options(config.loss, shared[1])),
         (ref_output, rollout.actions, rollout.mask), (_ref_embedding(state, ref_output), numbers))
-  critical = on_path(task, problems, rollout) & jax.vmap(task.solution)(problems).critical
   gate = kl_gate(config.loss.kl_gate, rollout.mask, certainty=record.certainty, entropy=record.entropy,
-                 log_probs=rollout.log_probs, advantages=batch.advantages, critical=critical, key=key,
+                 log_probs=rollout.log_probs, advantages=batch.advantages, critical=batch.critical, key=key,
                  threshold=numbers.gate_threshold, fraction=numbers.gate_fraction)
   return batch.replace(gate=sharding.episodes(gate))
+
+
+def rollout_metrics(task: Task, rollout: Rollout, solutions: Solution, critical: chex.Array) -> dict[str, chex.Array]:
+  """Returns what a rollout tells of critical tokens and of form, float32 `[]` each.
+
+  Args:
+    task: may know which responses are well formed.
+    rollout: B episodes of T tokens.
+    solutions: the right ones, `[B, T]`.
+    critical: bool `[B, T]` the critical tokens, as far as responses follow the right solutions.
+
+  Returns:
+    `critical_right`, the share of critical tokens that are the right ones, NaN if there are none; and, if the task
+    judges form, `format_errors`, the share of responses that are not well formed.
+  """
+  right = jnp.sum(critical & (rollout.actions == solutions.tokens), dtype=jnp.float32)
+  metrics = {'critical_right': right / jnp.sum(critical, dtype=jnp.float32)}
+  if task.well_formed is not None:
+    formed = jax.vmap(task.well_formed)(rollout.actions, rollout.mask)
+    metrics['format_errors'] = jnp.mean(1.0 - formed.astype(jnp.float32))
+  return metrics
 
 
 def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
@@ -291,7 +318,8 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     lengths: lengths below T, in rising order, at which episodes that fit are read.
 
   Returns:
-    The state one step later, and the means of the loss's metrics over the updates.
+    The state one step later, and the means of the loss's metrics over the updates; where the batch knows its critical
+    tokens `kl_critical` and `weight_critical`, means over them.
   """
   optimizer, numbers = make_optimizer(config), hyperparameters.loss
   warming_up = state.step < config.critic_warmup
@@ -313,7 +341,11 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
   opt_state = state.opt_state._replace(
       hyperparams=state.opt_state.hyperparams | {'learning_rate': jnp.float32(hyperparameters.learning_rate)})
   (params, opt_state), metrics = jax.lax.scan(one_update, (state.params, opt_state), indices)
-  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), jax.tree.map(jnp.mean, metrics)
+  metrics = jax.tree.map(jnp.mean, metrics)
+  if batch.critical is not None:
+    share = metrics.pop('critical')
+    metrics |= {f'{name}_critical': metrics.pop(f'{name}_at_critical') / share for name in ('kl', 'weight')}
+  return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 def _loss_fn(model, config, state, numbers) -> Callable:

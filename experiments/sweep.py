@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, 
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import paired_difference
 from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
-from experiments.flags import define_config, define_devices, read_config, run
+from experiments.flags import define_config, define_devices, read_config, run, take_cores
 from experiments.reference import keep_reference, model_and_task, tested_before
 from experiments.tables import study_rows
 
@@ -111,11 +110,8 @@ def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
   """Returns the mesh that the flags ask for, or exits with one line; if none, one of members unless they are to be kept
   together."""
   text, together = flags.FLAGS.mesh, MAPPING.value in ('vmap', 'scan')
-  if not (text or together or flags.FLAGS.multi_host or flags.FLAGS.coordinator_address
-          or 'device_count' in os.environ.get('XLA_FLAGS', '')):
-    # A device of each core, should there be no accelerator: members side by side keep the cores busier than one does.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    jax.config.update('jax_num_cpu_devices', min(cores, num_members))
+  if not (text or together or flags.FLAGS.multi_host or flags.FLAGS.coordinator_address):
+    take_cores(num_members)
   try:
     if text or (together and jax.process_count() > 1):
       mesh = sharding.make_mesh(text)

@@ -232,16 +232,43 @@ def reward(problem: Problem, actions: chex.Array, mask: chex.Array) -> chex.Arra
   """
   chex.assert_rank([actions, mask], [1, 1])
   result = render_result(problem)
-  marker = jnp.asarray(_END_OF_SCRATCHPAD_IDS)
+  text, found, start, length = _find_answer(actions, mask)
+  padded = jnp.pad(text, (0, len(_END_OF_SCRATCHPAD_IDS) + result.tokens.size), constant_values=TOKENIZER.pad_id)
+  answer = jax.lax.dynamic_slice(padded, (start,), (result.tokens.size,))
+  right = jnp.all((answer == result.tokens) | ~result.mask) & (length == start + jnp.sum(result.mask))
+  return (found & right).astype(jnp.float32)
+
+
+def well_formed(actions: chex.Array, mask: chex.Array) -> chex.Array:
+  """Returns whether a response ends in `</scratch>` and a result: digits with one blank between, and a line break.
+
+  Args:
+    actions: int32 `[T]` response tokens.
+    mask: bool `[T]` true at the tokens of the response, a run from the start.
+
+  Returns:
+    bool `[]`.
+  """
+  chex.assert_rank([actions, mask], [1, 1])
+  text, found, start, length = _find_answer(actions, mask)
+  place = jnp.arange(text.size) - start
+  is_digit = (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
+  blank, line_break = TOKENIZER.encode(' \n')
+  fits = jnp.where(place % 2 == 0, is_digit, text == jnp.where(place == length - start - 1, line_break, blank))
+  number = length - start
+  return found & (number >= 2) & (number % 2 == 0) & jnp.all(fits | (place < 0) | (place >= number))
+
+
+def _find_answer(actions, mask):
+  """Returns the response `[T]`, padded; whether the end of the scratchpad stands in it, where the answer starts after
+  it, and the response's length without the padding at its end."""
   text = jnp.where(mask, actions, TOKENIZER.pad_id)
-  padded = jnp.pad(text, (0, marker.size + result.tokens.size), constant_values=TOKENIZER.pad_id)
+  marker = len(_END_OF_SCRATCHPAD_IDS)
+  padded = jnp.pad(text, (0, marker), constant_values=TOKENIZER.pad_id)
   here = functools.reduce(
       jnp.logical_and, [padded[i:i + text.size] == token for i, token in enumerate(_END_OF_SCRATCHPAD_IDS)])
-  start = jnp.argmax(here) + marker.size
-  answer = jax.lax.dynamic_slice(padded, (start,), (result.tokens.size,))
-  length = text.size - jnp.argmax(text[::-1] != TOKENIZER.pad_id)  # without the padding at the end
-  right = jnp.all((answer == result.tokens) | ~result.mask) & (length == start + jnp.sum(result.mask))
-  return (jnp.any(here) & right).astype(jnp.float32)
+  length = text.size - jnp.argmax(text[::-1] != TOKENIZER.pad_id)
+  return text, jnp.any(here), jnp.argmax(here) + marker, length
 
 
 # The task.
@@ -280,6 +307,7 @@ def addition(known_digits: int, max_digits: int, lengths: Callable[[chex.PRNGKey
       prompt=render_prompt,
       solution=functools.partial(render_solution, known_digits=known_digits, length=response_length),
       reward=reward,
+      well_formed=well_formed,
       solution_length=solution_length(max_digits),
       draft=draft_addition)
 

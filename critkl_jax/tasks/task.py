@@ -24,6 +24,8 @@ class Task:
     prompt: problem -> `Tokens` `[Q]`, padded on the left.
     solution: problem -> `Solution` `[T]`, padded on the right.
     reward: (problem, actions `[T]`, mask `[T]`) -> float32 `[]`, 1 for a right response and 0 for any other.
+    well_formed: (actions `[T]`, mask `[T]`) -> bool `[]`, whether a response has the form of an answer, right or wrong.
+      None where the task does not say.
     solution_length: no right response is longer; 0 if that is not known. Passes over episodes that keep to it do not
       pay for the longer limit.
     draft: (problem, actions `[T']`, number of actions `[]`, K) -> int32 `[K]`: what is expected to follow the first so
@@ -38,6 +40,7 @@ class Task:
   prompt: Callable[[Any], Tokens]
   solution: Callable[[Any], Solution]
   reward: Callable[[Any, chex.Array, chex.Array], chex.Array]
+  well_formed: Callable[[chex.Array, chex.Array], chex.Array] | None = None
   solution_length: int = 0
   draft: Callable[[Any, chex.Array, chex.Array, int], chex.Array] | None = None
 

@@ -1,0 +1,52 @@
+"""Signatures of failure: what goes wrong with a KL penalty, told from the metrics of a run while it trains."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MEANING = {
+    'drift': 'the policy leaves the reference: KL beyond its bound, or answers that lose their form',
+    'no_exploration': 'the probability of the right tokens does not rise at critical tokens',
+    'blind_detector': 'the penalty is not lifted at critical tokens more than elsewhere: a detector no better than chance',
+}
+KL_BOUND = 0.5  # nats a token; the policies of the paper's task learn it within 0.05
+FORMAT_ERRORS = 0.1  # share of responses, beyond that at the start
+EXPLORATION = 0.2  # share of the way to certainty at critical tokens
+PATIENCE = 6  # iterations before it is said that nothing moved
+
+
+def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
+  """Returns which signatures the metrics of a run show so far.
+
+  `drift`: KL above `KL_BOUND` in the last iteration, or `FORMAT_ERRORS` more format errors than at the start.
+  `no_exploration`: of what the policy lacked at critical tokens in the first quarter of the iterations, less than
+  `EXPLORATION` is gained in the last quarter; from `PATIENCE` iterations on. `blind_detector`: over the iterations, the
+  mean weight at critical tokens is not below the mean weight by two standard errors; a penalty that weighs all tokens
+  alike has no detector and does not show it.
+
+  Args:
+    rows: metrics of `make_train_step`, an iteration each, from the first one on.
+
+  Returns:
+    Those of `MEANING` on which the metrics can tell, by name.
+  """
+  found = {}
+  if rows and 'kl' in rows[-1]:
+    errors = [row.get('format_errors', 0.0) for row in rows]
+    found['drift'] = bool(rows[-1]['kl'] > KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)
+  right = _column(rows, 'critical_right')
+  if len(rows) >= PATIENCE and right.size:
+    quarter = max(right.size // 4, 1)
+    first, last = right[:quarter].mean(), right[-quarter:].mean()
+    found['no_exploration'] = bool(first < 1 and last - first < EXPLORATION * (1 - first))
+  lifted = _column(rows, 'weight') - _column(rows, 'weight_critical') if rows else np.zeros(0)
+  lifted = lifted[~np.isnan(lifted)]
+  if lifted.size > 2 and np.any(lifted != 0):
+    found['blind_detector'] = bool(lifted.mean() < 2 * lifted.std(ddof=1) / np.sqrt(lifted.size))
+  return found
+
+
+def _column(rows, name):
+  """Returns a metric over the iterations; of `critical_right` those that had critical tokens."""
+  values = np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
+  return values[~np.isnan(values)] if name == 'critical_right' else values

@@ -1,0 +1,149 @@
+"""From a list of configs to records: runs that share a program advance together, are tested, and leave their records.
+
+    WORKDIR/runs/NAME.json          a finished run
+    WORKDIR/references/NAME.json    what the same test says of a reference
+    WORKDIR/working/                checkpoints of finished runs, and what is under way; records do without it
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+import critkl_jax
+from critkl_jax import checkpoint, population, runner
+from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
+from critkl_jax.config import FinetuneConfig, flat_values, replace
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.records import TrainState
+from critkl_jax.signatures import signatures
+from critkl_jax.studies.measures import make_probe, make_test
+from critkl_jax.studies.records import Record, read_record, run_name, write_record
+from critkl_jax.tasks.addition import plus_task
+
+
+def record_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns where the record of a run is kept."""
+  return workdir / 'runs' / f'{name}.json'
+
+
+def checkpoints_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns where the last parameters of a run are kept."""
+  return workdir / 'working' / 'checkpoints' / name
+
+
+def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir: pathlib.Path, most: int,
+               num_devices: int) -> list[FinetuneConfig]:
+  """Returns those of the missing runs that are to advance next, together.
+
+  That is a group which was stopped before, if there is one; else the first run and up to `most` of those that share its
+  program, as many as the devices can take equally.
+  """
+  named = {run_name(config, base): config for config in configs}
+  for file in sorted((workdir / 'working' / 'groups').glob('*/members.json')):
+    names = json.loads(file.read_text())
+    if all(name in named for name in names):
+      return [named[name] for name in names]
+  alike = [config for config in named.values() if _program(config) == _program(configs[0])][:most]
+  return alike[:len(alike) // num_devices * num_devices] or alike
+
+
+def _program(config):
+  """Returns what runs must share to advance together, and to be probed and tested alike."""
+  usual = flat_values(FinetuneConfig())
+  free = {name: usual[name] for name in population.VARIED if name != 'temperature'}
+  shared = replace(config, **free)
+  # Mixed penalties are one program; a certainty that no weight asks for is part of none.
+  return shared if config.loss.kl == 'prioritized' else replace(shared, certainty=usual['certainty'])
+
+
+def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: Checkpoint, workdir: pathlib.Path,
+            num_problems: int) -> list[Record]:
+  """Trains and tests runs that share a program, from where they were stopped if they were, and keeps their records.
+
+  Args:
+    configs: of the runs.
+    base: the config from which they are named.
+    reference: the pre-trained model.
+    workdir: of the studies.
+    num_problems: of each test.
+
+  Raises:
+    CheckpointError, Interrupted: as `runner.run_population`.
+  """
+  names = [run_name(config, base) for config in configs]
+  first, known = configs[0], reference.info.known_digits
+  model, mesh = GPT2(first.model_of(reference.info.model)), population.members_mesh(len(configs))
+  task, temperature = plus_task(known, first.extra_digits), first.loss.temperature
+  group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
+  about = describe_machine()
+  state = population.init_population(model, configs, reference.params, mesh)
+  probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
+  step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
+  infos = {name: CheckpointInfo(model.config, known, config) for name, config in zip(names, configs)}
+  numbers = population.numbers_of(configs, mesh)
+  state = runner.run_population(
+      lambda state, _: step(state, *numbers), state, first.num_iterations, infos, group, first.save_every,
+      show=('accuracy', 'kl', 'critical_right', 'weight'))
+
+  start = time.monotonic()
+  test = make_test(model, known, first.extra_digits, num_problems, mesh, temperature)
+  tests = test(state.params, state.ref_params)
+  test_seconds = (time.monotonic() - start) / len(configs)
+  records = []
+  for i, params in enumerate(population.members_on_host(state.params)):
+    rows = runner.read_metrics(group / 'members' / names[i] / 'metrics.jsonl')
+    own = {'seconds': round(sum(row['seconds'] for row in rows), 1), 'test_seconds': round(test_seconds, 1)}
+    rows = [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')} for row in rows]
+    own |= {'signatures': [name for name, found in signatures(rows).items() if found]} | about
+    records.append(Record(names[i], configs[i], known, rows, tests[i], own))
+    with checkpoint.open_manager(checkpoints_path(workdir, names[i])) as manager:
+      checkpoint.save(manager, TrainState(params, None, np.int32(state.step)), infos[names[i]], with_optimizer=False)
+    write_record(record_path(workdir, names[i]), records[-1])
+  shutil.rmtree(group)
+  return records
+
+
+def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
+                     name: str = 'base') -> Record:
+  """Returns the record of a reference: tested, read by the probe, and kept, unless it was before."""
+  path = workdir / 'references' / f'{name}.json'
+  if path.is_file():
+    return read_record(path)
+  start, known = time.monotonic(), reference.info.known_digits
+  mesh = population.members_mesh(1)
+  model = GPT2(dataclasses.replace(reference.info.model, remat=False))
+  stacked = jax.tree.map(lambda x: x[None], reference.params)
+  test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature)(stacked, reference.params)
+  probe = make_probe(model, reference.params, known, base.extra_digits, base.loss.temperature)
+  probed = {key: float(value) for key, value in jax.jit(probe)(reference.params).items()}
+  about = {'test_seconds': round(time.monotonic() - start, 1)} | describe_machine()
+  record = Record(name, None, known, [probed], test[0], about)
+  write_record(path, record)
+  return record
+
+
+def describe_machine() -> dict[str, Any]:
+  """Returns the code's commit, with `+` where files differ from it, the device and the versions of the libraries."""
+  home = pathlib.Path(critkl_jax.__file__).parent.parent
+  def git(*words):
+    try:
+      return subprocess.run(['git', '-C', str(home), *words], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # not a checkout
+      return ''
+
+  changed = '+' if git('status', '--porcelain', '--untracked-files=no', '--', 'critkl_jax', 'experiments') else ''
+  devices = jax.devices()
+  return {'commit': git('rev-parse', '--short=12', 'HEAD') + changed,
+          'device': f'{len(devices)} x {devices[0].device_kind}',
+          'versions': {'jax': jax.__version__, 'flax': flax.__version__, 'python': platform.python_version()}}

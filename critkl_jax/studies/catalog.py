@@ -1,0 +1,179 @@
+"""What is studied: questions, and the arms whose runs answer them.
+
+An arm is a config up to the seed. Runs are named by their configs, so that arms of several studies share theirs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, replace
+
+CORE_SEEDS, OTHER_SEEDS = 8, 3
+PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
+EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """Runs that differ in the seed alone.
+
+  Attributes:
+    label: how tables and pictures call it.
+    changes: field -> value, where it differs from the preset.
+    matches: label of an arm of the same study whose mean weight, over its iterations, multiplies this one's KL
+      coefficient, seed by seed; empty for none.
+  """
+
+  label: str
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  matches: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """A question, and how it is answered.
+
+  Attributes:
+    name: on the command line.
+    counterpart: the table or figure of arXiv 2502.06533 that it repeats, or what it is beyond them.
+    question: in a sentence.
+    arms: what is compared.
+    contrasts: pairs of labels: the first one's runs are compared with the second one's, seed by seed.
+    panels: metrics over the iterations that are drawn, with their labels.
+    num_seeds: seeds of each arm.
+    reads: `runs`, or `tokens` for a study of references alone.
+  """
+
+  name: str
+  counterpart: str
+  question: str
+  arms: tuple[Arm, ...] = ()
+  contrasts: tuple[tuple[str, str], ...] = ()
+  panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  num_seeds: int = OTHER_SEEDS
+  reads: str = 'runs'
+
+
+_ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
+_CRITICAL = {'probe_critical_probability': 'probability of the right critical token'}
+_DRIFT = {'probe_kl_critical': 'KL at critical tokens (nats)', 'probe_kl_other': 'KL at other tokens, N+1 (nats)',
+          'probe_kl_known': 'KL at tokens of N digits (nats)'}
+_WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
+_STANDARD, _NONE, _PRIORITIZED = Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}), Arm(PRIORITIZED)
+
+
+def _exponent(value):
+  return _PRIORITIZED if value == 150 else Arm(f'exponent {value}', {'certainty_exponent': float(value)})
+
+
+def _each_against(arms, baseline):
+  return tuple((arm.label, baseline) for arm in arms if arm.label != baseline)
+
+
+def _study(name, counterpart, question, arms, baseline, panels, **options):
+  return Study(name, counterpart, question, tuple(arms), _each_against(arms, baseline), panels, **options)
+
+
+def _gated(label, gate, **changes):
+  return Arm(label, {'kl_gate': gate, **changes})
+
+
+_ABLATION = (
+    _PRIORITIZED,
+    _gated('mask of the oracle', 'oracle', kl='standard'),
+    _gated('mask of a threshold', 'threshold', kl='standard'),
+    _gated('weight and mask of the oracle', 'oracle'),
+    _gated('mask of random tokens', 'random', kl='standard'),
+    _STANDARD,
+)
+_WEIGHTINGS = (
+    _PRIORITIZED,
+    Arm('min-entropy', {'certainty': 'min_entropy'}),
+    Arm('max-prob', {'certainty': 'max_prob'}),
+    _gated('off at the top 20 % entropy', 'top_entropy', kl='standard'),
+    _gated('off at the top 20 % of a response', 'response_entropy', kl='standard'),
+    _gated('on where the advantage is negative', 'negative_advantage', kl='standard'),
+    _gated('on at 20 % by KL-Cov', 'kl_cov', kl='standard'),
+    _STANDARD,
+)
+_ESTIMATORS = tuple(
+    _PRIORITIZED if (kind, place) == ('k2', 'loss') else
+    Arm(f'{kind} in the {place}', {'kl_estimator': kind, 'kl_placement': place})
+    for place in ('loss', 'reward') for kind in ('exact', 'k1', 'k2', 'k3'))
+_GAE = {'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp', 'learning_rate': 4e-5}
+_ALGORITHMS = (
+    Arm('PPO, group-relative'),
+    Arm('PPO, leave-one-out', {'advantage': 'leave_one_out'}),
+    Arm('PPO, GAE', _GAE),
+    Arm('A2C, GAE', {**_GAE, 'algorithm': 'a2c'}),
+    Arm('A2C, group-relative', {'algorithm': 'a2c'}),
+)
+_PAPER = {**_GAE, 'algorithm': 'a2c', 'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
+_RELEASED = {**_PAPER, 'entropy_coefficient': 0.001, 'temperature': 2.0, 'certainty_temperature': 4.0,
+             'wrong_reward': -1.0}
+_RELEASED_CODE = (
+    Arm('paper, prioritized', _PAPER),
+    Arm('paper, standard', {**_PAPER, 'kl': 'standard'}),
+    Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
+    Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
+)
+
+STUDIES: dict[str, Study] = {study.name: study for study in (
+    Study('certainty_gap', 'table 1 and figure 5',
+          'Is the reference less certain at critical tokens, and does certainty find them?',
+          num_seeds=CORE_SEEDS, reads='tokens'),
+    _study('prioritized_vs_standard', 'figures 4 and 7',
+           'Does the prioritized penalty let the policy learn what the standard one does not?',
+           (_PRIORITIZED, _STANDARD, _NONE), STANDARD, _ACCURACY | _CRITICAL | {
+               'critical_right': 'right ones among sampled critical tokens'}, num_seeds=CORE_SEEDS),
+    _study('matched_weight', 'a control the paper lacks',
+           'Is a gain more than that of a smaller penalty?',
+           (_PRIORITIZED, Arm('uniform, of equal mean weight', {'kl': 'standard'}, PRIORITIZED), _STANDARD),
+           'uniform, of equal mean weight', _ACCURACY | _CRITICAL | _WEIGHT, num_seeds=CORE_SEEDS),
+    _study('drift', "the third experiment of the paper's summary",
+           'How far does the policy move from the reference, where, and what does it keep?',
+           (_PRIORITIZED, _STANDARD, _NONE), STANDARD, _DRIFT | {'kl': "KL at the policy's own tokens (nats)"},
+           num_seeds=CORE_SEEDS),
+    _study('ablation', "the third check of the paper's summary",
+           'Is it the weight, or only that critical tokens are left free?',
+           _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           num_seeds=CORE_SEEDS),
+    _study('exponent', 'figure 6', 'How much does the exponent matter?',
+           (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
+               'probe_kl_other': _DRIFT['probe_kl_other']}, num_seeds=CORE_SEEDS),
+    _study('weightings', 'follow-up work', 'Do other measures of certainty, and rules of later papers, do better?',
+           _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']}),
+    _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
+           _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
+    _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
+           _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
+    Study('released_code', 'the code of the paper', 'Do the settings of the released code do what those of the text do?',
+          _RELEASED_CODE, (('released, prioritized', 'paper, prioritized'), ('paper, prioritized', 'paper, standard'),
+                           ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),
+)}
+CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_SEEDS)
+
+
+def base_config(preset: str) -> FinetuneConfig:
+  """Returns the config from which the arms of a preset depart.
+
+  Raises:
+    KeyError: if there is no such preset.
+  """
+  return FINETUNE_PRESETS[preset]
+
+
+def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1.0) -> FinetuneConfig:
+  """Returns the config of a run.
+
+  Args:
+    base: of the preset.
+    arm: the arm.
+    seed: of the run.
+    mean_weight: of the run that it matches, where it does.
+  """
+  config = replace(base, seed=seed, **arm.changes)
+  if not arm.matches:
+    return config
+  return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * mean_weight:.6g}'))

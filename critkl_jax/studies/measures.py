@@ -1,0 +1,146 @@
+"""What is measured of every run of a study, always on the same problems: while it trains, and at its end.
+
+Letters: B problems, T tokens, P members.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from critkl_jax import population, sharding
+from critkl_jax.critical_tokens import on_path
+from critkl_jax.evaluate import draw_problems
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.losses import action_log_probs, token_kl
+from critkl_jax.rollout import as_rollout, respond, score
+from critkl_jax.tasks.addition import addition, plus_lengths, plus_task
+from critkl_jax.tasks.task import Task
+
+SEED = 1_000_003  # of the problems, which no run trains on but by chance
+PROBE_PROBLEMS = 16  # of each number of digits
+READ_PROBLEMS = 128  # of those tested, whose sampled answers are read token by token
+
+
+def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: int, temperature: float = 1.0,
+               num_problems: int = PROBE_PROBLEMS, seed: int = SEED) -> Callable[[Any], dict[str, chex.Array]]:
+  """Makes `params -> metrics`, float32 `[]` each, of what a policy says of right solutions.
+
+  Args:
+    model: the network of policy and reference.
+    ref_params: the reference's parameters.
+    known_digits: N.
+    extra_digits: k.
+    temperature: of the policy and of the reference.
+    num_problems: of N and of N + k digits each.
+    seed: of the problems.
+
+  Returns:
+    The probe. `probe_critical_probability` is that of the right token at the critical tokens of N + k digits (figures 4
+    and 7 of arXiv 2502.06533); `probe_kl_critical`, `probe_kl_other` and `probe_kl_known` are exact KL(policy ||
+    reference) in nats a token there, at the other tokens, and at the tokens of N digits, none of which is critical.
+  """
+  longest = known_digits + extra_digits
+  task = addition(known_digits, longest, lambda key: plus_lengths(key, known_digits, extra_digits), length_margin=0)
+  key = jax.random.key(seed)
+  problems = jax.tree.map(lambda *x: jnp.concatenate(x), *(
+      draw_problems(jax.random.fold_in(key, n), num_problems, 'plus', n, known_digits, longest)
+      for n in (longest, known_digits)))
+  solutions = jax.vmap(task.solution)(problems)
+  rollout = as_rollout(jax.vmap(task.prompt)(problems), solutions)
+  ref_logits = np.asarray(jax.jit(lambda params: score(model, params, rollout)[0] / temperature)(ref_params))
+  longer = (jnp.arange(2 * num_problems) < num_problems)[:, None]
+  places = {'critical': solutions.critical & longer, 'other': solutions.mask & ~solutions.critical & longer,
+            'known': solutions.mask & ~longer}
+
+  def probe(params):
+    logits = score(model, params, rollout)[0] / temperature
+    kl = token_kl(logits, ref_logits)
+    metrics = {f'probe_kl_{name}': _mean(kl, where) for name, where in places.items()}
+    probability = jnp.exp(action_log_probs(logits, solutions.tokens))
+    return metrics | {'probe_critical_probability': _mean(probability, places['critical'])}
+
+  return probe
+
+
+def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
+              temperature: float = 1.0, batch_size: int = 128, seed: int = SEED) -> Callable:
+  """Makes the test of the members of a population, on fixed problems of N and of N + k digits (`plus`).
+
+  Args:
+    model: the network of the policies and their reference.
+    known_digits: N.
+    extra_digits: k.
+    num_problems: B, of each number of digits.
+    mesh: of `population.init_population`, of members alone.
+    temperature: of sampled answers, and of policy and reference where these are read.
+    batch_size: problems answered at a time.
+    seed: of problems and samples.
+
+  Returns:
+    `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards `greedy`
+    and `sampled`, NumPy bool `[B]`, and of sampled answers `format_errors`, their share that is not well formed, and
+    `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at critical tokens up to the first
+    error and at all others; NaN where there are none.
+  """
+  task, longest = plus_task(known_digits, extra_digits), known_digits + extra_digits
+  answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}
+  read = population.map_members(_answer(model, task, temperature, greedy=False, read=True), mesh)
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  problems = {name: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known_digits, longest)
+              for name, n in (('N', known_digits), (f'N+{extra_digits}', longest))}
+  problems, answer_key = sharding.replicate((problems, answer_key), mesh)
+  batch_size = min(batch_size, num_problems)
+
+  def answers(params, ref_params, drawn, greedy):
+    parts = []
+    for start in range(0, num_problems, batch_size):
+      own = (start + np.arange(batch_size)) % num_problems
+      batch, key = jax.tree.map(lambda x, own=own: x[own], drawn), jax.random.fold_in(answer_key, start)
+      some = read if not greedy and start < READ_PROBLEMS else answer[greedy]
+      parts.append(jax.device_get(some(params, ref_params, batch, key)))
+    return {name: np.concatenate([part[name] for part in parts if name in part], 1)[:, :num_problems]
+            for name in parts[0]}
+
+  def test(params: Any, ref_params: Any) -> list[dict[str, dict[str, Any]]]:
+    members = [{} for _ in range(jax.tree.leaves(params)[0].shape[0])]
+    ref_params = sharding.replicate(ref_params, mesh)
+    for name, drawn in problems.items():
+      found = {kind: answers(params, ref_params, drawn, kind == 'greedy') for kind in ('greedy', 'sampled')}
+      for i, member in enumerate(members):
+        own = {key: value[i] for key, value in found['sampled'].items()}
+        with np.errstate(invalid='ignore'):
+          member[name] = {'greedy': found['greedy']['reward'][i] > 0, 'sampled': own['reward'] > 0,
+                          'format_errors': float(1 - own['formed'].mean()),
+                          **{f'kl_{place}': float(np.divide(own[f'kl_{place}'].sum(), own[f'number_{place}'].sum()))
+                             for place in ('critical', 'other')}}
+    return members
+
+  return test
+
+
+def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: bool = False) -> Callable:
+  """Makes `(params, ref_params, problems, key) -> dict` of arrays `[B]`; to `read` adds sums over tokens."""
+
+  def answer(params, ref_params, problems, key):
+    rollout = respond(model, params, task, problems, key, temperature=temperature, greedy=greedy)
+    found = {'reward': jax.vmap(task.reward)(problems, rollout.actions, rollout.mask),
+             'formed': jax.vmap(task.well_formed)(rollout.actions, rollout.mask)}
+    if not read:
+      return found
+    logits, ref_logits = (score(model, some, rollout)[0] / temperature for some in (params, ref_params))
+    kl = token_kl(logits, ref_logits)
+    critical = on_path(task, problems, rollout) & jax.vmap(task.solution)(problems).critical
+    for name, where in (('critical', critical), ('other', rollout.mask & ~critical)):
+      found |= {f'kl_{name}': jnp.sum(jnp.where(where, kl, 0.0), 1), f'number_{name}': jnp.sum(where, 1)}
+    return found
+
+  return answer
+
+
+def _mean(values, where):
+  return jnp.sum(jnp.where(where, values, 0.0)) / jnp.sum(where, dtype=jnp.float32)

@@ -1,0 +1,83 @@
+"""What studies lack: the runs they ask for, those that are recorded, and the time that the others will take."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from critkl_jax.config import FinetuneConfig
+from critkl_jax.studies.advance import record_path
+from critkl_jax.studies.catalog import Arm, Study, arm_config
+from critkl_jax.studies.records import Record, RecordError, read_record, run_name
+
+SECONDS_PER_RUN = 80.0  # of `tiny`, on two CPU cores (BUILD_NOTES.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The runs of some studies under one workdir.
+
+  Attributes:
+    base: the config from which the arms depart.
+    workdir: of runs and studies.
+    num_seeds: seeds of each arm; each study's own number if None.
+  """
+
+  base: FinetuneConfig
+  workdir: pathlib.Path
+  num_seeds: int | None = None
+
+  def seeds(self, study: Study) -> range:
+    """Returns the seeds of a study's arms."""
+    return range(self.base.seed, self.base.seed + (self.num_seeds or study.num_seeds))
+
+  def record(self, study: Study, arm: Arm, seed: int) -> Record | None:
+    """Returns the record of a run, None if there is none yet.
+
+    Raises:
+      RecordError: if the file of that name is damaged or of another run.
+    """
+    config = self.config(study, arm, seed)
+    if config is None:
+      return None
+    path = record_path(self.workdir, run_name(config, self.base))
+    if not path.is_file():
+      return None
+    found = read_record(path)
+    if run_name(found.config, self.base) != path.stem:
+      raise RecordError(f'{path}: of another run ({run_name(found.config, self.base)}).')
+    return found
+
+  def config(self, study: Study, arm: Arm, seed: int) -> FinetuneConfig | None:
+    """Returns the config of a run; None if it follows from a run that is not there yet."""
+    if not arm.matches:
+      return arm_config(self.base, arm, seed)
+    matched = next(other for other in study.arms if other.label == arm.matches)
+    found = self.record(study, matched, seed)
+    return None if found is None else arm_config(self.base, arm, seed, float(np.mean(found.column('weight'))))
+
+  def records(self, study: Study) -> dict[str, dict[int, Record]]:
+    """Returns label -> seed -> record of the runs that are there."""
+    found = {arm.label: {seed: self.record(study, arm, seed) for seed in self.seeds(study)} for arm in study.arms}
+    return {label: {seed: one for seed, one in own.items() if one is not None} for label, own in found.items()}
+
+  def missing(self, studies: Iterable[Study]) -> list[FinetuneConfig]:
+    """Returns the configs of the runs that can be made now, each once, those of one seed side by side."""
+    wanted = {}
+    for study in studies:
+      for seed in self.seeds(study):
+        for arm in study.arms:
+          config = self.config(study, arm, seed)
+          if config is not None and not record_path(self.workdir, run_name(config, self.base)).is_file():
+            wanted.setdefault(run_name(config, self.base), config)
+    return list(wanted.values())
+
+  def number_missing(self, study: Study) -> int:
+    """Returns how many runs a study lacks, those among them that follow from others."""
+    return sum(self.record(study, arm, seed) is None for arm in study.arms for seed in self.seeds(study))
+
+  def seconds_per_run(self) -> float | None:
+    """Returns the mean time of the runs under the workdir; of none, that of `tiny` on two CPU cores."""
+    found = [read_record(path).about for path in sorted((self.workdir / 'runs').glob('*.json'))[:32]]
+    return float(np.mean([one['seconds'] + one['test_seconds'] for one in found])) if found else None
