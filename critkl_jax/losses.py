@@ -202,8 +202,9 @@ def ppo_loss(logits: chex.Array, values: chex.Array, ref_logits: chex.Array, bat
 
   Returns:
     `(loss, metrics)`, float32 `[]` each. Metrics: `loss`, `policy_loss`, `value_loss`, `entropy` (nats), `kl` (exact,
-    unweighted, nats), `weighted_kl` (as penalised), `weight`, `clip_fraction`. Where the batch knows its critical tokens
-    also `critical`, their share, and `kl_at_critical` and `weight_at_critical`, what of these means comes from them.
+    unweighted, nats), `weighted_kl` (as penalised), `weight`, `clip_fraction`. Where the batch knows its critical
+    tokens also `critical`, their share, and `kl_at_critical` and `weight_at_critical`, what of the means comes from
+    them.
 
   Raises:
     AssertionError: if the shapes do not agree.

@@ -7,7 +7,7 @@ import numpy as np
 MEANING = {
     'drift': 'the policy leaves the reference: KL beyond its bound, or answers that lose their form',
     'no_exploration': 'the probability of the right tokens does not rise at critical tokens',
-    'blind_detector': 'the penalty is not lifted at critical tokens more than elsewhere: a detector no better than chance',
+    'blind_detector': 'the penalty is not lifted at critical tokens more than elsewhere, as if by chance',
 }
 KL_BOUND = 0.5  # nats a token; the policies of the paper's task learn it within 0.05
 FORMAT_ERRORS = 0.1  # share of responses, beyond that at the start

@@ -162,7 +162,7 @@ def collect(model: GPT2, task: Task, config: FinetuneConfig, params: Any, key: c
     temperature: of the samples; may be traced.
 
   Returns:
-    The problems, with a leading axis B, the `Rollout` of B episodes, and what the task rewards them with, float32 `[B]`.
+    The problems, with a leading axis B, the `Rollout` of B episodes, and the task's rewards, float32 `[B]`.
   """
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))

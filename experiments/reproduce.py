@@ -10,14 +10,17 @@ results.json, results.csv, pictures and a page, README.md, go to WORKDIR/studies
 import pathlib
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 from absl import flags
 
 from critkl_jax import checkpoint
 from critkl_jax.config import FINETUNE_PRESETS
-from critkl_jax.studies import advance, catalog
-from critkl_jax.studies.plan import Plan
+from critkl_jax.studies import advance, catalog, page
+from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
+from critkl_jax.studies.records import Record, run_name
+from critkl_jax.studies.results import study_results
 from experiments.flags import run, take_cores
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/studies', 'Directory of runs and studies; one for each preset.')
@@ -25,7 +28,8 @@ STUDY = flags.DEFINE_list('study', ['core'], 'Names of studies, or core, or all.
 PRESET = flags.DEFINE_enum('preset', 'tiny', list(FINETUNE_PRESETS), 'Settings from which the arms depart.')
 LIST = flags.DEFINE_boolean('list', False, 'Name the studies, the runs they lack, and the time that these will take.')
 SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given.", lower_bound=1)
-PROBLEMS = flags.DEFINE_integer('problems', 512, 'Problems of N and of N + k digits in the test of a run.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', 512, 'Problems of N and of N + k digits in the test of a run.',
+                                lower_bound=1)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
 
@@ -36,7 +40,7 @@ def main() -> None:
   plan = Plan(catalog.base_config(PRESET.value), workdir, SEEDS.value)
   studies = chosen(STUDY.value)
   if LIST.value:
-    print(table_of(plan, catalog.STUDIES.values()))
+    print(table_of(plan, list(catalog.STUDIES.values())))
     return
   take_cores(MEMBERS.value)
   reference = checkpoint.load_checkpoint()
@@ -46,8 +50,19 @@ def main() -> None:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
-    print(f'{len(missing)} runs to make, {len(group)} of them now: {advance.run_name(group[0], plan.base)}, ...', flush=True)
+    print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
     advance.advance(group, plan.base, reference, workdir, PROBLEMS.value)
+  for study in studies:
+    report(study, plan, before)
+
+
+def report(study: catalog.Study, plan: Plan, before: Record) -> None:
+  """Writes a study as far as its runs go, and prints what they say."""
+  results = study_results(study, plan, before)
+  home = page.write_study(study, plan, results)
+  print(f'\n{study.name}: {study.question} {home / "README.md"}')
+  for row in results['contrasts']:
+    print(f'  {page.verdict(row, results).replace("**", "")}')
 
 
 def chosen(names: list[str]) -> list[catalog.Study]:
@@ -59,6 +74,23 @@ def chosen(names: list[str]) -> list[catalog.Study]:
       sys.exit(f'error: --study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
     found |= {one: catalog.STUDIES[one] for one in some}
   return list(found.values())
+
+
+def table_of(plan: Plan, studies: Iterable[catalog.Study]) -> str:
+  """Returns a line for each study: its runs, those that it lacks, and the time that they will take."""
+  measured = plan.seconds_per_run()
+  seconds = measured or (SECONDS_PER_RUN if PRESET.value == 'tiny' else None)
+  lines = [f'{"study":<26}{"runs":>6}{"missing":>9}{"minutes":>9}  counterpart']
+  for study in studies:
+    number = len(study.arms) * len(plan.seeds(study))
+    missing = plan.number_missing(study)
+    minutes = '?' if seconds is None and missing else f'{missing * (seconds or 0) / 60:.0f}'
+    lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
+  together = len(plan.missing(studies))
+  lines.append(f'{together} runs in all: studies share theirs. ' + (
+      f'Minutes as the runs in {plan.workdir} took.' if measured else
+      'Minutes on two CPU cores.' if seconds else 'How long one takes is known when the first is there.'))
+  return '\n'.join(lines)
 
 
 if __name__ == '__main__':

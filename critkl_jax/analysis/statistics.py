@@ -25,15 +25,7 @@ def paired_difference(rewards: np.ndarray, baseline: np.ndarray, confidence: flo
   """
   if np.shape(rewards) != np.shape(baseline) or np.ndim(rewards) != 2 or not np.size(rewards):
     raise ValueError(f'baseline: expected [S, M] as rewards, got {np.shape(rewards)} and {np.shape(baseline)}.')
-  difference = np.asarray(rewards, np.float64) - np.asarray(baseline, np.float64)
-  rng = np.random.default_rng(seed)
-  num_seeds, num_problems = difference.shape
-  means = np.empty(num_resamples)
-  for i in range(num_resamples):
-    some = difference[rng.integers(0, num_seeds, num_seeds)][:, rng.integers(0, num_problems, num_problems)]
-    means[i] = some.mean()
-  low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-  return float(difference.mean()), float(low), float(high)
+  return paired_statistics(rewards, baseline, confidence, num_resamples, seed)['difference']
 
 
 def curve_band(curves: np.ndarray, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
@@ -56,14 +48,34 @@ def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
   return np.tensordot(values, weight / weight.sum(), (axis, 0))
 
 
+def seed_statistics(values: np.ndarray, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+                    ) -> dict[str, tuple[float, float, float]]:
+  """Returns mean and interquartile mean over seeds of a figure of runs, with bootstrap intervals.
+
+  Args:
+    values: float `[S]`, one for each seed, or `[S, M]`, of S seeds and M problems that all of them share.
+    confidence: of the percentile bootstrap intervals, over seeds and problems.
+    num_resamples: of the bootstrap.
+    seed: of the resampling.
+
+  Returns:
+    `(value, low, high)` of `mean` and `iqm`.
+
+  Raises:
+    ValueError: if there is no value.
+  """
+  return _with_intervals({'mean': lambda x: x.mean(-1), 'iqm': lambda x: interquartile_mean(x, x.ndim - 1)},
+                         _matrix(values), confidence, num_resamples, seed)
+
+
 def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: float = 0.95, num_resamples: int = 2000,
                       seed: int = 0) -> dict[str, tuple[float, float, float]]:
   """Compares a figure of runs with that of other runs of the same seeds.
 
   Args:
-    values: float `[S]`, one for each seed.
-    baseline: float `[S]` of the other runs.
-    confidence: of the percentile bootstrap intervals over seeds.
+    values: as in `seed_statistics`.
+    baseline: of the other runs, of the same seeds and problems.
+    confidence: as in `seed_statistics`.
     num_resamples: of the bootstrap.
     seed: of the resampling.
 
@@ -72,17 +84,34 @@ def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: floa
     `improvement`, the probability that a run is better than the other of its seed, ties counting half.
 
   Raises:
-    ValueError: if the shapes differ or there is no seed.
+    ValueError: if the shapes differ or there is no value.
   """
-  if np.shape(values) != np.shape(baseline) or np.ndim(values) != 1 or not np.size(values):
-    raise ValueError(f'baseline: expected [S] as values, got {np.shape(values)} and {np.shape(baseline)}.')
-  difference = np.asarray(values, np.float64) - np.asarray(baseline, np.float64)
-  rows = np.random.default_rng(seed).integers(0, difference.size, (num_resamples, difference.size))
-  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+  if np.shape(values) != np.shape(baseline):
+    raise ValueError(f'baseline: expected {np.shape(values)} as values, got {np.shape(baseline)}.')
   figures = {'difference': lambda x: x.mean(-1), 'iqm_difference': lambda x: interquartile_mean(x, x.ndim - 1),
              'improvement': lambda x: ((x > 0) + 0.5 * (x == 0)).mean(-1)}
-  return {name: (float(f(difference)), *map(float, np.quantile(f(difference[rows]), edges)))
-          for name, f in figures.items()}
+  return _with_intervals(figures, _matrix(values) - _matrix(baseline), confidence, num_resamples, seed)
+
+
+def _matrix(values) -> np.ndarray:
+  values = np.asarray(values, np.float64)
+  if values.ndim not in (1, 2) or not values.size:
+    raise ValueError(f'values: expected [S] or [S, M], not empty; got {values.shape}.')
+  return values.reshape(len(values), -1)
+
+
+def _with_intervals(figures, values, confidence, num_resamples, seed):
+  """Returns `(value, low, high)` of each figure, a function `[..., S] -> [...]`, of the seeds' means of values `[S,
+  M]`; seeds are resampled, and problems, the same ones for all seeds."""
+  rng = np.random.default_rng(seed)
+  num_seeds, num_problems = values.shape
+  seeds = rng.integers(0, num_seeds, (num_resamples, num_seeds))
+  times = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), num_resamples) / num_problems
+  means = values @ times.T  # [S, resamples]
+  resampled = means[seeds, np.arange(num_resamples)[:, None]]
+  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+  return {name: (float(figure(values.mean(1))), *map(float, np.quantile(figure(resampled), edges)))
+          for name, figure in figures.items()}
 
 
 def area_under_curve(steps: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -124,17 +125,20 @@ def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathl
   mesh = population.members_mesh(1)
   model = GPT2(dataclasses.replace(reference.info.model, remat=False))
   stacked = jax.tree.map(lambda x: x[None], reference.params)
-  test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature)(stacked, reference.params)
+  test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature)
+  tests = test(stacked, reference.params)
   probe = make_probe(model, reference.params, known, base.extra_digits, base.loss.temperature)
   probed = {key: float(value) for key, value in jax.jit(probe)(reference.params).items()}
   about = {'test_seconds': round(time.monotonic() - start, 1)} | describe_machine()
-  record = Record(name, None, known, [probed], test[0], about)
+  record = Record(name, None, known, [probed], tests[0], about)
   write_record(path, record)
   return record
 
 
+@functools.cache
 def describe_machine() -> dict[str, Any]:
-  """Returns the code's commit, with `+` where files differ from it, the device and the versions of the libraries."""
+  """Returns the code's commit, with `+` where files differ from it, the device and the versions of the libraries, as
+  they were when the process asked first."""
   home = pathlib.Path(critkl_jax.__file__).parent.parent
   def git(*words):
     try:

@@ -148,7 +148,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
-    Study('released_code', 'the code of the paper', 'Do the settings of the released code do what those of the text do?',
+    Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (('released, prioritized', 'paper, prioritized'), ('paper, prioritized', 'paper, standard'),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),
 )}

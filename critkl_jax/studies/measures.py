@@ -82,10 +82,10 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
     seed: of problems and samples.
 
   Returns:
-    `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards `greedy`
-    and `sampled`, NumPy bool `[B]`, and of sampled answers `format_errors`, their share that is not well formed, and
-    `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at critical tokens up to the first
-    error and at all others; NaN where there are none.
+    `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards
+    `greedy` and `sampled`, NumPy bool `[B]`, and of sampled answers `format_errors`, the share that is not well
+    formed, and `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at critical tokens up to
+    the first error and at all others; NaN where there are none.
   """
   task, longest = plus_task(known_digits, extra_digits), known_digits + extra_digits
   answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}

@@ -1,0 +1,164 @@
+"""A study as files: results.json, results.csv, pictures, and a page in Markdown that any repository shows."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from critkl_jax.analysis.curves import plot_study
+from critkl_jax.signatures import MEANING
+from critkl_jax.studies.catalog import Study
+from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.results import FIGURES, TARGET
+
+DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
+CONTRASTED = ('greedy', 'sampled', 'greedy_known', 'area', 'episodes_to_target', 'critical_probability', 'kl_critical',
+              'kl_other')
+
+
+def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Path:
+  """Writes a study of runs under `WORKDIR/studies/NAME`, and returns that directory."""
+  home = plan.workdir / 'studies' / study.name
+  home.mkdir(parents=True, exist_ok=True)
+  write_files(home, results, results['runs'])
+  if results['arms']:
+    records = {label: list(own.values()) for label, own in plan.records(study).items() if own}
+    panels = {name: label.replace('N+1', f'N+{results["extra_digits"]}') for name, label in study.panels.items()}
+    plot_study({label: [one.metrics for one in own] for label, own in records.items()}, home / 'curves.png',
+               _title(results), panels)
+    plot_arms(results, home / 'arms.png')
+  (home / 'README.md').write_text(page_of(results))
+  return home
+
+
+def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+  """Writes results.json, where NaN becomes null, and results.csv, a row for each run."""
+  (home / 'results.json').write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + '\n')
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  (home / 'results.csv').write_text(file.getvalue())
+
+
+def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
+  """Draws the interquartile mean of each arm with its interval, a panel for each figure, and every run as a dot."""
+  labels = list(results['arms'])
+  figure = Figure(figsize=(3.3 * len(DOTS) + 1.5, 0.42 * len(labels) + 1.6), layout='constrained')
+  axes = figure.subplots(1, len(DOTS), sharey=True, squeeze=False)[0]
+  for axis, name in zip(axes, DOTS):
+    for place, label in enumerate(labels):
+      value, low, high = results['arms'][label]['figures'][name]['iqm']
+      dots = [run[name] for run in results['runs'] if run['arm'] == label]
+      axis.plot(dots, [place] * len(dots), 'o', color='#9aa7b4', markersize=3)
+      axis.plot([low, high], [place, place], color='#2a6f97', linewidth=2)
+      axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
+    before = results['before'][name]
+    axis.axvline(before[0] if isinstance(before, tuple) else before, color='#6b7785', linewidth=1, linestyle=':')
+    axis.set_title(_named(name, results), fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.set_yticks(range(len(labels)), labels)
+  axes[0].invert_yaxis()
+  figure.suptitle(f'{_title(results)}: interquartile mean and 95 % interval; dotted: the reference', fontsize=11)
+  figure.savefig(path, dpi=130)
+
+
+def page_of(results: dict[str, Any]) -> str:
+  """Returns the page of a study of runs."""
+  known, extra = results['known_digits'], results['extra_digits']
+  lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
+           f'A reference of N = {known} digits is fine-tuned on {known + extra}; each run is tested on '
+           f'{results["num_problems"]} fixed problems of each length, greedy and sampled. Intervals are 95 % '
+           'bootstrap, over seeds and, of accuracies, over problems; pairs share seed and problems.', '']
+  if results['num_missing']:
+    lines += [f'**Not complete: {results["num_missing"]} runs are missing.**', '']
+  if not results['arms']:
+    return '\n'.join(lines)
+  lines += ['## What the runs say', '', *(f'- {verdict(row, results)}' for row in results['contrasts']), '',
+            *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
+            '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
+            '## How it was made', '', _origin(results), '']
+  return '\n'.join(lines)
+
+
+def verdict(row: dict[str, Any], results: dict[str, Any]) -> str:
+  """Returns a contrast as a sentence: what the interval of greedy accuracy on N + k digits allows to say."""
+  value, low, high = row['figures']['greedy']['difference']
+  said = 'more accurate than' if low > 0 else 'less accurate than' if high < 0 else 'not shown to differ from'
+  improvement = 100 * row['figures']['greedy']['improvement'][0]
+  digits = results['known_digits'] + results['extra_digits']
+  return (f'**{row["arm"]}** is {said} **{row["against"]}** on {digits} digits: {100 * value:+.1f} points '
+          f'[{100 * low:+.1f}, {100 * high:+.1f}]; better in {improvement:.0f} % of {len(row["seeds"])} pairs.')
+
+
+def _arms_table(results):
+  names = ('greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other')
+  rows = [['reference', '', *(_cell(name, results['before'].get(name)) for name in names), '', '']]
+  for label, arm in results['arms'].items():
+    values = [_cell(name, arm['figures'][name]['iqm']) for name in names]
+    rows.append([label, str(len(arm['seeds'])), *values, f'{arm["reached_target"]} of {len(arm["seeds"])}',
+                 f'{arm["mean_weight"]:.3f}'])
+  heads = ['arm (interquartile means)', 'runs', *(_named(name, results) for name in names),
+           f'reached {100 * TARGET:.0f} %', 'mean weight']
+  return _table(heads, rows)
+
+
+def _contrasts_table(results):
+  rows = [[row['arm'], row['against'], *(_cell(name, row['figures'][name]['difference'], '+') for name in CONTRASTED),
+           _cell('', row['figures']['greedy']['improvement'])] for row in results['contrasts']]
+  heads = ['arm', 'minus', *(_named(name, results) for name in CONTRASTED), 'probability of improvement (greedy)']
+  return _table(heads, rows)
+
+
+def _signatures(results):
+  found = [f'- {label}: `{name}` in {number} of {len(arm["seeds"])} runs'
+           for label, arm in results['arms'].items() for name, number in arm['signatures'].items()]
+  return [*(found or ['None was seen.']), '', *(f'`{name}`: {text}.' for name, text in MEANING.items())]
+
+
+def _origin(results):
+  return (f'Commit {", ".join(results["commits"])} (`+`: with changes not committed), {", ".join(results["devices"])}; '
+          f'{results["seconds"] / 60:.0f} minutes of runs, those shared with other studies among them. '
+          '`results.json` has every figure with its interval, `results.csv` a row for each run, `../../runs` the runs '
+          'themselves: their configs, metrics and answers.')
+
+
+def _title(results):
+  return f'{results["study"]}, {results["known_digits"]} + {results["extra_digits"]} digits'
+
+
+def _named(name, results):
+  return FIGURES[name][0].replace('N+k', f'N+{results["extra_digits"]}')
+
+
+def _cell(name, value, sign=''):
+  """Returns a figure with its interval: shares in percent, others with three digits."""
+  if value is None:
+    return ''
+  value = (value,) if np.isscalar(value) else value
+  if math.isnan(value[0]):
+    return 'none'
+  share = name in FIGURES and FIGURES[name][1]
+  texts = [f'{100 * x:{sign}.1f}' if share else f'{x:{sign}.3g}' for x in value]
+  return f'{texts[0]} [{texts[1]}, {texts[2]}]' if len(texts) > 1 else texts[0]
+
+
+def _table(heads, rows):
+  return ['| ' + ' | '.join(row) + ' |' for row in (heads, ['---'] * len(heads), *rows)]
+
+
+def _plain(value):
+  """Returns nested values as JSON has them."""
+  if isinstance(value, dict):
+    return {name: _plain(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(x) for x in value]
+  if isinstance(value, float):
+    return float(f'{value:.6g}') if math.isfinite(value) else None
+  return value

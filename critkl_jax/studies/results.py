@@ -1,0 +1,128 @@
+"""What the runs of a study say: figures of each run, of each arm, and of the contrasts between arms, with intervals."""
+
+from typing import Any
+
+import numpy as np
+
+from critkl_jax.analysis.statistics import (
+    area_under_curve,
+    paired_statistics,
+    seed_statistics,
+    steps_to_target,
+)
+from critkl_jax.studies.catalog import Study
+from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.records import Record
+
+TARGET = 0.9  # accuracy of sampled answers to N + k digits, for the episodes that it takes
+# name -> (what it is, whether it is a share, to be shown in points)
+FIGURES = {
+    'greedy': ('greedy accuracy, N+k', True),
+    'sampled': ('sampled accuracy, N+k', True),
+    'greedy_known': ('greedy accuracy, N', True),
+    'sampled_known': ('sampled accuracy, N', True),
+    'area': ('area under the learning curve', True),
+    'episodes_to_target': (f'episodes to {100 * TARGET:.0f} %', False),
+    'critical_probability': ('probability of the right critical token', True),
+    'kl_critical': ('KL at critical tokens, N+k', False),
+    'kl_other': ('KL at other tokens, N+k', False),
+    'kl_known': ('KL at tokens of N', False),
+    'format_errors': ('format errors, N+k', True),
+}
+_REWARDS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled'), 'greedy_known': ('N', 'greedy'),
+            'sampled_known': ('N', 'sampled')}
+
+
+def run_figures(record: Record) -> dict[str, np.ndarray]:
+  """Returns the figures of a run: rewards `[B]` of those that are accuracies, `[]` of the others.
+
+  The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end; a run that
+  never reaches the target counts with all of its episodes.
+  """
+  test, config = _by_length(record), record.config
+  figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _REWARDS.items()}
+  accuracy = np.append(record.column('accuracy'), test['longer']['sampled'].mean())
+  episodes = np.arange(accuracy.size) * float(config.episodes)
+  reached = float(steps_to_target(episodes, accuracy, TARGET))
+  numbers = {'area': float(area_under_curve(episodes, accuracy)), 'episodes_to_target': min(reached, episodes[-1]),
+             'critical_probability': record.column('probe_critical_probability')[-1],
+             'kl_critical': test['longer']['kl_critical'], 'kl_other': test['longer']['kl_other'],
+             'kl_known': test['N']['kl_other'], 'format_errors': test['longer']['format_errors']}
+  return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
+
+
+def reaches_target(record: Record) -> bool:
+  """Returns whether the learning curve of a run reaches the target."""
+  accuracy = np.append(record.column('accuracy'), _by_length(record)['longer']['sampled'].mean())
+  return bool((accuracy >= TARGET).any())
+
+
+def study_results(study: Study, plan: Plan, before: Record) -> dict[str, Any]:
+  """Returns what the finished runs of a study say.
+
+  Args:
+    study: the study.
+    plan: knows its runs.
+    before: record of the reference.
+
+  Returns:
+    `question`, `counterpart`, `known_digits`, `extra_digits`, `num_problems`, `num_missing` runs; `before`, figures of
+    the reference; `arms`, of each label its `seeds`, `figures` (name -> `seed_statistics`), how many runs
+    `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty; `contrasts`, rows with
+    `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices`
+    and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which stands where there is no value.
+  """
+  records = plan.records(study)
+  figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
+  every = [one for own in records.values() for one in own.values()]
+  arms = {label: _arm(own, figures[label]) for label, own in records.items() if own}
+  contrasts = [_contrast(arm, against, figures) for arm, against in study.contrasts
+               if figures[arm].keys() & figures[against].keys()]
+  return {
+      'study': study.name, 'question': study.question, 'counterpart': study.counterpart,
+      'known_digits': before.known_digits, 'extra_digits': plan.base.extra_digits,
+      'num_problems': len(_by_length(before)['longer']['greedy']), 'num_missing': plan.number_missing(study),
+      'before': _before(before), 'arms': arms, 'contrasts': contrasts,
+      'runs': [_row(label, seed, records[label][seed], figures[label][seed]) for label in records
+               for seed in records[label]],
+      'commits': sorted({one.about['commit'] for one in every}),
+      'devices': sorted({one.about['device'] for one in every}),
+      'seconds': sum(one.about['seconds'] + one.about['test_seconds'] for one in every)}
+
+
+def _arm(records, figures):
+  every = list(records.values())
+  counts: dict[str, int] = {}
+  for name in (name for one in every for name in one.about['signatures']):
+    counts[name] = counts.get(name, 0) + 1
+  return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
+          'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
+          'figures': {name: seed_statistics(np.stack([one[name] for one in figures.values()])) for name in FIGURES}}
+
+
+def _contrast(arm, against, figures):
+  seeds = [seed for seed in figures[arm] if seed in figures[against]]
+  pairs = {name: [np.stack([figures[label][seed][name] for seed in seeds]) for label in (arm, against)]
+           for name in FIGURES}
+  return {'arm': arm, 'against': against, 'seeds': seeds,
+          'figures': {name: paired_statistics(*pair) for name, pair in pairs.items()}}
+
+
+def _before(record):
+  test = _by_length(record)
+  found = {name: seed_statistics(np.asarray(test[digits][kind], np.float64)[None])['mean']
+           for name, (digits, kind) in _REWARDS.items()}
+  return found | {'critical_probability': record.column('probe_critical_probability')[0]}
+
+
+def _row(label, seed, record, figures):
+  return {'name': record.name, 'arm': label, 'seed': seed, **{name: float(x.mean()) for name, x in figures.items()},
+          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(record.about['signatures']),
+          'seconds': record.about['seconds'], 'test_seconds': record.about['test_seconds'],
+          'commit': record.about['commit']}
+
+
+def _by_length(record):
+  """Returns the test of N digits, and that of more as `longer`."""
+  longer = next(name for name in record.test if name != 'N')
+  return {'N': record.test['N'], 'longer': record.test[longer]}
