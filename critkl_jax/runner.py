@@ -20,6 +20,7 @@ from absl import logging
 
 from critkl_jax import checkpoint, hosts, population, sharding
 from critkl_jax.records import TrainState
+from critkl_jax.signatures import MEANING, signatures
 
 try:
   import tensorboardX
@@ -35,16 +36,17 @@ class MetricsWriter:
   """Writes metrics as JSON lines and, where tensorboardX is installed, as TensorBoard events; of several hosts only the
   first one writes.
 
-  Lines of steps after `first_step` that an interrupted run left are dropped.
+  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
+  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
-    self._path, self._events = workdir / 'metrics.jsonl', None
+    self._path, self._events, self._rows, self._warned = workdir / 'metrics.jsonl', None, [], set()
     if not hosts.is_first():
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    write_text(self._path, ''.join(json.dumps(row) + '\n' for row in rows))
+    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
+    write_text(self._path, ''.join(json.dumps(row) + '\n' for row in self._rows))
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1) if tensorboardX else None
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -52,11 +54,20 @@ class MetricsWriter:
     if not hosts.is_first():
       return
     metrics = {name: float(value) for name, value in metrics.items()}
+    self._rows.append({'step': step, **metrics})
+    metrics |= self._signatures(step)
     with self._path.open('a') as file:
       file.write(json.dumps({'step': step, **metrics}) + '\n')
     if self._events:
       for name, value in metrics.items():
         self._events.add_scalar(name, value, step)
+
+  def _signatures(self, step):
+    found = signatures(self._rows)
+    for name in (name for name, seen in found.items() if seen and name not in self._warned):
+      logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
+      self._warned.add(name)
+    return {f'signature/{name}': float(seen) for name, seen in found.items()}
 
   def close(self) -> None:
     """Finishes the event file."""

@@ -17,6 +17,7 @@ from absl import flags
 from critkl_jax import checkpoint, evaluate, hosts, runner, sharding
 from critkl_jax.analysis.curves import plot_learning_curves
 from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
+from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
 from experiments.flags import define_config, define_devices, read_config, read_mesh, run
 from experiments.reference import keep_reference, model_and_task, tested_before
@@ -67,6 +68,7 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
       'training_seconds': sum(row['seconds'] for row in rows),
       'tokens_sampled': sum(row['num_tokens'] for row in rows),
       'last_iteration': rows[-1] if rows else None,
+      'signatures': [name for name, seen in signatures(rows).items() if seen],
       'known_digits': known,
       'config': flat_values(config),
       'device': jax.devices()[0].device_kind,
@@ -74,6 +76,8 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   runner.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   if config.eval_problems:
     print(before_after_rows(accuracy, {'N': f'{known} digits', longer: f'{known + config.extra_digits} digits'}))
+  for name in summary['signatures']:
+    print(f'{name}: {MEANING[name]}.')
   print(f'{seconds:.0f} s. In {workdir}: summary.json, curves.png, metrics.jsonl, checkpoints/, reference/.')
 
 

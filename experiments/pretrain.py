@@ -8,15 +8,14 @@ The same command goes on where it was stopped.
 import json
 import pathlib
 
-import jax
 from absl import flags
 
-from critkl_jax import checkpoint, hosts, runner, sharding
+from critkl_jax import hosts, runner
 from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig
 from critkl_jax.evaluate import accuracy_table
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
-from critkl_jax.tasks.addition import LENGTH_MARGIN, pretraining_task, prompt_length, solution_length
+from critkl_jax.pretraining import pretrain
+from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 from experiments.flags import define_config, define_devices, read_config, read_mesh, run
 from experiments.tables import accuracy_rows
 
@@ -34,20 +33,8 @@ def main() -> None:
   if needed > config.model.context_length:
     raise SystemExit(f'error: --context_length: N+2 = {tested[-1]} digits need {needed}, got '
                      f'{config.model.context_length}.')
-  mesh = read_mesh(config.batch_size)
-  tasks = {n: pretraining_task(config.known_digits, n) for n in range(1, config.known_digits + 1)}
-  steps = {n: jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for n, task in tasks.items()}
-  key = sharding.replicate(pretraining_keys(config)[1], mesh)
-  info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
-  workdir = pathlib.Path(WORKDIR.value)
-
-  state = runner.run(
-      lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
-      config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
-
-  final = checkpoint.open_manager(workdir / 'reference')
-  checkpoint.save(final, state, info, with_optimizer=False)
-  final.close()
+  mesh, workdir = read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
+  state = pretrain(config, workdir, mesh)
   table = accuracy_table(
       model, state.params, config.known_digits, tested, ['identical', 'varying', 'plus'], config.eval_problems,
       mesh=mesh) if config.eval_problems else []

@@ -16,16 +16,19 @@ import jax
 from absl import flags
 
 from critkl_jax import checkpoint
+from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, page
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import Record, run_name
+from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 from experiments.flags import run, take_cores
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/studies', 'Directory of runs and studies; one for each preset.')
 STUDY = flags.DEFINE_list('study', ['core'], 'Names of studies, or core, or all.')
-PRESET = flags.DEFINE_enum('preset', 'tiny', list(FINETUNE_PRESETS), 'Settings from which the arms depart.')
+PRESET = flags.DEFINE_enum('preset', 'tiny', ['smoke', 'tiny', 'small', 'paper'],
+                           'Settings of reference and runs, from which the arms depart.')
 LIST = flags.DEFINE_boolean('list', False, 'Name the studies, the runs they lack, and the time that these will take.')
 SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given.", lower_bound=1)
 PROBLEMS = flags.DEFINE_integer('problems', 512, 'Problems of N and of N + k digits in the test of a run.',
@@ -34,16 +37,19 @@ MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at mo
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
 
 
+GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
+
+
 def main() -> None:
   """Makes the missing runs in groups, and writes the studies that they complete."""
   start, workdir = time.monotonic(), pathlib.Path(WORKDIR.value)
-  plan = Plan(catalog.base_config(PRESET.value), workdir, SEEDS.value)
+  plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value)
   studies = chosen(STUDY.value)
   if LIST.value:
     print(table_of(plan, list(catalog.STUDIES.values())))
     return
   take_cores(MEMBERS.value)
-  reference = checkpoint.load_checkpoint()
+  reference = find_reference(PRESET.value, '', {}, workdir)
   before = advance.reference_record(reference, plan.base, workdir, PROBLEMS.value)
   while missing := plan.missing(studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
@@ -53,7 +59,25 @@ def main() -> None:
     print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
     advance.advance(group, plan.base, reference, workdir, PROBLEMS.value)
   for study in studies:
-    report(study, plan, before)
+    if study.reads == 'tokens':
+      read_certainty(study, plan, reference)
+    else:
+      report(study, plan, before)
+
+
+def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:
+  """Makes the study of certainty, unless it is there, and prints what it says."""
+  if not plan.number_missing(study):
+    print(f'\n{study.name}: is there, {plan.workdir / "studies" / study.name / "README.md"}')
+    return
+  start, known, num_sets = time.monotonic(), reference.info.known_digits, len(plan.seeds(study))
+  tokens = read_tokens(reference, digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
+                       responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
+  about = {name: advance.describe_machine()[name] for name in ('commit', 'device')}
+  results = page.write_certainty(study, plan, tokens, known, about | {'seconds': time.monotonic() - start})
+  print(f'\n{study.name}: {study.question} {plan.workdir / "studies" / study.name / "README.md"}')
+  for sentence in page.certainty_verdicts(results):
+    print(f'  {sentence.replace("**", "")}')
 
 
 def report(study: catalog.Study, plan: Plan, before: Record) -> None:
@@ -82,7 +106,7 @@ def table_of(plan: Plan, studies: Iterable[catalog.Study]) -> str:
   seconds = measured or (SECONDS_PER_RUN if PRESET.value == 'tiny' else None)
   lines = [f'{"study":<26}{"runs":>6}{"missing":>9}{"minutes":>9}  counterpart']
   for study in studies:
-    number = len(study.arms) * len(plan.seeds(study))
+    number = len(study.arms) * len(plan.seeds(study)) or 1
     missing = plan.number_missing(study)
     minutes = '?' if seconds is None and missing else f'{missing * (seconds or 0) / 60:.0f}'
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')

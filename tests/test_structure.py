@@ -18,9 +18,11 @@ ORDER = [
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
     'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step', 'train_step',
     'population', 'footprint',
-    'evaluate', 'hosts', 'checkpoint', 'runner',
+    'evaluate', 'hosts', 'checkpoint', 'signatures', 'runner', 'pretraining',
     'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
     'analysis.charts', 'analysis.comparison', 'analysis.page',
+    *(f'studies.{name}' for name in ('records', 'catalog', 'references', 'measures', 'advance', 'plan', 'certainty',
+                                     'results', 'page')),
 ]
 
 

@@ -127,3 +127,34 @@ def _finish(figure, axes, path, title):
     axis.grid(alpha=0.3)
   figure.suptitle(title.replace('$', r'\$'), fontsize=11)  # a path is no mathematics
   figure.savefig(path, dpi=110)
+
+
+def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: np.ndarray, path: str | pathlib.Path,
+                     title: str) -> None:
+  """Draws into a PNG how much less certain a reference is at critical tokens, generation by generation, and how its
+  certainty goes with entropy and errors, position by position.
+
+  Args:
+    gaps: `[G]` certainty at critical tokens minus elsewhere, of each generation.
+    means: `certainty`, `entropy` and `error` (the probability of a wrong token), means `[T]` over generations at each
+      position; NaN where few reach it.
+    critical: `[T]` share of critical tokens at each position.
+    path: file to write.
+    title: stands above the panels.
+  """
+  figure = Figure(figsize=(12, 3.6), layout='constrained')
+  left, middle, right = figure.subplots(1, 3)
+  left.hist(gaps, bins=40, color=_OTHER)
+  left.axvline(float(np.mean(gaps)), color=_INK)
+  left.set_title(f'gap of {gaps.size} generations', fontsize=10)
+  left.set_xlabel('certainty at critical tokens minus elsewhere')
+  unsure = np.maximum(1 - means['certainty'], 1e-6)
+  panels = (middle, 'entropy', 'mean entropy (nats)'), (right, 'error', 'probability of a wrong token')
+  for axis, name, label in panels:
+    dots = axis.scatter(unsure, np.maximum(means[name], 1e-6), c=critical, s=10, cmap='viridis', vmin=0)
+    axis.set_xscale('log')
+    axis.set_yscale('log')
+    axis.set_xlabel('1 - mean certainty at a position')
+    axis.set_title(label, fontsize=10)
+  figure.colorbar(dots, ax=right, label='share of critical tokens')
+  _finish(figure, (left, middle, right), path, title)

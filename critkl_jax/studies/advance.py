@@ -2,7 +2,7 @@
 
     WORKDIR/runs/NAME.json          a finished run
     WORKDIR/references/NAME.json    what the same test says of a reference
-    WORKDIR/working/                checkpoints of finished runs, and what is under way; records do without it
+    WORKDIR/working/                parameters of runs and references, and what is under way; records do without it
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import flax
 import jax
 import numpy as np
 
-import critkl_jax
 from critkl_jax import checkpoint, population, runner
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
@@ -30,6 +29,7 @@ from critkl_jax.records import TrainState
 from critkl_jax.signatures import signatures
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
+from critkl_jax.studies.references import references_path
 from critkl_jax.tasks.addition import plus_task
 
 
@@ -38,9 +38,9 @@ def record_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'runs' / f'{name}.json'
 
 
-def checkpoints_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  """Returns where the last parameters of a run are kept."""
-  return workdir / 'working' / 'checkpoints' / name
+def run_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns the workdir in which the last parameters of a run are kept."""
+  return workdir / 'working' / 'runs' / name
 
 
 def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir: pathlib.Path, most: int,
@@ -105,14 +105,24 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
   for i, params in enumerate(population.members_on_host(state.params)):
     rows = runner.read_metrics(group / 'members' / names[i] / 'metrics.jsonl')
     own = {'seconds': round(sum(row['seconds'] for row in rows), 1), 'test_seconds': round(test_seconds, 1)}
-    rows = [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')
+             and not k.startswith('signature/')} for row in rows]
     own |= {'signatures': [name for name, found in signatures(rows).items() if found]} | about
     records.append(Record(names[i], configs[i], known, rows, tests[i], own))
-    with checkpoint.open_manager(checkpoints_path(workdir, names[i])) as manager:
-      checkpoint.save(manager, TrainState(params, None, np.int32(state.step)), infos[names[i]], with_optimizer=False)
+    _keep_params(workdir, infos[names[i]], names[i], TrainState(params, None, np.int32(state.step)))
     write_record(record_path(workdir, names[i]), records[-1])
   shutil.rmtree(group)
   return records
+
+
+def _keep_params(workdir, info, name, state):
+  """Leaves the last parameters of a run where all that reads workdirs finds them, with their reference."""
+  home = run_path(workdir, name)
+  with checkpoint.open_manager(home / 'checkpoints') as manager:
+    checkpoint.save(manager, state, info, with_optimizer=False)
+  own = references_path(workdir, info.training.reference) / 'reference'
+  if own.is_dir() and not (home / 'reference').exists():  # the one in the package is found without
+    (home / 'reference').symlink_to(pathlib.Path('..', '..', own.relative_to(workdir / 'working')))
 
 
 def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
@@ -139,15 +149,18 @@ def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathl
 def describe_machine() -> dict[str, Any]:
   """Returns the code's commit, with `+` where files differ from it, the device and the versions of the libraries, as
   they were when the process asked first."""
-  home = pathlib.Path(critkl_jax.__file__).parent.parent
-  def git(*words):
-    try:
-      return subprocess.run(['git', '-C', str(home), *words], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a checkout
-      return ''
+  file = pathlib.Path(__file__)
 
-  changed = '+' if git('status', '--porcelain', '--untracked-files=no', '--', 'critkl_jax', 'experiments') else ''
+  def git(*words):
+    return subprocess.run(['git', '-C', str(file.parent), *words], capture_output=True, text=True, check=True).stdout
+
+  try:
+    git('ls-files', '--error-unmatch', file.name)
+    changed = '+' if git('status', '--porcelain', '--untracked-files=no', '--', file.parents[1]) else ''
+    commit = git('rev-parse', '--short=12', 'HEAD').strip() + changed
+  except (OSError, subprocess.CalledProcessError):
+    commit = 'none: not a checkout'
   devices = jax.devices()
-  return {'commit': git('rev-parse', '--short=12', 'HEAD') + changed,
+  return {'commit': commit,
           'device': f'{len(devices)} x {devices[0].device_kind}',
           'versions': {'jax': jax.__version__, 'flax': flax.__version__, 'python': platform.python_version()}}

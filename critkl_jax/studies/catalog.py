@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, replace
+from critkl_jax.config import FinetuneConfig, replace
 
 CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
@@ -23,11 +23,13 @@ class Arm:
     changes: field -> value, where it differs from the preset.
     matches: label of an arm of the same study whose mean weight, over its iterations, multiplies this one's KL
       coefficient, seed by seed; empty for none.
+    pretraining: field -> value, where its reference's pre-training differs from the preset's.
   """
 
   label: str
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   matches: str = ''
+  pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,17 +157,13 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
 CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_SEEDS)
 
 
-def base_config(preset: str) -> FinetuneConfig:
-  """Returns the config from which the arms of a preset depart.
-
-  Raises:
-    KeyError: if there is no such preset.
-  """
-  return FINETUNE_PRESETS[preset]
+def reference_name(changes: Mapping[str, Any]) -> str:
+  """Returns the name of a reference whose pre-training differs so from the preset's; empty if it does not."""
+  return '-'.join(f'{name}={value}' for name, value in changes.items())
 
 
 def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1.0) -> FinetuneConfig:
-  """Returns the config of a run.
+  """Returns the config of a run; its `reference` is a name under the studies' workdir.
 
   Args:
     base: of the preset.
@@ -173,7 +171,7 @@ def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1
     seed: of the run.
     mean_weight: of the run that it matches, where it does.
   """
-  config = replace(base, seed=seed, **arm.changes)
+  config = replace(base, seed=seed, reference=reference_name(arm.pretraining), **arm.changes)
   if not arm.matches:
     return config
   return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * mean_weight:.6g}'))

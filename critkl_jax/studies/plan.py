@@ -74,7 +74,9 @@ class Plan:
     return list(wanted.values())
 
   def number_missing(self, study: Study) -> int:
-    """Returns how many runs a study lacks, those among them that follow from others."""
+    """Returns how many runs a study lacks, those among them that follow from others; a study of tokens is one run."""
+    if study.reads == 'tokens':
+      return int(not (self.workdir / 'studies' / study.name / 'results.json').is_file())
     return sum(self.record(study, arm, seed) is None for arm in study.arms for seed in self.seeds(study))
 
   def seconds_per_run(self) -> float | None:

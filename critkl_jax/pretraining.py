@@ -1,0 +1,41 @@
+"""Pre-training from the first step to the parameters that fine-tuning starts from."""
+
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+
+from critkl_jax import checkpoint, runner, sharding
+from critkl_jax.config import PretrainConfig
+from critkl_jax.gpt2 import GPT2
+from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.records import TrainState
+from critkl_jax.tasks.addition import pretraining_task
+
+
+def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | None = None) -> TrainState:
+  """Pre-trains a model, from where it was stopped if it was, and leaves its parameters in `WORKDIR/reference`.
+
+  Args:
+    config: model, problems and optimizer.
+    workdir: directory of checkpoints and metrics, as in `runner.run`.
+    mesh: the devices over which examples and model are spread; None for one device.
+
+  Returns:
+    The last state.
+
+  Raises:
+    CheckpointError, Interrupted: as `runner.run`.
+  """
+  model, workdir = GPT2(config.model), pathlib.Path(workdir)
+  tasks = {n: pretraining_task(config.known_digits, n) for n in range(1, config.known_digits + 1)}
+  steps = {n: jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for n, task in tasks.items()}
+  key = sharding.replicate(pretraining_keys(config)[1], mesh)
+  info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
+  state = runner.run(
+      lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
+      config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
+  final = checkpoint.open_manager(workdir / 'reference')
+  checkpoint.save(final, state, info, with_optimizer=False)
+  final.close()
+  return state

@@ -1,0 +1,94 @@
+"""The study of certainty: what a reference says at critical tokens and elsewhere, over many generations.
+
+Letters: B responses, T tokens.
+"""
+
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from critkl_jax.analysis.agreement import agreement
+from critkl_jax.analysis.reading import CERTAINTIES
+from critkl_jax.analysis.statistics import seed_statistics
+
+PAPER_GAPS = {3: (-0.33, 0.01), 5: (-0.21, 0.18), 7: (-0.13, 0.04)}  # table 1 of arXiv 2502.06533, N -> mean, deviation
+LEAST_RESPONSES = 20  # that reach a position without an error, for it to count
+
+
+def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: float = 0.95, num_resamples: int = 500
+                      ) -> dict[str, Any]:
+  """Returns what generations of a reference say of its certainty, over tokens that come after right ones alone.
+
+  Args:
+    tokens: of `reading.read_tokens`, sampled from the reference, all of one number of digits.
+    num_sets: in how many sets, one after another, they are taken for the interval of the gap.
+    confidence: of the intervals.
+    num_resamples: of the bootstraps over responses.
+
+  Returns:
+    `generations`, their number, and `sets`; `critical_tokens` and `other_tokens`; `certain_and_wrong`, the share of
+    critical tokens at which the reference gives more than 0.9 to a wrong token; and of each of the `kinds` of
+    certainty: `gap`, critical minus elsewhere, a mean over generations with critical tokens, and its interval over
+    sets; `gap_deviation` between generations; `lowest_other`; `detector`, the `agreement` of 1 - certainty with the
+    critical tokens, and `of_errors` with the wrong tokens; `entropy_correlation` and `error_correlation`, Spearman's
+    across positions of the mean certainty with the mean entropy and with the mean probability of a wrong token, as
+    `(value, low, high)`.
+  """
+  here, critical = tokens['on_path'], tokens['critical/oracle'] & tokens['on_path']
+  other, wrong = here & ~critical, here & ~tokens['right']
+  sure = critical & (tokens['ref_top_prob'][..., 0] > 0.9) & (tokens['ref_right_prob'] < 0.1)
+  result = {'generations': len(here), 'sets': num_sets, 'critical_tokens': int(critical.sum()),
+            'other_tokens': int(other.sum()), 'certain_and_wrong': float(sure.sum() / max(critical.sum(), 1))}
+  kinds = {}
+  for kind in CERTAINTIES:
+    certainty = tokens[f'certainty/{kind}']
+    of_sets = [generation_gaps(certainty[rows], critical[rows], other[rows]).mean()
+               for rows in np.array_split(np.arange(len(here)), num_sets)]
+    compared = {name: agreement(1 - certainty, certainty < 0.9, wanted, here.astype(float), confidence, num_resamples)
+                for name, wanted in (('detector', critical), ('of_errors', wrong))}
+    kinds[kind] = compared | {
+        'gap': seed_statistics(np.array(of_sets), confidence)['mean'],
+        'gap_deviation': float(generation_gaps(certainty, critical, other).std()),
+        'lowest_other': float(certainty[other].min()),
+        'entropy_correlation': correlation(certainty, tokens['ref_entropy'], here, confidence, num_resamples),
+        'error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence, num_resamples)}
+  return result | {'kinds': kinds}
+
+
+def generation_gaps(certainty: np.ndarray, critical: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Returns `[G]`, the mean certainty at critical tokens minus that elsewhere of each of the G responses that have
+  both; arguments `[B, T]`."""
+  rows = critical.any(1) & other.any(1)
+  means = [np.where(where, certainty, 0)[rows].sum(1) / where[rows].sum(1) for where in (critical, other)]
+  return means[0] - means[1]
+
+
+def position_means(values: np.ndarray, here: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+  """Returns `[T]`, the mean over responses of values `[B, T]` where `here`; NaN at positions that fewer than
+  `LEAST_RESPONSES` reach.
+
+  Args:
+    values: the values.
+    here: bool `[B, T]`.
+    weight: `[B]` how often each response counts; once if None.
+  """
+  weight = np.ones(len(here)) if weight is None else weight
+  count = weight @ here
+  return np.where(here.sum(0) >= LEAST_RESPONSES, weight @ np.where(here, values, 0) / np.maximum(count, 1e-9), np.nan)
+
+
+def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confidence: float = 0.95,
+                num_resamples: int = 500, seed: int = 0) -> tuple[float, float, float]:
+  """Returns Spearman's correlation, across positions, of two means over responses, with the percentile bootstrap
+  interval over responses; arguments as in `position_means`."""
+  rng = np.random.default_rng(seed)
+  times = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), num_resamples)
+
+  def one(weight):
+    means = [position_means(some, here, weight) for some in (values, others)]
+    kept = ~np.isnan(means[0])
+    return float(scipy.stats.spearmanr(means[0][kept], means[1][kept]).statistic)
+
+  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+  return (one(None), *map(float, np.nanquantile([one(row) for row in times], edges)))
