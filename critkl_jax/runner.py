@@ -38,6 +38,7 @@ class MetricsWriter:
 
   Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
   adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
+  Metrics of critical tokens have no entry where there were none.
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int):
@@ -53,7 +54,7 @@ class MetricsWriter:
     """Adds the metrics of one step, Python or NumPy numbers."""
     if not hosts.is_first():
       return
-    metrics = {name: float(value) for name, value in metrics.items()}
+    metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
     self._rows.append({'step': step, **metrics})
     metrics |= self._signatures(step)
     with self._path.open('a') as file:

@@ -119,7 +119,7 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
     The step. Its key is the run's: iteration i uses `fold_in(key, i)`, i being `state.step`. Its metrics are float32
     `[]`: those of `ppo_loss` and `grad_norm` as means over the updates, and of the rollout `accuracy`, the mean of what
     the task rewards, `response_length`, tokens in an episode, `num_tokens`, tokens sampled, and those of
-    `rollout_metrics`. `kl_critical` and `weight_critical` are means over the critical tokens, NaN if there were none.
+    `rollout_metrics`. `kl_critical` and `weight_critical` are means over critical tokens, NaN where there were none.
   """
 
   lengths = shorter_lengths(task)

@@ -79,6 +79,18 @@ def test_shard_takes_as_many_devices_as_divide_the_members():
   assert population.pick_mapping(population.members_mesh(7, four)) == 'scan'
 
 
+def test_members_are_mapped_where_they_lie(reference):
+  mesh = sharding.make_mesh('member:2')
+  params = population.init_population(MODEL, (BASE,) * 4, reference, mesh).params
+  params = jax.tree.map(lambda x: x * jnp.arange(1.0, 5.0).reshape(-1, *(1,) * (x.ndim - 1)), params)
+  found = population.map_members(lambda own, factor: {'sum': factor * jnp.sum(own['wte']['embedding'])}, mesh)(
+      params, jnp.float32(2.0))
+  total = float(jnp.sum(reference['wte']['embedding']))
+  np.testing.assert_allclose(found['sum'], 2 * total * np.arange(1, 5), rtol=1e-5)
+  with pytest.raises(ValueError, match='an axis of members alone'):
+    population.map_members(lambda own: own, sharding.make_mesh('member:2,data:2'))
+
+
 def test_product_is_every_combination_once():
   configs = population.product(BASE, kl=('standard', 'prioritized'), certainty_exponent=(10.0, 150.0), seed=(0, 1))
   assert population.names(configs) == (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax import checkpoint, runner
+from critkl_jax import checkpoint, runner, signatures
 from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
 from critkl_jax.records import TrainState
 
@@ -46,6 +46,17 @@ def test_one_line_a_step_and_checkpoints(tmp_path):
   assert [row['step'] for row in rows] == [1, 2, 3, 4, 5]
   assert all(row['tokens_per_second'] == pytest.approx(7 / row['seconds']) for row in rows)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4, 5]
+
+
+def test_signatures_of_failure_are_metrics_and_warned_of_once(tmp_path, caplog):
+  writer = runner.MetricsWriter(tmp_path, 0)
+  for step, kl in enumerate([0.01, 0.9, 0.9, 0.02], start=1):
+    writer.write(step, {'kl': kl, 'kl_critical': np.nan, 'loss': np.nan})
+  rows = runner.read_metrics(tmp_path / 'metrics.jsonl')
+  assert [row['signature/drift'] for row in rows] == [0, 1, 1, 0]
+  assert all('kl_critical' not in row and np.isnan(row['loss']) for row in rows)
+  assert [record.getMessage() for record in caplog.records if 'drift' in record.getMessage()] == [
+      f'{tmp_path}, step 2: drift: {signatures.MEANING["drift"]}.']
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):

@@ -201,6 +201,40 @@ def test_the_reward_stands_at_the_last_token(model, reference):
   np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, rewards[:, None], 0), atol=1e-6)
 
 
+def test_a_wrong_response_may_cost(model, reference):
+  config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0, wrong_reward=-1.0)
+  rollout, rewards, _, batch = make_inputs(model, reference, config)
+  assert set(np.asarray(rewards).tolist()) == {0.0, 1.0}  # what the task says, and the metrics
+  np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, 2 * rewards[:, None] - 1, 0), atol=1e-6)
+
+
+def test_metrics_at_critical_tokens_are_those_of_the_first_letters(model, reference):
+  """The critical token of a letter is the first one; before the first update the policy is as when it sampled."""
+  config = config_lib.replace(SMALL, minibatches=1, kl_coefficient=0.0, certainty_exponent=3.0)
+  other = jax.tree.map(lambda x: 1.3 * x, reference)
+  state = init_finetuning(model, config, other).replace(params=jax.tree.map(jnp.copy, reference))
+  numbers = Hyperparameters.of(config)
+  key, _ = jax.random.split(jax.random.fold_in(KEY, 0))
+  problems, rollout, rewards = collect(model, letter_task(), config, reference, key, 1.0)
+  record = api.weighted_kl(score(model, reference, rollout)[0], score(model, other, rollout)[0], rollout.actions,
+                           mask=rollout.mask, exponent=3.0)
+
+  def probe(params):
+    return {'probed': jnp.sum(params['wte']['embedding'])}
+
+  _, metrics = make_train_step(model, letter_task(), config, probe=probe)(state, KEY, numbers)
+  assert metrics['critical_right'] == pytest.approx(float(jnp.mean(rollout.actions[:, 0] == problems)))
+  assert metrics['kl_critical'] == pytest.approx(float(record.kl[:, 0].mean()), rel=1e-4)
+  assert metrics['weight_critical'] == pytest.approx(float(record.weight[:, 0].mean()), rel=1e-4)
+  assert metrics['probed'] == pytest.approx(float(jnp.sum(reference['wte']['embedding'])), rel=1e-4)
+  assert metrics['accuracy'] == rewards.mean()
+  assert 'format_errors' not in metrics  # a task that does not judge form
+  formed = dataclasses.replace(letter_task(), well_formed=lambda actions, mask: actions[0] == 1)
+  state = init_finetuning(model, config, reference)
+  _, metrics = make_train_step(model, formed, config)(state, KEY, numbers)
+  assert metrics['format_errors'] == pytest.approx(float(jnp.mean(rollout.actions[:, 0] != 1)))
+
+
 def test_group_relative_advantages_are_the_episodes(model, reference):
   rollout, rewards, _, batch = make_inputs(model, reference, SMALL)
   expected = (rewards - rewards.mean()) / rewards.std()

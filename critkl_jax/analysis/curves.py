@@ -55,7 +55,7 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
   for number, (name, label) in enumerate(panels.items(), start=1):
     axis = figure.add_subplot(1, len(panels), number)
     for group, runs in groups.items():
-      mean, low, high = curve_band(np.array([[row[name] for row in run] for run in runs]))
+      mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
       steps = [row['step'] for row in runs[0]]
       line, = axis.plot(steps, mean, linewidth=1.6, label=group)
       axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)

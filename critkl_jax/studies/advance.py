@@ -26,7 +26,6 @@ from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.records import TrainState
-from critkl_jax.signatures import signatures
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
 from critkl_jax.studies.references import references_path
@@ -107,8 +106,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
     own = {'seconds': round(sum(row['seconds'] for row in rows), 1), 'test_seconds': round(test_seconds, 1)}
     rows = [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')
              and not k.startswith('signature/')} for row in rows]
-    own |= {'signatures': [name for name, found in signatures(rows).items() if found]} | about
-    records.append(Record(names[i], configs[i], known, rows, tests[i], own))
+    records.append(Record(names[i], configs[i], known, rows, tests[i], own | about))
     _keep_params(workdir, infos[names[i]], names[i], TrainState(params, None, np.int32(state.step)))
     write_record(record_path(workdir, names[i]), records[-1])
   shutil.rmtree(group)

@@ -30,10 +30,10 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
     `generations`, their number, and `sets`; `critical_tokens` and `other_tokens`; `certain_and_wrong`, the share of
     critical tokens at which the reference gives more than 0.9 to a wrong token; and of each of the `kinds` of
     certainty: `gap`, critical minus elsewhere, a mean over generations with critical tokens, and its interval over
-    sets; `gap_deviation` between generations; `lowest_other`; `detector`, the `agreement` of 1 - certainty with the
-    critical tokens, and `of_errors` with the wrong tokens; `entropy_correlation` and `error_correlation`, Spearman's
-    across positions of the mean certainty with the mean entropy and with the mean probability of a wrong token, as
-    `(value, low, high)`.
+    sets, None if no generation has any; `gap_deviation` between generations; `lowest_other`; `detector`, the
+    `agreement` of 1 - certainty with the critical tokens, and `of_errors` with the wrong tokens; `entropy_correlation`
+    and `error_correlation`, Spearman's across positions of the mean certainty with the mean entropy and with the mean
+    probability of a wrong token, as `(value, low, high)`.
   """
   here, critical = tokens['on_path'], tokens['critical/oracle'] & tokens['on_path']
   other, wrong = here & ~critical, here & ~tokens['right']
@@ -43,13 +43,14 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
   kinds = {}
   for kind in CERTAINTIES:
     certainty = tokens[f'certainty/{kind}']
-    of_sets = [generation_gaps(certainty[rows], critical[rows], other[rows]).mean()
+    of_sets = [generation_gaps(certainty[rows], critical[rows], other[rows])
                for rows in np.array_split(np.arange(len(here)), num_sets)]
+    means = np.array([gaps.mean() for gaps in of_sets if gaps.size])
     compared = {name: agreement(1 - certainty, certainty < 0.9, wanted, here.astype(float), confidence, num_resamples)
                 for name, wanted in (('detector', critical), ('of_errors', wrong))}
     kinds[kind] = compared | {
-        'gap': seed_statistics(np.array(of_sets), confidence)['mean'],
-        'gap_deviation': float(generation_gaps(certainty, critical, other).std()),
+        'gap': seed_statistics(means, confidence)['mean'] if means.size else None,
+        'gap_deviation': float(np.concatenate(of_sets).std()) if means.size else None,
         'lowest_other': float(certainty[other].min()),
         'entropy_correlation': correlation(certainty, tokens['ref_entropy'], here, confidence, num_resamples),
         'error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence, num_resamples)}
@@ -88,7 +89,11 @@ def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confid
   def one(weight):
     means = [position_means(some, here, weight) for some in (values, others)]
     kept = ~np.isnan(means[0])
+    if kept.sum() < 2 or any(np.ptp(some[kept]) == 0 for some in means):
+      return np.nan
     return float(scipy.stats.spearmanr(means[0][kept], means[1][kept]).statistic)
 
   edges = [(1 - confidence) / 2, (1 + confidence) / 2]
-  return (one(None), *map(float, np.nanquantile([one(row) for row in times], edges)))
+  resampled = np.array([one(row) for row in times])
+  return (one(None), *map(float, np.quantile(resampled[~np.isnan(resampled)], edges) if np.isfinite(resampled).any()
+                          else (np.nan, np.nan)))

@@ -75,6 +75,8 @@ def write_certainty(study: Study, plan: Plan, tokens: dict[str, np.ndarray], kno
 def certainty_verdicts(results: dict[str, Any]) -> list[str]:
   """Returns what the study of certainty says, in sentences; the last one names a detector that is blind."""
   found, known = results['kinds']['negentropy'], results['known_digits']
+  if found['gap'] is None:
+    return ['No generation gets as far as a critical token: nothing can be said.']
   (gap, low, high), detector = found['gap'], found['detector']
   said = 'less certain' if high < 0 else 'more certain' if low > 0 else 'not shown to be less certain'
   paper = f' (the paper, N = {known}: {PAPER_GAPS[known][0]:+.2f} +- {PAPER_GAPS[known][1]:.2f})' if (
@@ -95,7 +97,10 @@ def _certainty_page(results):
   def interval(value):
     return 'none' if value is None else f'{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]'
 
-  rows = [[kind, interval(found['gap']), f'{found["gap_deviation"]:.3f}', f'{found["lowest_other"]:.4f}',
+  def number(value):
+    return 'none' if value is None else f'{value:.4f}'
+
+  rows = [[kind, interval(found['gap']), number(found['gap_deviation']), number(found['lowest_other']),
            interval(found['detector']['auroc']), interval(found['detector']['average_precision']),
            interval(found['of_errors']['auroc']), interval(found['entropy_correlation']),
            interval(found['error_correlation'])] for kind, found in results['kinds'].items()]

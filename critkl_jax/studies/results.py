@@ -10,6 +10,7 @@ from critkl_jax.analysis.statistics import (
     seed_statistics,
     steps_to_target,
 )
+from critkl_jax.signatures import signatures
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
@@ -93,7 +94,7 @@ def study_results(study: Study, plan: Plan, before: Record) -> dict[str, Any]:
 def _arm(records, figures):
   every = list(records.values())
   counts: dict[str, int] = {}
-  for name in (name for one in every for name in one.about['signatures']):
+  for name in (name for one in every for name in _seen(one)):
     counts[name] = counts.get(name, 0) + 1
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
@@ -117,9 +118,13 @@ def _before(record):
 
 def _row(label, seed, record, figures):
   return {'name': record.name, 'arm': label, 'seed': seed, **{name: float(x.mean()) for name, x in figures.items()},
-          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(record.about['signatures']),
+          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(_seen(record)),
           'seconds': record.about['seconds'], 'test_seconds': record.about['test_seconds'],
           'commit': record.about['commit']}
+
+
+def _seen(record):
+  return [name for name, seen in signatures(record.metrics).items() if seen]
 
 
 def _by_length(record):

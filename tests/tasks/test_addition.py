@@ -142,6 +142,20 @@ def test_reward():
     assert reward_of(problem, response) == 0, name
 
 
+@pytest.mark.parametrize(('response', 'wanted'), [
+    ('</scratch>\n4 6 9 0\n', True), ('</scratch>\n4\n', True), ('a cart </scratch>\n0 0\n', True),
+    ('</scratch>\n4 6 9 0', False), ('</scratch>\n46 9\n', False), ('</scratch>\n4 6 \n', False),
+    ('</scratch>\n\n', False), ('</scratch>\n', False), ('', False), ('4 6\n', False), ('</scratch>\n4 A\n', False),
+    ('</scratch>\n4\n6\n', False), ('</scratch>\n 4\n', False), ('</scratch>4 6\n', False)])
+def test_well_formed(response, wanted):
+  tokens = TOKENIZER.encode(response)
+  for length in (max(len(tokens), 1), 60):
+    actions = np.full(length, TOKENIZER.pad_id, np.int32)
+    actions[:len(tokens)] = tokens
+    mask = jnp.arange(length) < len(tokens)
+    assert bool(jax.jit(addition.well_formed)(jnp.asarray(actions), mask)) == wanted
+
+
 def test_reward_looks_only_where_the_mask_is_true():
   problem = addition.make_problem(5, 6, 1)
   tokens = jnp.asarray(TOKENIZER.encode('</scratch>\n1 1\n9999'))
@@ -164,6 +178,7 @@ def test_every_solution_is_rewarded_and_no_neighbours(max_digits):
   solutions = jax.vmap(functools.partial(addition.render_solution, known_digits=1, length=length))(problems)
   rewards = jax.jit(jax.vmap(addition.reward))
   assert jnp.all(rewards(problems, solutions.tokens, solutions.mask) == 1)
+  assert jnp.all(jax.vmap(addition.well_formed)(solutions.tokens, solutions.mask))
   others = [(a + 1, b) if len(str(a + 1)) <= max_digits else (a - 1, b) for a, b in pairs]
   assert jnp.all(rewards(stack(others, max_digits), solutions.tokens, solutions.mask) == 0)
 

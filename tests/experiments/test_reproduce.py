@@ -1,0 +1,42 @@
+"""The command that repeats the paper's studies, on a reference of four steps."""
+
+import json
+
+from processes import refused, run
+
+from critkl_jax import checkpoint
+from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.studies.records import read_record
+
+
+def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
+  flags = ('--preset=smoke', '--seeds=1', '--problems=6', f'--workdir={tmp_path}')
+  out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0')
+  assert '3 runs are left; the same command goes on with them.' in out
+  assert 'certainty_gap: Is the reference less certain' in out
+  out = run('reproduce', *flags, '--study=drift,certainty_gap')
+  assert 'certainty_gap: is there' in out
+  assert '3 runs to make, 3 of them now: seed=0' in out
+  records = {path.stem: read_record(path) for path in (tmp_path / 'runs').glob('*.json')}
+  assert set(records) == {'seed=0', 'kl=standard-seed=0', 'kl=none-seed=0'}
+  one = records['seed=0']
+  assert one.config == FINETUNE_PRESETS['smoke']
+  assert one.known_digits == 1
+  assert len(one.metrics) == one.config.num_iterations == 2
+  assert {len(one.test[digits][kind]) for digits in ('N', 'N+1') for kind in ('greedy', 'sampled')} == {6}
+  # The policy of the first iteration is the reference: KL 0, and the same probabilities in all runs.
+  assert all(abs(record.column('probe_kl_other')[0]) < 1e-6 for record in records.values())
+  assert len({float(record.column('probe_critical_probability')[0]) for record in records.values()}) == 1
+  policy = checkpoint.load_checkpoint(tmp_path / 'working' / 'runs' / 'seed=0')
+  assert (policy.step, policy.info.known_digits, policy.info.training) == (2, 1, one.config)
+  assert (tmp_path / 'working' / 'runs' / 'seed=0' / 'reference').resolve() == (
+      tmp_path / 'working' / 'references' / 'base' / 'reference').resolve()
+  page = (tmp_path / 'studies' / 'drift' / 'README.md').read_text()
+  assert 'Not complete' not in page
+  results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
+  assert results['num_missing'] == 0
+  assert not list((tmp_path / 'working' / 'groups').iterdir())
+
+  line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
+  assert line.split()[1:3] == ['6', '4']  # of its runs, two are there
+  assert '--study: expected core, all, or some of certainty_gap' in refused('reproduce', *flags, '--study=drft')

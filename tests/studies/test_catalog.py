@@ -1,0 +1,60 @@
+import itertools
+
+import pytest
+
+from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.studies import catalog
+from critkl_jax.studies.records import run_name
+
+STUDIES = list(catalog.STUDIES.values())
+
+
+@pytest.mark.parametrize('study', STUDIES, ids=lambda study: study.name)
+def test_arms_are_configs_and_contrasts_are_of_arms(study):
+  labels = [arm.label for arm in study.arms]
+  assert len(set(labels)) == len(labels)
+  for preset in ('smoke', 'tiny', 'small', 'paper'):
+    names = [run_name(catalog.arm_config(FINETUNE_PRESETS[preset], arm, 0, 0.5), FINETUNE_PRESETS[preset])
+             for arm in study.arms]
+    assert len(set(names)) == len(names) or preset == 'paper'  # there an arm may be the preset itself
+  for pair in study.contrasts:
+    assert set(pair) <= set(labels)
+    assert pair[0] != pair[1]
+  assert all(not arm.matches or arm.matches in labels for arm in study.arms)
+  assert (study.reads == 'runs') == bool(study.arms)
+
+
+def test_the_core_has_eight_seeds_and_the_others_three():
+  assert catalog.CORE == ('certainty_gap', 'prioritized_vs_standard', 'matched_weight', 'drift', 'ablation', 'exponent')
+  assert {study.num_seeds for study in STUDIES} == {3, 8}
+  assert catalog.STUDIES['exponent'].num_seeds == 8
+
+
+def test_studies_share_their_runs():
+  base = FINETUNE_PRESETS['tiny']
+  core = [catalog.STUDIES[name] for name in catalog.CORE]
+  names = [run_name(catalog.arm_config(base, arm, seed, 0.9), base)
+           for study in core for arm in study.arms for seed in range(8)]
+  assert len(set(names)) == 112 < len(names)
+
+
+def test_exponents_are_those_of_the_issue():
+  base = FINETUNE_PRESETS['tiny']
+  arms = catalog.STUDIES['exponent'].arms
+  configs = [catalog.arm_config(base, arm, 0).loss for arm in arms]
+  assert [c.certainty_exponent for c in configs if c.kl == 'prioritized'] == [1, 10, 50, 150, 500, 1000, 10000]
+  assert {c.kl for c in configs} == {'standard', 'prioritized', 'none'}
+
+
+def test_a_matched_coefficient_follows_the_mean_weight():
+  base = FINETUNE_PRESETS['tiny']
+  arm = next(arm for arm in catalog.STUDIES['matched_weight'].arms if arm.matches)
+  assert catalog.arm_config(base, arm, 0, 0.9).loss.kl_coefficient == pytest.approx(0.45)
+  assert catalog.arm_config(base, arm, 0, 0.9).loss.kl == 'standard'
+
+
+def test_names_of_references():
+  assert catalog.reference_name({}) == ''
+  assert catalog.reference_name({'known_digits': 3, 'seed': 1}) == 'known_digits=3-seed=1'
+  for one, two in itertools.combinations(({}, {'width': 64}, {'known_digits': 3}, {'known_digits': 4}), 2):
+    assert catalog.reference_name(one) != catalog.reference_name(two)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from critkl_jax.analysis.reading import CERTAINTIES
+from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.studies import catalog, page
+from critkl_jax.studies.certainty import certainty_results, correlation, generation_gaps, position_means
+from critkl_jax.studies.plan import Plan
+
+
+def generations(gap, num_responses=80, length=30, seed=0):
+  """Responses whose certainty falls along the text, and by `gap` at the critical token."""
+  rng = np.random.default_rng(seed)
+  critical = np.zeros((num_responses, length), bool)
+  critical[:, 10] = True
+  certainty = 0.9 - 0.01 * np.arange(length) + 0.001 * rng.normal(size=(num_responses, length)) - gap * critical
+  wrong = rng.random((num_responses, length)) < 0.5 * (1 - certainty)
+  here = np.cumsum(np.pad(wrong, ((0, 0), (1, 0)))[:, :-1], 1) == 0
+  right_prob = 0.5 + 0.5 * certainty
+  return {'on_path': here, 'right': here & ~wrong, 'critical/oracle': critical & here, 'ref_entropy': 1 - certainty,
+          'ref_right_prob': right_prob, 'ref_top_prob': right_prob[..., None], 'certainty': certainty,
+          **{f'certainty/{kind}': certainty for kind in CERTAINTIES}}
+
+
+def test_a_gap_is_found_and_its_interval_covers_it():
+  found = certainty_results(generations(0.3), 8, num_resamples=100)
+  value, low, high = found['kinds']['negentropy']['gap']
+  elsewhere = 0.9 - 0.01 * 5  # about: what stands before the first error, which comes early
+  assert low < value < high < 0
+  assert value == pytest.approx(0.5 - elsewhere + 0.05, abs=0.06)
+  assert found['kinds']['negentropy']['detector']['auroc'][0] > 0.99
+  assert found['kinds']['negentropy']['entropy_correlation'][0] == pytest.approx(-1)
+  assert found['kinds']['negentropy']['error_correlation'][0] == pytest.approx(-1)
+  assert found['critical_tokens'] == int(generations(0.3)['critical/oracle'].sum())
+  assert found['sets'] == 8
+
+
+def test_gaps_and_means_by_hand():
+  certainty = np.array([[0.5, 1.0, 0.7], [0.9, 0.8, 0.1], [0.2, 0.2, 0.2]])
+  critical = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
+  other = ~critical & np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1]], bool)
+  np.testing.assert_allclose(generation_gaps(certainty, critical, other), [0.5 - 0.85])
+  here = np.ones((25, 2), bool)
+  here[:6, 1] = False
+  values = np.tile([1.0, 2.0], (25, 1))
+  np.testing.assert_allclose(position_means(values, here), [1.0, np.nan])  # 19 are too few
+
+
+def test_correlation_resamples_responses():
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=40)
+  values, here = base + rng.normal(size=(50, 40)), np.ones((50, 40), bool)
+  same, low, high = correlation(values, 2 * base + rng.normal(size=(50, 40)), here, num_resamples=100)
+  assert 0.8 < low < high <= 1  # resamples correlate less than the whole: the bootstrap adds noise of its own
+  assert same > 0.9
+  none, low, high = correlation(values, rng.normal(size=(50, 40)), here, num_resamples=100)
+  assert abs(none) < 0.5
+
+
+def test_a_reference_that_never_gets_to_a_critical_token():
+  tokens = generations(0.3)
+  tokens['on_path'] = tokens['on_path'] & (np.arange(30) < 5)
+  found = certainty_results(tokens, 4, num_resamples=20)
+  assert found['critical_tokens'] == 0
+  assert found['kinds']['negentropy']['gap'] is None
+  assert found['kinds']['negentropy']['detector']['auroc'] is None
+  assert page.certainty_verdicts(found | {'known_digits': 5}) == [
+      'No generation gets as far as a critical token: nothing can be said.']
+
+
+def test_the_page_names_a_blind_detector(tmp_path):
+  study = catalog.STUDIES['certainty_gap']
+  about = {'commit': 'abc', 'device': 'cpu', 'seconds': 1.0}
+  plan = Plan(FINETUNE_PRESETS['smoke'], tmp_path)
+  assert plan.number_missing(study) == 1
+  found = page.write_certainty(study, plan, generations(0.3), 5, about)
+  assert plan.number_missing(study) == 0
+  text = (tmp_path / 'studies' / 'certainty_gap' / 'README.md').read_text()
+  assert 'is **less certain** at critical tokens: -0.' in text
+  assert '(the paper, N = 5: -0.21 +- 0.18)' in text
+  assert 'blind_detector' not in text
+  for name in ('generations.png', 'certainty.png'):
+    assert (tmp_path / 'studies' / 'certainty_gap' / name).read_bytes().startswith(b'\x89PNG')
+  blind = page.write_certainty(study, plan, generations(-0.05), 5, about)
+  assert 'is **more certain**' in page.certainty_verdicts(blind)[0]
+  assert 'Signature of failure, `blind_detector`' in page.certainty_verdicts(blind)[-1]
+  assert len(page.certainty_verdicts(found)) == 3

@@ -1,0 +1,137 @@
+"""Studies over records that were made up: what they say must be what was put in."""
+
+import json
+
+import numpy as np
+import pytest
+
+from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.studies import catalog, page, results
+from critkl_jax.studies.advance import next_group, record_path
+from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.records import Record, RecordError, run_name, write_record
+
+BASE = FINETUNE_PRESETS['smoke']
+STUDY = catalog.STUDIES['matched_weight']
+MATCHED = 'uniform, of equal mean weight'
+PROBLEMS = 64
+
+
+def made_up(config, greedy, sampled, weight=0.8, lifted=0.1):
+  rng = np.random.default_rng(config.seed)
+  rewards = lambda p: rng.permutation(PROBLEMS) < p * PROBLEMS
+  own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0, 'kl_critical': 0.1,
+         'kl_other': 0.01}
+  known = own | {'greedy': rewards(1.0), 'kl_critical': float('nan')}
+  metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weight': weight, 'weight_critical': weight - lifted * (i + 1),
+              'probe_critical_probability': 0.9 + 0.02 * i} for i, a in enumerate((0.25, 0.75, 0.75))]
+  about = {'seconds': 10.0, 'test_seconds': 5.0, 'commit': 'abc', 'device': 'cpu'}
+  return Record(run_name(config, BASE), config, 1, metrics, {'N': known, 'N+1': own}, about)
+
+
+@pytest.fixture
+def plan(tmp_path):
+  return Plan(BASE, tmp_path)
+
+
+def make(plan, label, seeds, **values):
+  arm = next(arm for arm in STUDY.arms if arm.label == label)
+  for seed in seeds:
+    config = plan.config(STUDY, arm, seed)
+    record = made_up(config, **values)
+    write_record(record_path(plan.workdir, record.name), record)
+
+
+def reference():
+  return Record('base', None, 1, [{'probe_critical_probability': 0.9}], made_up(BASE, 0.5, 0.5).test, {})
+
+
+def test_what_is_missing_and_what_follows_from_it(plan):
+  assert plan.number_missing(STUDY) == 24
+  assert [run_name(c, BASE) for c in plan.missing([STUDY])][:4] == ['seed=0', 'kl=standard-seed=0', 'seed=1',
+                                                                   'kl=standard-seed=1']
+  assert len(plan.missing([STUDY])) == 16  # the matched ones are not known yet
+  make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75)
+  assert 'kl=standard-kl_coefficient=0.4-seed=0' in [run_name(c, BASE) for c in plan.missing([STUDY])]  # 0.5 x 0.8
+  assert plan.number_missing(STUDY) == 23
+  assert len(plan.missing([STUDY, catalog.STUDIES['drift']])) == 16 + 8  # those without a penalty beside
+  assert plan.seconds_per_run() == 15
+
+
+def test_a_record_of_another_run_is_refused(plan):
+  make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75)
+  (plan.workdir / 'runs' / 'seed=0.json').rename(plan.workdir / 'runs' / 'seed=1.json')
+  with pytest.raises(RecordError, match=r'seed=1\.json: of another run \(seed=0\)'):
+    plan.missing([STUDY])
+
+
+def test_groups_share_a_program_and_those_under_way_come_first(plan):
+  study = catalog.STUDIES['ablation']
+  missing = plan.missing([study])
+  group = next_group(missing, BASE, plan.workdir, 5, 2)
+  assert [run_name(c, BASE) for c in group] == ['seed=0', 'kl=standard-seed=0', 'seed=1', 'kl=standard-seed=1']
+  assert {c.loss.kl_gate for c in next_group(missing, BASE, plan.workdir, 100, 1)} == {'none'}
+  assert len(next_group(missing[:1], BASE, plan.workdir, 16, 2)) == 1  # one is left for two devices
+  under_way = plan.workdir / 'working' / 'groups' / 'a' / 'members.json'
+  under_way.parent.mkdir(parents=True)
+  under_way.write_text(json.dumps(['kl=standard-kl_gate=random-seed=3']))
+  assert [c.loss.kl_gate for c in next_group(missing, BASE, plan.workdir, 5, 2)] == ['random']
+  under_way.write_text(json.dumps(['of another study-seed=3']))
+  assert len(next_group(missing, BASE, plan.workdir, 5, 2)) == 4
+
+
+def test_results_say_what_was_put_in(plan):
+  make(plan, 'prioritized', range(8), greedy=0.75, sampled=0.9375)
+  make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1)
+  make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
+  found = results.study_results(STUDY, plan, reference())
+  assert found['num_missing'] == 0
+  assert found['num_problems'] == PROBLEMS
+  arm = found['arms']['prioritized']
+  assert arm['figures']['greedy']['mean'][0] == arm['figures']['greedy']['iqm'][0] == 0.75
+  assert arm['figures']['area']['mean'][0] == pytest.approx((0.25 / 2 + 0.75 + 0.75 + 0.9375 / 2) / 3)
+  episodes = BASE.episodes * (2 + (0.9 - 0.75) / (0.9375 - 0.75))
+  assert arm['figures']['episodes_to_target']['mean'][0] == pytest.approx(episodes)
+  assert (arm['reached_target'], found['arms']['standard']['reached_target']) == (8, 0)
+  assert arm['mean_weight'] == pytest.approx(0.8)
+  assert found['arms']['standard']['signatures'] == {'blind_detector': 8}
+  row = next(row for row in found['contrasts'] if row['arm'] == 'prioritized')
+  assert row['against'] == MATCHED
+  value, low, high = row['figures']['greedy']['difference']
+  assert value == 0.25
+  assert 0 < low < 0.25 < high < 0.5
+  assert row['figures']['greedy']['improvement'][0] == 1
+  assert found['seconds'] == 24 * 15
+  assert {run['name'] for run in found['runs']} >= {'seed=7', 'kl=standard-kl_coefficient=0.4-seed=7'}
+
+
+def test_nothing_is_claimed_where_nothing_is_shown(plan):
+  for label in ('prioritized', 'standard'):
+    make(plan, label, range(3), greedy=0.5, sampled=0.5)
+  study = catalog.STUDIES['prioritized_vs_standard']
+  found = results.study_results(study, plan, reference())
+  assert page.verdict(found['contrasts'][0], found).startswith(
+      '**prioritized** is not shown to differ from **standard** on 2 digits: +0.0 points [')
+  assert [row['against'] for row in found['contrasts']] == ['standard']  # no run without a penalty
+
+
+def test_pages_show_every_figure_and_what_is_missing(plan):
+  make(plan, 'prioritized', range(2), greedy=0.75, sampled=0.75)
+  make(plan, 'standard', range(2), greedy=0.25, sampled=0.25, lifted=-0.1)
+  make(plan, MATCHED, range(2), greedy=0.25, sampled=0.25)
+  home = page.write_study(STUDY, plan, results.study_results(STUDY, plan, reference()))
+  text = (home / 'README.md').read_text()
+  assert '**Not complete: 18 runs are missing.**' in text
+  assert '**prioritized** is more accurate than **uniform, of equal mean weight** on 2 digits: +50.0 points' in text
+  assert '- standard: `blind_detector` in 2 of 2 runs' in text
+  assert 'nan' not in text.lower()
+  for name in ('arms.png', 'curves.png'):
+    assert f']({name})' in text
+    assert (home / name).read_bytes().startswith(b'\x89PNG')
+  kept = json.loads((home / 'results.json').read_text(), parse_constant=lambda name: pytest.fail(name))
+  assert kept['arms']['prioritized']['figures']['greedy']['iqm'][0] == 0.75
+  assert len((home / 'results.csv').read_text().splitlines()) == 7
+  # a study without any run is a page too
+  empty = Plan(BASE, plan.workdir / 'empty')
+  home = page.write_study(STUDY, empty, results.study_results(STUDY, empty, reference()))
+  assert 'Not complete: 24 runs are missing' in (home / 'README.md').read_text()
