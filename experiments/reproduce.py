@@ -7,6 +7,7 @@ A run is made once, whatever studies ask for it; the same command goes on where 
 results.json, results.csv, pictures and a page, README.md, go to WORKDIR/studies/NAME.
 """
 
+import functools
 import pathlib
 import sys
 import time
@@ -20,7 +21,7 @@ from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, page
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
-from critkl_jax.studies.records import Record, run_name
+from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 from experiments.flags import run, take_cores
@@ -49,20 +50,26 @@ def main() -> None:
     print(table_of(plan, list(catalog.STUDIES.values())))
     return
   take_cores(MEMBERS.value)
-  reference = find_reference(PRESET.value, '', {}, workdir)
-  before = advance.reference_record(reference, plan.base, workdir, PROBLEMS.value)
   while missing := plan.missing(studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
     print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
-    advance.advance(group, plan.base, reference, workdir, PROBLEMS.value)
+    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, PROBLEMS.value)
   for study in studies:
     if study.reads == 'tokens':
-      read_certainty(study, plan, reference)
+      read_certainty(study, plan, reference_of('', plan))
     else:
-      report(study, plan, before)
+      report(study, plan)
+
+
+@functools.cache
+def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
+  """Returns a reference of the studies by its name, pre-trained first if it is not there."""
+  changes = {catalog.reference_name(arm.pretraining): arm.pretraining
+             for study in catalog.STUDIES.values() for arm in study.arms} | {'': {}}
+  return find_reference(PRESET.value, name, changes[name], plan.workdir)
 
 
 def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:
@@ -80,9 +87,15 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
     print(f'  {sentence.replace("**", "")}')
 
 
-def report(study: catalog.Study, plan: Plan, before: Record) -> None:
+def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study as far as its runs go, and prints what they say."""
-  results = study_results(study, plan, before)
+  names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
+  references = {name: advance.reference_record(reference_of(name, plan), plan.base, plan.workdir, PROBLEMS.value, name)
+                for name in names}
+  results = study_results(study, plan, references)
+  if study.levels:
+    results['levels'] = {name: advance.reference_levels(reference_of(name, plan), plan.workdir, PROBLEMS.value, name)
+                         for name in names}
   home = page.write_study(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
   for row in results['contrasts']:

@@ -24,12 +24,13 @@ import numpy as np
 from critkl_jax import checkpoint, population, runner
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
+from critkl_jax.evaluate import accuracy_table
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.records import TrainState
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
 from critkl_jax.studies.references import references_path
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.addition import LENGTH_MARGIN, plus_task, prompt_length, solution_length
 
 
 def record_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -124,8 +125,10 @@ def _keep_params(workdir, info, name, state):
 
 
 def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
-                     name: str = 'base') -> Record:
-  """Returns the record of a reference: tested, read by the probe, and kept, unless it was before."""
+                     name: str = '') -> Record:
+  """Returns the record of a reference, `base` if it has no name: tested, read by the probe, and kept, unless it was
+  before."""
+  name = name or 'base'
   path = workdir / 'references' / f'{name}.json'
   if path.is_file():
     return read_record(path)
@@ -141,6 +144,23 @@ def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathl
   record = Record(name, None, known, [probed], tests[0], about)
   write_record(path, record)
   return record
+
+
+def reference_levels(reference: Checkpoint, workdir: pathlib.Path, num_problems: int, name: str = '', most: int = 3
+                     ) -> list[dict[str, Any]]:
+  """Returns the accuracy of a reference on N to N + 3 digits, as far as its context goes, operands of identical and of
+  varying length: rows of `evaluate.accuracy_table`, kept beside its record."""
+  path = workdir / 'references' / f'{name or "base"}.levels.json'
+  if path.is_file():
+    return json.loads(path.read_text())
+  known, context = reference.info.known_digits, reference.info.model.context_length
+  fitting = [n for n in range(known, known + most + 1)
+             if prompt_length(n) + solution_length(n) + LENGTH_MARGIN <= context]
+  rows = accuracy_table(GPT2(dataclasses.replace(reference.info.model, remat=False)), reference.params, known, fitting,
+                        ['identical', 'varying'], num_problems)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  runner.write_text(path, json.dumps(rows, indent=1) + '\n')
+  return rows
 
 
 @functools.cache

@@ -44,6 +44,7 @@ class Study:
     contrasts: pairs of labels: the first one's runs are compared with the second one's, seed by seed.
     panels: metrics over the iterations that are drawn, with their labels.
     num_seeds: seeds of each arm.
+    levels: whether the accuracy of each arm's reference is shown by number of digits too, N to N + 3.
     reads: `runs`, or `tokens` for a study of references alone.
   """
 
@@ -54,6 +55,7 @@ class Study:
   contrasts: tuple[tuple[str, str], ...] = ()
   panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_seeds: int = OTHER_SEEDS
+  levels: bool = False
   reads: str = 'runs'
 
 
@@ -120,6 +122,12 @@ _RELEASED_CODE = (
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
+_KNOWN = tuple(Arm(f'N = {n}', pretraining={'known_digits': n}) for n in (2, 3, 4)) + (Arm("the preset's N"),)
+# Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
+_SIZES = tuple(
+    Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
+    for width, own in ((64, {'width': 64}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
+    for label, changes in ((PRIORITIZED, {}), (STANDARD, {'kl': 'standard'})))
 
 STUDIES: dict[str, Study] = {study.name: study for study in (
     Study('certainty_gap', 'table 1 and figure 5',
@@ -150,6 +158,12 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
+    Study('pretraining_levels', 'tables 4 and 5, figures 2 and 3',
+          'What does a reference know beyond its N digits, and what does reinforcement make of it?',
+          _KNOWN, panels=_ACCURACY | _CRITICAL, levels=True),
+    Study('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
+          _SIZES, tuple((f'width {width}, {PRIORITIZED}', f'width {width}, {STANDARD}') for width in (64, 128, 192)),
+          _ACCURACY | _CRITICAL),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (('released, prioritized', 'paper, prioritized'), ('paper, prioritized', 'paper, standard'),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),

@@ -143,27 +143,29 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.plot(dots, [place] * len(dots), 'o', color='#9aa7b4', markersize=3)
       axis.plot([low, high], [place, place], color='#2a6f97', linewidth=2)
       axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
-    before = results['before'][name]
-    axis.axvline(before[0] if isinstance(before, tuple) else before, color='#6b7785', linewidth=1, linestyle=':')
+      before = results['references'][results['arms'][label]['reference']][name]
+      axis.plot([before[0] if isinstance(before, tuple) else before], [place], '|', color='#1c2733', markersize=9)
     axis.set_title(_named(name, results), fontsize=10)
     axis.grid(alpha=0.3)
     axis.set_yticks(range(len(labels)), labels)
   axes[0].invert_yaxis()
-  figure.suptitle(f'{_title(results)}: interquartile mean and 95 % interval; dotted: the reference', fontsize=11)
+  figure.suptitle(f'{_title(results)}: interquartile mean and 95 % interval; strokes: the reference', fontsize=11)
   figure.savefig(path, dpi=130)
 
 
 def page_of(results: dict[str, Any]) -> str:
   """Returns the page of a study of runs."""
-  known, extra = results['known_digits'], results['extra_digits']
+  extra = results['extra_digits']
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
-           f'A reference of N = {known} digits is fine-tuned on {known + extra}; each run is tested on '
-           f'{results["num_problems"]} fixed problems of each length, greedy and sampled. Intervals are 95 % '
-           'bootstrap, over seeds and, of accuracies, over problems; pairs share seed and problems.', '']
+           f'References {_known(results)} are fine-tuned on N + {extra}; each run is tested on fixed problems of each '
+           'length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of accuracies, over problems; '
+           'pairs share seed and problems.', '']
   if results['num_missing']:
     lines += [f'**Not complete: {results["num_missing"]} runs are missing.**', '']
   if not results['arms']:
     return '\n'.join(lines)
+  if results.get('levels'):
+    lines += ['## What the references know', '', *_levels_table(results['levels']), '']
   lines += ['## What the runs say', '', *(f'- {verdict(row, results)}' for row in results['contrasts']), '',
             *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
@@ -176,21 +178,34 @@ def verdict(row: dict[str, Any], results: dict[str, Any]) -> str:
   value, low, high = row['figures']['greedy']['difference']
   said = 'more accurate than' if low > 0 else 'less accurate than' if high < 0 else 'not shown to differ from'
   improvement = 100 * row['figures']['greedy']['improvement'][0]
-  digits = results['known_digits'] + results['extra_digits']
-  return (f'**{row["arm"]}** is {said} **{row["against"]}** on {digits} digits: {100 * value:+.1f} points '
+  return (f'**{row["arm"]}** is {said} **{row["against"]}** on N+{results["extra_digits"]}: {100 * value:+.1f} points '
           f'[{100 * low:+.1f}, {100 * high:+.1f}]; better in {improvement:.0f} % of {len(row["seeds"])} pairs.')
 
 
 def _arms_table(results):
   names = ('greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other')
-  rows = [['reference', '', *(_cell(name, results['before'].get(name)) for name in names), '', '']]
+  rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '']
+          for name, own in results['references'].items()]
   for label, arm in results['arms'].items():
     values = [_cell(name, arm['figures'][name]['iqm']) for name in names]
-    rows.append([label, str(len(arm['seeds'])), *values, f'{arm["reached_target"]} of {len(arm["seeds"])}',
-                 f'{arm["mean_weight"]:.3f}'])
+    rows.append([label, str(len(arm['seeds'])), *values, _cell('greedy', arm['gain']['difference'], '+'),
+                 f'{arm["reached_target"]} of {len(arm["seeds"])}', f'{arm["mean_weight"]:.3f}'])
   heads = ['arm (interquartile means)', 'runs', *(_named(name, results) for name in names),
-           f'reached {100 * TARGET:.0f} %', 'mean weight']
+           'mean gain over the reference (greedy)', f'reached {100 * TARGET:.0f} %', 'mean weight']
   return _table(heads, rows)
+
+
+def _levels_table(levels):
+  """Formats tables 4 and 5 of the paper: a row for each reference, operands of identical and of varying length."""
+  most = max(len(rows) for rows in levels.values()) // 2
+  cells = []
+  for name, rows in levels.items():
+    by_length = {}
+    for row in rows:
+      by_length.setdefault(row['digits'], []).append(_cell('greedy', (row['accuracy'], row['low'], row['high'])))
+    cells.append([name or 'base', str(min(by_length)), *(' / '.join(own) for own in by_length.values())])
+  heads = ['reference', 'N', *('at N' if k == 0 else f'N+{k}' for k in range(most))]
+  return _table(heads, [row + [''] * (len(heads) - len(row)) for row in cells])
 
 
 def _contrasts_table(results):
@@ -214,7 +229,13 @@ def _origin(results):
 
 
 def _title(results):
-  return f'{results["study"]}, {results["known_digits"]} + {results["extra_digits"]} digits'
+  return f'{results["study"]}, {_known(results)}, + {results["extra_digits"]} digits'
+
+
+def _known(results):
+  own = results['references'].values() if 'references' in results else [results]
+  digits = sorted({one['known_digits'] for one in own})
+  return f'of N = {", ".join(map(str, digits))}'
 
 
 def _named(name, results):

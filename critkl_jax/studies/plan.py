@@ -62,6 +62,10 @@ class Plan:
     found = {arm.label: {seed: self.record(study, arm, seed) for seed in self.seeds(study)} for arm in study.arms}
     return {label: {seed: one for seed, one in own.items() if one is not None} for label, own in found.items()}
 
+  def has_runs(self, study: Study, arm: Arm) -> bool:
+    """Returns whether there is a record of an arm."""
+    return any(self.record(study, arm, seed) is not None for seed in self.seeds(study))
+
   def missing(self, studies: Iterable[Study]) -> list[FinetuneConfig]:
     """Returns the configs of the runs that can be made now, each once, those of one seed side by side."""
     wanted = {}

@@ -11,7 +11,7 @@ from critkl_jax.analysis.statistics import (
     steps_to_target,
 )
 from critkl_jax.signatures import signatures
-from critkl_jax.studies.catalog import Study
+from critkl_jax.studies.catalog import Study, reference_name
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
 
@@ -58,17 +58,18 @@ def reaches_target(record: Record) -> bool:
   return bool((accuracy >= TARGET).any())
 
 
-def study_results(study: Study, plan: Plan, before: Record) -> dict[str, Any]:
+def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> dict[str, Any]:
   """Returns what the finished runs of a study say.
 
   Args:
     study: the study.
     plan: knows its runs.
-    before: record of the reference.
+    references: records of the references of its arms, by name; those that are not there yet are missing.
 
   Returns:
-    `question`, `counterpart`, `known_digits`, `extra_digits`, `num_problems`, `num_missing` runs; `before`, figures of
-    the reference; `arms`, of each label its `seeds`, `figures` (name -> `seed_statistics`), how many runs
+    `question`, `counterpart`, `extra_digits`, `num_missing` runs; `references`, by name their `known_digits`,
+    `num_problems` and figures; `arms`, of each label the name of its `reference`, its `seeds`, `figures` (name ->
+    `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how many runs
     `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty; `contrasts`, rows with
     `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices`
     and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which stands where there is no value.
@@ -76,14 +77,16 @@ def study_results(study: Study, plan: Plan, before: Record) -> dict[str, Any]:
   records = plan.records(study)
   figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
   every = [one for own in records.values() for one in own.values()]
-  arms = {label: _arm(own, figures[label]) for label, own in records.items() if own}
+  names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
+  arms = {label: {'reference': names[label], **_arm(own, figures[label], references[names[label]])}
+          for label, own in records.items() if own}
   contrasts = [_contrast(arm, against, figures) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
       'study': study.name, 'question': study.question, 'counterpart': study.counterpart,
-      'known_digits': before.known_digits, 'extra_digits': plan.base.extra_digits,
-      'num_problems': len(_by_length(before)['longer']['greedy']), 'num_missing': plan.number_missing(study),
-      'before': _before(before), 'arms': arms, 'contrasts': contrasts,
+      'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
+      'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
+      'arms': arms, 'contrasts': contrasts,
       'runs': [_row(label, seed, records[label][seed], figures[label][seed]) for label in records
                for seed in records[label]],
       'commits': sorted({one.about['commit'] for one in every}),
@@ -91,12 +94,14 @@ def study_results(study: Study, plan: Plan, before: Record) -> dict[str, Any]:
       'seconds': sum(one.about['seconds'] + one.about['test_seconds'] for one in every)}
 
 
-def _arm(records, figures):
-  every = list(records.values())
+def _arm(records, figures, reference):
+  every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
+  before = np.broadcast_to(np.asarray(_by_length(reference)['longer']['greedy'], np.float64), rewards.shape)
   counts: dict[str, int] = {}
   for name in (name for one in every for name in _seen(one)):
     counts[name] = counts.get(name, 0) + 1
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
+          'gain': paired_statistics(rewards, before),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'figures': {name: seed_statistics(np.stack([one[name] for one in figures.values()])) for name in FIGURES}}
 
@@ -109,11 +114,12 @@ def _contrast(arm, against, figures):
           'figures': {name: paired_statistics(*pair) for name, pair in pairs.items()}}
 
 
-def _before(record):
+def _reference(record):
   test = _by_length(record)
   found = {name: seed_statistics(np.asarray(test[digits][kind], np.float64)[None])['mean']
            for name, (digits, kind) in _REWARDS.items()}
-  return found | {'critical_probability': record.column('probe_critical_probability')[0]}
+  return found | {'critical_probability': float(record.column('probe_critical_probability')[0]),
+                  'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 
 
 def _row(label, seed, record, figures):

@@ -42,8 +42,8 @@ def make(plan, label, seeds, **values):
     write_record(record_path(plan.workdir, record.name), record)
 
 
-def reference():
-  return Record('base', None, 1, [{'probe_critical_probability': 0.9}], made_up(BASE, 0.5, 0.5).test, {})
+def references():
+  return {'': Record('base', None, 1, [{'probe_critical_probability': 0.9}], made_up(BASE, 0.5, 0.5).test, {})}
 
 
 def test_what_is_missing_and_what_follows_from_it(plan):
@@ -84,9 +84,10 @@ def test_results_say_what_was_put_in(plan):
   make(plan, 'prioritized', range(8), greedy=0.75, sampled=0.9375)
   make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1)
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
-  found = results.study_results(STUDY, plan, reference())
+  found = results.study_results(STUDY, plan, references())
   assert found['num_missing'] == 0
-  assert found['num_problems'] == PROBLEMS
+  assert found['references']['']['num_problems'] == PROBLEMS
+  assert found['arms']['prioritized']['gain']['difference'][0] == 0.25
   arm = found['arms']['prioritized']
   assert arm['figures']['greedy']['mean'][0] == arm['figures']['greedy']['iqm'][0] == 0.75
   assert arm['figures']['area']['mean'][0] == pytest.approx((0.25 / 2 + 0.75 + 0.75 + 0.9375 / 2) / 3)
@@ -109,9 +110,9 @@ def test_nothing_is_claimed_where_nothing_is_shown(plan):
   for label in ('prioritized', 'standard'):
     make(plan, label, range(3), greedy=0.5, sampled=0.5)
   study = catalog.STUDIES['prioritized_vs_standard']
-  found = results.study_results(study, plan, reference())
+  found = results.study_results(study, plan, references())
   assert page.verdict(found['contrasts'][0], found).startswith(
-      '**prioritized** is not shown to differ from **standard** on 2 digits: +0.0 points [')
+      '**prioritized** is not shown to differ from **standard** on N+1: +0.0 points [')
   assert [row['against'] for row in found['contrasts']] == ['standard']  # no run without a penalty
 
 
@@ -119,10 +120,10 @@ def test_pages_show_every_figure_and_what_is_missing(plan):
   make(plan, 'prioritized', range(2), greedy=0.75, sampled=0.75)
   make(plan, 'standard', range(2), greedy=0.25, sampled=0.25, lifted=-0.1)
   make(plan, MATCHED, range(2), greedy=0.25, sampled=0.25)
-  home = page.write_study(STUDY, plan, results.study_results(STUDY, plan, reference()))
+  home = page.write_study(STUDY, plan, results.study_results(STUDY, plan, references()))
   text = (home / 'README.md').read_text()
   assert '**Not complete: 18 runs are missing.**' in text
-  assert '**prioritized** is more accurate than **uniform, of equal mean weight** on 2 digits: +50.0 points' in text
+  assert '**prioritized** is more accurate than **uniform, of equal mean weight** on N+1: +50.0 points' in text
   assert '- standard: `blind_detector` in 2 of 2 runs' in text
   assert 'nan' not in text.lower()
   for name in ('arms.png', 'curves.png'):
@@ -133,5 +134,5 @@ def test_pages_show_every_figure_and_what_is_missing(plan):
   assert len((home / 'results.csv').read_text().splitlines()) == 7
   # a study without any run is a page too
   empty = Plan(BASE, plan.workdir / 'empty')
-  home = page.write_study(STUDY, empty, results.study_results(STUDY, empty, reference()))
+  home = page.write_study(STUDY, empty, results.study_results(STUDY, empty, references()))
   assert 'Not complete: 24 runs are missing' in (home / 'README.md').read_text()
