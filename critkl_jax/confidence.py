@@ -5,6 +5,8 @@ negentropy of the reference, so that the policy may explore where the reference 
 carry a gradient.
 """
 
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,21 @@ def certainty(ref_logits: chex.Array, kind: str = 'negentropy', temperature: che
     raise ValueError(f'ref_logits: expected a vocabulary of 2 or more, got shape {ref_logits.shape}.')
   log_probs = jax.nn.log_softmax(jax.lax.stop_gradient(ref_logits).astype(jnp.float32) / temperature)
   return certainty_of_statistics(entropy(log_probs), jnp.max(log_probs, -1), ref_logits.shape[-1], kind)
+
+
+def mean_distribution(ref_logits: Sequence[chex.Array], temperature: chex.Numeric = 1.0) -> chex.Array:
+  """Returns the log-probabilities of the mean of several references' distributions, for `certainty`: where references
+  contradict each other the mean is uncertain, however sure each of them is (arXiv 2502.06533, footnote 2).
+
+  Args:
+    ref_logits: of each reference, float `[..., V]`.
+    temperature: all logits are divided by it first; may be traced.
+
+  Returns:
+    float32 `[..., V]`, without gradient.
+  """
+  log_probs = [jax.nn.log_softmax(jax.lax.stop_gradient(x).astype(jnp.float32) / temperature) for x in ref_logits]
+  return jax.nn.logsumexp(jnp.stack(log_probs), 0) - jnp.log(jnp.float32(len(log_probs)))
 
 
 def certainty_of_statistics(entropy: chex.Array, log_max: chex.Array, vocab_size: int, kind: str = 'negentropy'

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 # Fields that checkpoints of older versions lack.
-_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward'}
+_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
+          'certainty_ensemble'}
 
 
 # Checks.
@@ -195,6 +196,8 @@ class FinetuneConfig:
   Attributes:
     loss: the loss.
     reference: checkpoint directory of the pre-trained model; empty for the one that comes with the package.
+    certainty_ensemble: further references, checkpoint directories with commas between; if there are some, the certainty
+      is that of the mean of their distributions and the reference's (footnote 2 of the paper). Empty for none.
     extra_digits: k, digits beyond the N of pre-training.
     num_iterations: rollouts, each followed by `epochs` x `minibatches` updates.
     episodes: B, episodes in a rollout.
@@ -227,6 +230,7 @@ class FinetuneConfig:
 
   loss: LossConfig = LossConfig()
   reference: str = ''
+  certainty_ensemble: str = ''
   extra_digits: int = 1
   num_iterations: int = 12
   episodes: int = 96
@@ -268,6 +272,10 @@ class FinetuneConfig:
     for name in ('episodes_per_problem', 'minibatches'):
       if self.episodes % getattr(self, name):
         raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
+    loss = self.loss
+    if self.certainty_ensemble and (loss.kl, loss.kl_placement, loss.kl_gate) != ('prioritized', 'loss', 'none'):
+      raise ValueError("certainty_ensemble: needs kl='prioritized', kl_placement='loss' and kl_gate='none', got "
+                       f'{(loss.kl, loss.kl_placement, loss.kl_gate)}.')
     if self.loss.algorithm == 'a2c' and self.epochs > 1:
       raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
     for name in ('whiten_advantages', 'critic_warmup'):
@@ -282,6 +290,11 @@ class FinetuneConfig:
         reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
         scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
         attention=self.attention or reference.attention)
+
+  @property
+  def ensemble_paths(self) -> tuple[str, ...]:
+    """The checkpoint directories of further references."""
+    return tuple(path for path in self.certainty_ensemble.split(',') if path)
 
   @property
   def group_size(self) -> int:

@@ -90,7 +90,7 @@ def footprint(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mesh: 
   compiled = step.lower(state, *numbers).compile()
   stats = compiled.memory_analysis()
   memory = {name: bytes_on_a_device(tree) for name, tree in (
-      ('policy', state.params), ('optimizer', state.opt_state), ('reference', state.ref_params))}
+      ('policy', state.params), ('optimizer', state.opt_state), ('reference', (state.ref_params, state.ensemble)))}
   memory |= {'temporary': stats.temp_size_in_bytes, 'program': stats.generated_code_size_in_bytes}
   memory['total'] = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
                      + memory['temporary'] + memory['program'])
@@ -102,7 +102,8 @@ def state_shapes(model: GPT2, config: FinetuneConfig, mesh: Mesh) -> TrainState:
 
   def init(key):
     params, opt_state = init_policy(model, config, init_params(model, key), key)
-    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=params)
+    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=params,
+                      ensemble=(params,) * len(config.ensemble_paths))
 
   shapes = jax.eval_shape(init, jax.random.key(0))
   return sharding.shapes(shapes, sharding.shardings(shapes, mesh))

@@ -22,13 +22,20 @@ from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.losses import Coefficients
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_policy, make_train_step
+from critkl_jax.train_step import (
+    Hyperparameters,
+    check_ensemble,
+    finetuning_keys,
+    init_policy,
+    make_train_step,
+    with_value_head,
+)
 
 MAPPINGS = ('vmap', 'scan', 'shard')
 # Fields in which members may differ: all others are part of the program.
 VARIED = ('kl', 'learning_rate', 'discount', 'gae_lambda', *Coefficients.__dataclass_fields__, 'seed')
-# Of the state, the members' own arrays have a leading axis P; step and reference are shared.
-_AXES = TrainState(params=0, opt_state=0, step=None, ref_params=None)
+# Of the state, the members' own arrays have a leading axis P; step and references are shared.
+_AXES = TrainState(params=0, opt_state=0, step=None, ref_params=None, ensemble=None)
 
 
 def product(config: FinetuneConfig, **values: Iterable[Any]) -> tuple[FinetuneConfig, ...]:
@@ -84,7 +91,8 @@ def shared_config(configs: Sequence[FinetuneConfig]) -> FinetuneConfig:
   return replace(configs[0], kl='prioritized') if mixed else configs[0]
 
 
-def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: Any, mesh: Mesh) -> TrainState:
+def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: Any, mesh: Mesh,
+                    ensemble: Sequence[Any] = ()) -> TrainState:
   """Returns the state of all members before the first iteration, each as `init_finetuning` makes it.
 
   Args:
@@ -92,22 +100,24 @@ def init_population(model: GPT2, configs: Sequence[FinetuneConfig], ref_params: 
     configs: of P members.
     ref_params: parameters of the pre-trained model.
     mesh: where the arrays lie, members spread over `member`.
+    ensemble: parameters of the configs' further references.
 
   Returns:
-    A `TrainState` whose `params` and `opt_state` have a leading axis P; `step` and `ref_params` have none, and none of
-    its arrays is shared with the arguments.
+    A `TrainState` whose `params` and `opt_state` have a leading axis P; the others have none, and none of its arrays is
+    shared with the arguments.
   """
-  init = functools.partial(_init, model, shared_config(configs))
-  ref_params = sharding.place(ref_params, mesh)
+  config = shared_config(configs)
+  init = functools.partial(_init, model, config)
+  references = sharding.place((ref_params, check_ensemble(config, ensemble)), mesh)
   keys = sharding.replicate(jnp.stack([finetuning_keys(config)[0] for config in configs]), mesh)
-  shapes = jax.eval_shape(init, keys, ref_params)
-  return jax.jit(init, out_shardings=_placement(shapes, mesh))(keys, ref_params)
+  shapes = jax.eval_shape(init, keys, *references)
+  return jax.jit(init, out_shardings=_placement(shapes, mesh))(keys, *references)
 
 
-def _init(model, config, keys, ref_params):
+def _init(model, config, keys, ref_params, ensemble):
   params, opt_state = jax.vmap(lambda key: init_policy(model, config, ref_params, key))(keys)
   kept, _ = init_policy(model, config, ref_params, keys[0])
-  return jax.tree.map(jnp.copy, TrainState(params=params, opt_state=opt_state, step=jnp.int32(0), ref_params=kept))
+  return jax.tree.map(jnp.copy, TrainState(params, opt_state, jnp.int32(0), kept, with_value_head(ensemble, kept)))
 
 
 def numbers_of(configs: Sequence[FinetuneConfig], mesh: Mesh) -> tuple[chex.PRNGKey, Hyperparameters]:
@@ -177,7 +187,8 @@ def _one_after_another(single):
 def _on_each(in_turn):
   """Lets each device advance its own members, at its own pace."""
   own, everywhere = PartitionSpec('member'), PartitionSpec()
-  parts = TrainState(params=own, opt_state=own, step=everywhere, ref_params=everywhere)
+  parts = TrainState(params=own, opt_state=own, step=everywhere, ref_params=everywhere,
+                     ensemble=everywhere)
   return jax.shard_map(in_turn, in_specs=(parts, own, own), out_specs=(parts, own), check_vma=False)
 
 
@@ -250,7 +261,9 @@ def state_shapes(model: GPT2, configs: Sequence[FinetuneConfig], mesh: Mesh) -> 
   """Returns what `init_population` does as shapes that lie on the mesh, to compile for."""
   key = jax.eval_shape(lambda: jnp.stack([jax.random.key(0)] * len(configs)))
   ref_params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-  state = jax.eval_shape(functools.partial(_init, model, shared_config(configs)), key, ref_params)
+  config = shared_config(configs)
+  state = jax.eval_shape(
+      functools.partial(_init, model, config), key, ref_params, (ref_params,) * len(config.ensemble_paths))
   return sharding.shapes(state, _placement(state, mesh))
 
 
@@ -381,4 +394,5 @@ def _placement(state, mesh) -> TrainState:
   """Returns where the arrays of a population's state lie."""
   params, opt_state = sharding.shardings((state.params, state.opt_state), mesh, members=True)
   return TrainState(params=params, opt_state=opt_state, step=NamedSharding(mesh, PartitionSpec()),
-                    ref_params=sharding.shardings(state.ref_params, mesh))
+                    ref_params=sharding.shardings(state.ref_params, mesh),
+                    ensemble=sharding.shardings(state.ensemble, mesh))

@@ -109,9 +109,11 @@ class TrainState:
     opt_state: the optimizer's state.
     step: int32 `[]` number of finished iterations.
     ref_params: the reference's parameters; None in pre-training.
+    ensemble: parameters of further references, whose mean distribution with the reference's says how certain it is.
   """
 
   params: Any
   opt_state: Any
   step: chex.Array
   ref_params: Any = None
+  ensemble: tuple[Any, ...] = ()

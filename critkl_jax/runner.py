@@ -172,7 +172,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
         writer.write(number, {name: value[i] for name, value in metrics.items()})
 
     def save(state):
-      own = population.members_on_host(state.replace(ref_params=None, step=None))
+      own = population.members_on_host(state.replace(ref_params=None, step=None, ensemble=()))
       for manager, info, member in zip(managers, infos.values(), own):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
         checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1)
@@ -276,9 +276,9 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   logging.info('Going on from step %d of %s.', step, workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
   found = population.stack([checkpoint.restore(path, target) for path in paths])
-  own = state.replace(ref_params=None)
-  placed = sharding.put(found.replace(ref_params=None), jax.tree.map(lambda x: x.sharding, own))
-  return placed.replace(ref_params=state.ref_params)
+  own = state.replace(ref_params=None, ensemble=())
+  placed = sharding.put(found.replace(ref_params=None, ensemble=()), jax.tree.map(lambda x: x.sharding, own))
+  return placed.replace(ref_params=state.ref_params, ensemble=state.ensemble)
 
 
 def _check_members(workdir: pathlib.Path, names: list[str]) -> None:

@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from critkl_jax import advantages, sharding, slices
+from critkl_jax.confidence import certainty, kl_weight, mean_distribution
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.critical_tokens import on_path
 from critkl_jax.gates import kl_gate
@@ -58,7 +59,8 @@ def make_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
   return optax.inject_hyperparams(adam)(learning_rate=config.learning_rate)
 
 
-def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: Mesh | None = None) -> TrainState:
+def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: Mesh | None = None,
+                    ensemble: Sequence[Any] = ()) -> TrainState:
   """Returns the state before the first iteration: the policy is a copy of the reference.
 
   A value head of another kind than the reference's starts anew, from a key that is a function of the config's seed.
@@ -68,21 +70,40 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: 
     config: the fine-tuning config.
     ref_params: parameters of the pre-trained model.
     mesh: where the arrays lie, as `sharding.shardings` says; on the default device if None.
+    ensemble: parameters of the config's further references.
 
   Returns:
     A `TrainState`; none of its arrays is shared with the arguments, so it may be donated.
   """
 
-  def init(key, ref_params):
+  def init(key, ref_params, ensemble):
     params, opt_state = init_policy(model, config, ref_params, key)
-    return jax.tree.map(jnp.copy, TrainState(params, opt_state, jnp.int32(0), ref_params=params))
+    state = TrainState(params, opt_state, jnp.int32(0), params, with_value_head(ensemble, params))
+    return jax.tree.map(jnp.copy, state)
 
-  init_key, _ = finetuning_keys(config)
+  (init_key, _), ensemble = finetuning_keys(config), check_ensemble(config, ensemble)
   if mesh is None:
-    return init(init_key, ref_params)
-  init_key, ref_params = sharding.replicate(init_key, mesh), sharding.place(ref_params, mesh)
-  places = sharding.shardings(jax.eval_shape(init, init_key, ref_params), mesh)
-  return jax.jit(init, out_shardings=places)(init_key, ref_params)
+    return init(init_key, ref_params, ensemble)
+  init_key, (ref_params, ensemble) = sharding.replicate(init_key, mesh), sharding.place((ref_params, ensemble), mesh)
+  places = sharding.shardings(jax.eval_shape(init, init_key, ref_params, ensemble), mesh)
+  return jax.jit(init, out_shardings=places)(init_key, ref_params, ensemble)
+
+
+def check_ensemble(config: FinetuneConfig, ensemble: Sequence[Any]) -> tuple[Any, ...]:
+  """Returns the parameters of a config's further references as a tuple.
+
+  Raises:
+    ValueError: if they are not as many as the config names.
+  """
+  if len(ensemble) != len(config.ensemble_paths):
+    raise ValueError(f'ensemble: expected parameters of {len(config.ensemble_paths)} references, got {len(ensemble)}.')
+  return tuple(ensemble)
+
+
+def with_value_head(ensemble: tuple[Any, ...], params: Any) -> tuple[Any, ...]:
+  """Returns parameters of references with the value head of others, so that the same network takes them: their own are
+  not asked for."""
+  return tuple({**own, 'value_head': params['value_head']} for own in ensemble)
 
 
 def init_policy(model: GPT2, config: FinetuneConfig, ref_params: Any, key: chex.PRNGKey) -> tuple[Any, Any]:
@@ -133,6 +154,8 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
     batch = make_batch(model, config, state, rollout, rewards, ref_output, hyperparameters)
     solutions = jax.vmap(task.solution)(problems)
     batch = batch.replace(critical=on_path(task, problems, rollout) & solutions.critical)
+    if config.certainty_ensemble:
+      batch = ensemble_weighted(model, config, state, rollout, ref_output, batch, hyperparameters, lengths)
     if config.loss.kl_gate != 'none':
       gate_key = jax.random.fold_in(step_key, 2)  # 0 and 1 may be the two of the split
       batch = gated(model, config, state, rollout, ref_output, batch, gate_key, hyperparameters)
@@ -280,6 +303,33 @@ def gated(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollo
   return batch.replace(gate=sharding.episodes(gate))
 
 
+def ensemble_weighted(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
+                      batch: Batch, hyperparameters: Hyperparameters, lengths: Sequence[int] = ()) -> Batch:
+  """Returns the batch with the weights of the penalty as its gate: those of the mean distribution of all references.
+
+  Args:
+    model: the network.
+    config: names the certainty.
+    state: holds the further references.
+    rollout: B episodes of T tokens.
+    ref_output: of `reference_pass`, logits.
+    batch: `[B, T]`.
+    hyperparameters: the numbers.
+    lengths: as in `reference_pass`.
+
+  Raises:
+    ValueError: if the vocabulary is so large that no logits are held.
+  """
+  if not holds_logits(model):
+    raise ValueError(f'certainty_ensemble: needs the logits of whole episodes, which are not held at a vocabulary of '
+                     f'{model.config.vocab_size}.')
+  numbers = hyperparameters.loss
+  logits = [ref_output, *(reference_pass(model, config, params, rollout, lengths) for params in state.ensemble)]
+  mean = mean_distribution(logits, numbers.certainty_temperature)
+  weight = kl_weight(certainty(mean, config.loss.certainty), numbers.certainty_exponent, numbers.certainty_intercept)
+  return batch.replace(gate=sharding.episodes(jnp.where(batch.mask, weight, 0.0)))
+
+
 def rollout_metrics(task: Task, rollout: Rollout, solutions: Solution, critical: chex.Array) -> dict[str, chex.Array]:
   """Returns what a rollout tells of critical tokens and of form, float32 `[]` each.
 
@@ -322,6 +372,8 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     tokens `kl_critical` and `weight_critical`, means over them.
   """
   optimizer, numbers = make_optimizer(config), hyperparameters.loss
+  if config.certainty_ensemble:  # the weight is in the batch's gate
+    numbers = numbers.replace(certainty_exponent=0.0, certainty_intercept=0.0)
   warming_up = state.step < config.critic_warmup
   if config.advantage != 'gae':  # nothing asks for values: their gradient would only take its share of the norm
     numbers = numbers.replace(value_coefficient=0.0)

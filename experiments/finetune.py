@@ -20,7 +20,7 @@ from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
 from experiments.flags import define_config, define_devices, read_config, read_mesh, run
-from experiments.reference import keep_reference, model_and_task, tested_before
+from experiments.reference import keep_reference, load_ensemble, model_and_task, tested_before
 from experiments.tables import before_after_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
@@ -36,7 +36,7 @@ def main() -> None:
   reference = keep_reference(config, workdir, mesh)
   known = reference.info.known_digits
   model, task = model_and_task(config, reference)
-  state = init_finetuning(model, config, reference.params, mesh)
+  state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, reference, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
   del reference  # the state has its own

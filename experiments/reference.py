@@ -34,6 +34,18 @@ def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | N
   return reference
 
 
+def load_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint, mesh: Mesh | None = None
+                  ) -> tuple[Any, ...]:
+  """Returns the parameters of a config's further references, or exits with one line if their model is another."""
+  loaded = [checkpoint.load_checkpoint(path, mesh=mesh) for path in config.ensemble_paths]
+  for path, other in zip(config.ensemble_paths, loaded):
+    for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
+      own, wanted = (getattr(one.info.model, name) for one in (other, reference))
+      if own != wanted:
+        raise SystemExit(f'error: --certainty_ensemble: {path} has {name}={own}, and the reference {wanted}.')
+  return tuple(one.params for one in loaded)
+
+
 def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
   """Returns the policy and its problems, or exits with one line if the reference does not allow them."""
   try:

@@ -27,7 +27,7 @@ from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import paired_difference
 from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
 from experiments.flags import define_config, define_devices, read_config, run, take_cores
-from experiments.reference import keep_reference, model_and_task, tested_before
+from experiments.reference import keep_reference, load_ensemble, model_and_task, tested_before
 from experiments.tables import study_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
@@ -79,7 +79,8 @@ def main() -> None:
   one_mesh = sharding.without_members(mesh)
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
   before = tested_before(test, reference.params, workdir)
-  state = population.init_population(model, configs, reference.params, mesh)
+  state = population.init_population(
+      model, configs, reference.params, mesh, load_ensemble(base, reference, sharding.without_members(mesh)))
   del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,

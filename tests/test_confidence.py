@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax.confidence import certainty, entropy, kl_weight
+from critkl_jax.confidence import certainty, entropy, kl_weight, mean_distribution
 
 KINDS = ('negentropy', 'min_entropy', 'max_prob')
 
@@ -84,3 +84,13 @@ def test_errors():
     certainty(jnp.zeros(3), 'entropy')
   with pytest.raises(ValueError, match='vocabulary of 2 or more'):
     certainty(jnp.zeros((4, 1)))
+
+
+def test_references_that_contradict_each_other_are_uncertain_together():
+  one, two = jnp.array([[20.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), jnp.array([[0.0, 20.0, 0.0], [1.0, 2.0, 3.0]])
+  mean = mean_distribution([one, two], 2.0)
+  probs = (jax.nn.softmax(one / 2) + jax.nn.softmax(two / 2)) / 2
+  np.testing.assert_allclose(jnp.exp(mean), probs, atol=1e-6)
+  assert certainty(mean)[0] < 0.4 < 0.99 < certainty(one, temperature=2.0)[0]
+  np.testing.assert_allclose(certainty(mean)[1], certainty(one, temperature=2.0)[1], atol=1e-6)
+  np.testing.assert_allclose(mean_distribution([one]), jax.nn.log_softmax(one), atol=1e-6)

@@ -79,6 +79,28 @@ def test_shard_takes_as_many_devices_as_divide_the_members():
   assert population.pick_mapping(population.members_mesh(7, four)) == 'scan'
 
 
+@pytest.mark.parametrize('mapping', population.MAPPINGS)
+def test_members_share_an_ensemble(reference, tmp_path, mapping, monkeypatch):
+  monkeypatch.setattr(runner, 'tensorboardX', None)
+  config = config_lib.replace(BASE, certainty_ensemble='another', certainty_exponent=3.0, kl_coefficient=1.0)
+  configs, mesh = population.product(config, seed=(0, 1)), mesh_of((BASE,) * 2, mapping)
+  other = jax.tree.map(lambda x: 2.0 * x, reference)
+  step, _ = population.compile_step(MODEL, letter_task(), configs, mesh, mapping)
+  numbers = population.numbers_of(configs, mesh)
+  infos = {name: checkpoint.CheckpointInfo(MODEL.config, 1, one)
+           for name, one in zip(population.names(configs), configs)}
+  for num_steps in (2, 3):  # the second goes on where the first stopped
+    state = population.init_population(MODEL, configs, reference, mesh, (other,))
+    state = runner.run_population(lambda state, _: step(state, *numbers), state, num_steps, infos, tmp_path, 1)
+  assert state.ensemble[0]['wte']['embedding'].shape == reference['wte']['embedding'].shape
+  for i, one in enumerate(configs):
+    alone = init_finetuning(MODEL, one, reference, ensemble=(other,))
+    for _ in range(3):
+      alone, _ = make_train_step(MODEL, letter_task(), one)(alone, finetuning_keys(one)[1], Hyperparameters.of(one))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+                 jax.tree.map(lambda x, i=i: x[i], jax.device_get(state.params)), alone.params)
+
+
 def test_members_are_mapped_where_they_lie(reference):
   mesh = sharding.make_mesh('member:2')
   params = population.init_population(MODEL, (BASE,) * 4, reference, mesh).params

@@ -235,6 +235,35 @@ def test_metrics_at_critical_tokens_are_those_of_the_first_letters(model, refere
   assert metrics['format_errors'] == pytest.approx(float(jnp.mean(rollout.actions[:, 0] != 1)))
 
 
+def test_the_certainty_of_an_ensemble(model, reference, monkeypatch):
+  config = config_lib.replace(SMALL, certainty_exponent=3.0, kl_coefficient=1.0, learning_rate=1e-3)
+  both = config_lib.replace(config, certainty_ensemble='another')
+
+  def train(config, ensemble=()):
+    state, step = init_finetuning(model, config, reference, ensemble=ensemble), make_train_step(
+        model, letter_task(), config)
+    for _ in range(2):
+      state, metrics = step(state, KEY, Hyperparameters.of(config))
+    return state, metrics
+
+  plain, metrics = train(config)
+  itself, same = train(both, (reference,))  # the mean of two equal distributions
+  assert_trees_close(itself.params, plain.params, rtol=1e-4, atol=1e-5)
+  assert same['weight'] == pytest.approx(float(metrics['weight']), rel=1e-4)
+  assert metrics['weighted_kl'] > 0
+  assert same['weighted_kl'] == pytest.approx(float(metrics['weighted_kl']), rel=1e-3)
+  other = jax.tree.map(lambda x: jax.random.normal(KEY, x.shape), reference)
+  _, changed = train(both, ({**other, 'value_head': None},))  # its critic is not asked for
+  assert abs(changed['weight'] - metrics['weight']) > 1e-2
+  with pytest.raises(ValueError, match='ensemble: expected parameters of 1 references, got 0'):
+    train(both)
+  with pytest.raises(ValueError, match="certainty_ensemble: needs kl='prioritized'"):
+    config_lib.replace(both, kl='standard')
+  monkeypatch.setattr(api, 'SMALL_VOCABULARY', 0)
+  with pytest.raises(ValueError, match='certainty_ensemble: needs the logits'):
+    train(both, (reference,))
+
+
 def test_group_relative_advantages_are_the_episodes(model, reference):
   rollout, rewards, _, batch = make_inputs(model, reference, SMALL)
   expected = (rewards - rewards.mean()) / rewards.std()

@@ -69,10 +69,10 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     true at tokens; `token` (id), `character`; `on_path`, whether all tokens before are those of the right solution, and
     `right`, whether this one is too; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`, `kl` (exact, nats),
     `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default, but for a gate of single
-    tokens (`kl_gate`); `certainty/KIND` of each kind; `right_prob` and `ref_right_prob` of the right token where
-    `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each detector (see `Detection`). `[B, T, 5]`:
-    `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the end of a response. Policy and reference are
-    read at the temperature of the loss, certainties at their own.
+    tokens (`kl_gate`) and the certainty of an ensemble; `certainty/KIND` of each kind; `right_prob` and
+    `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each
+    detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the
+    end of a response. Policy and reference are read at the temperature of the loss, certainties at their own.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read or they do not belong together.
