@@ -4,22 +4,26 @@
     python -m experiments.reproduce --study=prioritized_vs_standard --workdir=runs/studies
 
 A run is made once, whatever studies ask for it; the same command goes on where it was stopped. Of each study
-results.json, results.csv, pictures and a page, README.md, go to WORKDIR/studies/NAME.
+results.json, results.csv, pictures and a page, README.md, go to WORKDIR/studies/NAME, and WORKDIR/README.md says in
+short what all of them found.
 """
 
 import functools
+import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, runner
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import FINETUNE_PRESETS
-from critkl_jax.studies import advance, catalog, page
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
+from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page
+from critkl_jax.studies.certainty import overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
@@ -50,26 +54,38 @@ def main() -> None:
     print(table_of(plan, list(catalog.STUDIES.values())))
     return
   take_cores(MEMBERS.value)
-  while missing := plan.missing(studies):
+  while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
     print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
-    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, PROBLEMS.value)
+    ensemble = [reference_of(name, plan) for name in group[0].ensemble_paths]
+    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, PROBLEMS.value, ensemble)
   for study in studies:
     if study.reads == 'tokens':
       read_certainty(study, plan, reference_of('', plan))
+    elif study.reads == 'ladder':
+      report_ladder(study, plan)
     else:
       report(study, plan)
+  files.write_index(workdir)
+
+
+def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
+  """Returns the configs of the runs and rungs that can be made now; finished rungs become references."""
+  found = plan.missing(studies)
+  for study in studies:
+    if study.reads == 'ladder':
+      ladder.promote(plan, study)
+      found += ladder.missing_rungs(plan, study)
+  return list({run_name(config, plan.base): config for config in found}.values())
 
 
 @functools.cache
 def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
-  """Returns a reference of the studies by its name, pre-trained first if it is not there."""
-  changes = {catalog.reference_name(arm.pretraining): arm.pretraining
-             for study in catalog.STUDIES.values() for arm in study.arms} | {'': {}}
-  return find_reference(PRESET.value, name, changes[name], plan.workdir)
+  """Returns a reference of the studies by its name, pre-trained first if it is not there; rungs of ladders are."""
+  return find_reference(PRESET.value, name, catalog.all_references().get(name, {}), plan.workdir)
 
 
 def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:
@@ -81,10 +97,47 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
   tokens = read_tokens(reference, digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
                        responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
   about = {name: advance.describe_machine()[name] for name in ('commit', 'device')}
-  results = page.write_certainty(study, plan, tokens, known, about | {'seconds': time.monotonic() - start})
+  results = certainty_page.write_certainty(study, plan, tokens, known, about | {'seconds': time.monotonic() - start})
   print(f'\n{study.name}: {study.question} {plan.workdir / "studies" / study.name / "README.md"}')
-  for sentence in page.certainty_verdicts(results):
+  for sentence in certainty_page.certainty_verdicts(results):
     print(f'  {sentence.replace("**", "")}')
+
+
+def levels_of(reference: checkpoint.Checkpoint, plan: Plan, name: str) -> list[dict[str, Any]]:
+  """Returns the accuracy of a reference on N to N + 3 digits."""
+  known = reference.info.known_digits
+  return advance.accuracy_by_digits(reference, range(known, known + 4), plan.workdir, PROBLEMS.value, name)
+
+
+def report_ladder(study: catalog.Study, plan: Plan) -> None:
+  """Writes the study of climbs as far as they go, and prints what they say."""
+  kept = {}
+  for arm in study.arms:
+    for seed in plan.seeds(study):
+      records = [record for _, record in ladder.climb(plan, study, arm, seed) if record is not None]
+      if records:
+        last = checkpoint.load_checkpoint(advance.run_path(plan.workdir, records[-1].name))
+        kept[records[-1].name] = advance.accuracy_by_digits(
+            last, range(1, records[-1].known_digits + plan.base.extra_digits + 1), plan.workdir, PROBLEMS.value,
+            records[-1].name)
+  results = ladder.ladder_results(plan, study, kept)
+  home = ladder_page.write_ladder(study, plan, results)
+  print(f'\n{study.name}: {study.question} {home / "README.md"}')
+  for row in results['contrasts']:
+    print(f'  {ladder_page.ladder_verdict(row).replace("**", "")}')
+
+
+def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
+  """Returns how often the references of a study are sure and wrong, on generations of its first one; read once."""
+  file = plan.workdir / 'references' / f'{study.name}.json'
+  if not file.is_file():
+    arm = next(arm for arm in study.arms if arm.ensemble)
+    own, *others = (reference_of(catalog.reference_name(changes), plan) for changes in (arm.pretraining, *arm.ensemble))
+    readings = [read_tokens(own, other, digits=[own.info.known_digits + plan.base.extra_digits], responses='sampled',
+                            num_problems=len(plan.seeds(study)) * GENERATIONS, seed=plan.base.seed)
+                for other in (own, *others)]
+    runner.write_text(file, json.dumps(overconfidence(readings), indent=1) + '\n')
+  return json.loads(file.read_text())
 
 
 def report(study: catalog.Study, plan: Plan) -> None:
@@ -93,9 +146,10 @@ def report(study: catalog.Study, plan: Plan) -> None:
   references = {name: advance.reference_record(reference_of(name, plan), plan.base, plan.workdir, PROBLEMS.value, name)
                 for name in names}
   results = study_results(study, plan, references)
-  if study.levels:
-    results['levels'] = {name: advance.reference_levels(reference_of(name, plan), plan.workdir, PROBLEMS.value, name)
-                         for name in names}
+  if study.beside == 'levels':
+    results['levels'] = {name: levels_of(reference_of(name, plan), plan, name) for name in names}
+  if study.beside == 'overconfidence' and names:
+    results['overconfidence'] = read_overconfidence(study, plan)
   home = page.write_study(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
   for row in results['contrasts']:
@@ -113,18 +167,19 @@ def chosen(names: list[str]) -> list[catalog.Study]:
   return list(found.values())
 
 
-def table_of(plan: Plan, studies: Iterable[catalog.Study]) -> str:
+def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
   """Returns a line for each study: its runs, those that it lacks, and the time that they will take."""
   measured = plan.seconds_per_run()
   seconds = measured or (SECONDS_PER_RUN if PRESET.value == 'tiny' else None)
   lines = [f'{"study":<26}{"runs":>6}{"missing":>9}{"minutes":>9}  counterpart']
   for study in studies:
     number = len(study.arms) * len(plan.seeds(study)) or 1
-    missing = plan.number_missing(study)
+    missing = len(ladder.missing_rungs(plan, study)) if study.reads == 'ladder' else plan.number_missing(study)
     minutes = '?' if seconds is None and missing else f'{missing * (seconds or 0) / 60:.0f}'
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
-  together = len(plan.missing(studies))
-  lines.append(f'{together} runs in all: studies share theirs. ' + (
+  together = {run_name(config, plan.base) for study in studies for config in (
+      ladder.missing_rungs(plan, study) if study.reads == 'ladder' else plan.missing([study]))}
+  lines.append(f'{len(together)} runs can be made now: studies share theirs, of a climb it is the next rung. ' + (
       f'Minutes as the runs in {plan.workdir} took.' if measured else
       'Minutes on two CPU cores.' if seconds else 'How long one takes is known when the first is there.'))
   return '\n'.join(lines)

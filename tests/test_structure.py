@@ -21,8 +21,9 @@ ORDER = [
     'evaluate', 'hosts', 'checkpoint', 'signatures', 'runner', 'pretraining',
     'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
     'analysis.charts', 'analysis.comparison', 'analysis.page',
-    *(f'studies.{name}' for name in ('records', 'catalog', 'references', 'measures', 'advance', 'plan', 'certainty',
-                                     'results', 'page')),
+    *(f'studies.{name}' for name in (
+        'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'ladder', 'certainty', 'results', 'files',
+        'page', 'certainty_page', 'ladder_page')),
 ]
 
 

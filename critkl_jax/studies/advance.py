@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax
@@ -69,7 +69,7 @@ def _program(config):
 
 
 def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: Checkpoint, workdir: pathlib.Path,
-            num_problems: int) -> list[Record]:
+            num_problems: int, ensemble: Sequence[Checkpoint] = ()) -> list[Record]:
   """Trains and tests runs that share a program, from where they were stopped if they were, and keeps their records.
 
   Args:
@@ -78,6 +78,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
     reference: the pre-trained model.
     workdir: of the studies.
     num_problems: of each test.
+    ensemble: the further references of the configs.
 
   Raises:
     CheckpointError, Interrupted: as `runner.run_population`.
@@ -88,7 +89,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
   task, temperature = plus_task(known, first.extra_digits), first.loss.temperature
   group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
   about = describe_machine()
-  state = population.init_population(model, configs, reference.params, mesh)
+  state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
   probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
   step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
   infos = {name: CheckpointInfo(model.config, known, config) for name, config in zip(names, configs)}
@@ -146,18 +147,17 @@ def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathl
   return record
 
 
-def reference_levels(reference: Checkpoint, workdir: pathlib.Path, num_problems: int, name: str = '', most: int = 3
-                     ) -> list[dict[str, Any]]:
-  """Returns the accuracy of a reference on N to N + 3 digits, as far as its context goes, operands of identical and of
-  varying length: rows of `evaluate.accuracy_table`, kept beside its record."""
+def accuracy_by_digits(policy: Checkpoint, digits: Iterable[int], workdir: pathlib.Path, num_problems: int, name: str
+                       ) -> list[dict[str, Any]]:
+  """Returns the accuracy of a model by number of digits, as far as its context goes, for operands of identical and of
+  varying length: rows of `evaluate.accuracy_table`, kept by the name of the model beside the records of references."""
   path = workdir / 'references' / f'{name or "base"}.levels.json'
   if path.is_file():
     return json.loads(path.read_text())
-  known, context = reference.info.known_digits, reference.info.model.context_length
-  fitting = [n for n in range(known, known + most + 1)
-             if prompt_length(n) + solution_length(n) + LENGTH_MARGIN <= context]
-  rows = accuracy_table(GPT2(dataclasses.replace(reference.info.model, remat=False)), reference.params, known, fitting,
-                        ['identical', 'varying'], num_problems)
+  fitting = [n for n in digits
+             if prompt_length(n) + solution_length(n) + LENGTH_MARGIN <= policy.info.model.context_length]
+  rows = accuracy_table(GPT2(dataclasses.replace(policy.info.model, remat=False)), policy.params,
+                        policy.info.known_digits, fitting, ['identical', 'varying'], num_problems)
   path.parent.mkdir(parents=True, exist_ok=True)
   runner.write_text(path, json.dumps(rows, indent=1) + '\n')
   return rows

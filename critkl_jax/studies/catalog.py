@@ -24,12 +24,14 @@ class Arm:
     matches: label of an arm of the same study whose mean weight, over its iterations, multiplies this one's KL
       coefficient, seed by seed; empty for none.
     pretraining: field -> value, where its reference's pre-training differs from the preset's.
+    ensemble: the same of further references, whose mean distribution with the reference's gives the certainty.
   """
 
   label: str
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   matches: str = ''
   pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  ensemble: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,10 @@ class Study:
     contrasts: pairs of labels: the first one's runs are compared with the second one's, seed by seed.
     panels: metrics over the iterations that are drawn, with their labels.
     num_seeds: seeds of each arm.
-    levels: whether the accuracy of each arm's reference is shown by number of digits too, N to N + 3.
-    reads: `runs`, or `tokens` for a study of references alone.
+    beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits, or
+      `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
+    reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
+    rungs: of a ladder, at most.
   """
 
   name: str
@@ -55,8 +59,9 @@ class Study:
   contrasts: tuple[tuple[str, str], ...] = ()
   panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_seeds: int = OTHER_SEEDS
-  levels: bool = False
+  beside: str = ''
   reads: str = 'runs'
+  rungs: int = 0
 
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
@@ -128,6 +133,12 @@ _SIZES = tuple(
     Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
     for width, own in ((64, {'width': 64}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
     for label, changes in ((PRIORITIZED, {}), (STANDARD, {'kl': 'standard'})))
+_TWINS = tuple({'known_digits': 3, 'seed': seed} for seed in (1, 2))
+_OVERCONFIDENCE = (
+    Arm('certainty of the reference', pretraining={'known_digits': 3}),
+    Arm('certainty of three references', pretraining={'known_digits': 3}, ensemble=_TWINS),
+    Arm(STANDARD, {'kl': 'standard'}, pretraining={'known_digits': 3}),
+)
 
 STUDIES: dict[str, Study] = {study.name: study for study in (
     Study('certainty_gap', 'table 1 and figure 5',
@@ -160,10 +171,19 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
     Study('pretraining_levels', 'tables 4 and 5, figures 2 and 3',
           'What does a reference know beyond its N digits, and what does reinforcement make of it?',
-          _KNOWN, panels=_ACCURACY | _CRITICAL, levels=True),
+          _KNOWN, panels=_ACCURACY | _CRITICAL, beside='levels'),
     Study('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
           _SIZES, tuple((f'width {width}, {PRIORITIZED}', f'width {width}, {STANDARD}') for width in (64, 128, 192)),
           _ACCURACY | _CRITICAL),
+    Study('overconfidence', 'the known criticism, and footnote 2',
+          'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
+          _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
+                            ('certainty of the reference', STANDARD), ('certainty of three references', STANDARD)),
+          _ACCURACY | _CRITICAL | _WEIGHT, beside='overconfidence'),
+    Study('ladder', 'beyond the paper',
+          'How far does a model climb by reinforcement alone, where each result is the next reference?',
+          tuple(dataclasses.replace(arm, pretraining={'known_digits': 3}) for arm in (_PRIORITIZED, _STANDARD, _NONE)),
+          ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)), reads='ladder', rungs=5),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (('released, prioritized', 'paper, prioritized'), ('paper, prioritized', 'paper, standard'),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),
@@ -176,7 +196,14 @@ def reference_name(changes: Mapping[str, Any]) -> str:
   return '-'.join(f'{name}={value}' for name, value in changes.items())
 
 
-def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1.0) -> FinetuneConfig:
+def all_references() -> dict[str, Mapping[str, Any]]:
+  """Returns how the pre-training of each reference of any study differs from the preset's, by its name."""
+  arms = [arm for study in STUDIES.values() for arm in study.arms]
+  return {reference_name(changes): changes for arm in arms for changes in (arm.pretraining, *arm.ensemble)} | {'': {}}
+
+
+def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1.0, reference: str | None = None
+               ) -> FinetuneConfig:
   """Returns the config of a run; its `reference` is a name under the studies' workdir.
 
   Args:
@@ -184,8 +211,11 @@ def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1
     arm: the arm.
     seed: of the run.
     mean_weight: of the run that it matches, where it does.
+    reference: name of another reference than the arm's.
   """
-  config = replace(base, seed=seed, reference=reference_name(arm.pretraining), **arm.changes)
+  name = reference_name(arm.pretraining) if reference is None else reference
+  config = replace(base, seed=seed, reference=name, **arm.changes,
+                   certainty_ensemble=','.join(map(reference_name, arm.ensemble)))
   if not arm.matches:
     return config
   return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * mean_weight:.6g}'))

@@ -3,6 +3,7 @@
 Letters: B responses, T tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,40 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
         'entropy_correlation': correlation(certainty, tokens['ref_entropy'], here, confidence, num_resamples),
         'error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence, num_resamples)}
   return result | {'kinds': kinds}
+
+
+def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float = 0.95, num_resamples: int = 1000,
+                   seed: int = 0) -> dict[str, Any]:
+  """Returns how often references are sure of a wrong token, with a probability above 0.9, at critical tokens.
+
+  Args:
+    readings: tokens of `reading.read_tokens` of the same responses, with another reference each.
+    confidence: of the intervals.
+    num_resamples: of the bootstrap over responses.
+    seed: of the resampling.
+
+  Returns:
+    `critical_tokens`, their number; the share of them as `(value, low, high)` of each of the `references`, and
+    `together`, of the mean of their distributions.
+  """
+  first = readings[0]
+  critical = first['critical/oracle'] & first['on_path']
+  sure = [critical & (one['ref_top_prob'][..., 0] > 0.9) & (one['ref_right_prob'] < 0.1) for one in readings]
+  # A token of more than 0.9 in the mean is among the most probable ones of each.
+  tokens, probs = (np.concatenate([one[name] for one in readings], -1) for name in ('ref_top', 'ref_top_prob'))
+  mean = ((tokens[..., None, :] == tokens[..., :, None]) * probs[..., None, :]).sum(-1) / len(readings)
+  right = np.mean([one['ref_right_prob'] for one in readings], 0)
+  together = critical & (mean.max(-1) > 0.9) & (right < 0.1)
+  rng = np.random.default_rng(seed)
+  times = rng.multinomial(len(critical), np.full(len(critical), 1 / len(critical)), num_resamples)
+  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
+
+  def share(where):
+    resampled = (times @ where.sum(1)) / np.maximum(times @ critical.sum(1), 1)
+    return (float(where.sum() / max(critical.sum(), 1)), *map(float, np.quantile(resampled, edges)))
+
+  return {'critical_tokens': int(critical.sum()), 'references': [share(one) for one in sure],
+          'together': share(together)}
 
 
 def generation_gaps(certainty: np.ndarray, critical: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -39,8 +39,10 @@ class Plan:
       RecordError: if the file of that name is damaged or of another run.
     """
     config = self.config(study, arm, seed)
-    if config is None:
-      return None
+    return None if config is None else self.find(config)
+
+  def find(self, config: FinetuneConfig) -> Record | None:
+    """Returns the record of the run of a config, None if there is none yet; raises as `record` does."""
     path = record_path(self.workdir, run_name(config, self.base))
     if not path.is_file():
       return None
@@ -67,9 +69,10 @@ class Plan:
     return any(self.record(study, arm, seed) is not None for seed in self.seeds(study))
 
   def missing(self, studies: Iterable[Study]) -> list[FinetuneConfig]:
-    """Returns the configs of the runs that can be made now, each once, those of one seed side by side."""
+    """Returns the configs of the runs that can be made now, each once, those of one seed side by side; the
+    rungs of ladders are `ladder.missing_rungs`."""
     wanted = {}
-    for study in studies:
+    for study in (study for study in studies if study.reads == 'runs'):
       for seed in self.seeds(study):
         for arm in study.arms:
           config = self.config(study, arm, seed)

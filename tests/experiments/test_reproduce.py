@@ -33,6 +33,9 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
       tmp_path / 'working' / 'references' / 'base' / 'reference').resolve()
   page = (tmp_path / 'studies' / 'drift' / 'README.md').read_text()
   assert 'Not complete' not in page
+  index = (tmp_path / 'README.md').read_text()
+  assert '## [drift](studies/drift/README.md)' in index
+  assert '- **prioritized** is not shown to differ from **standard** on N+1' in index
   results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
   assert results['num_missing'] == 0
   assert not list((tmp_path / 'working' / 'groups').iterdir())

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from critkl_jax.config import FINETUNE_PRESETS
-from critkl_jax.studies import catalog
+from critkl_jax.studies import catalog, references
 from critkl_jax.studies.records import run_name
 
 STUDIES = list(catalog.STUDIES.values())
@@ -21,7 +21,8 @@ def test_arms_are_configs_and_contrasts_are_of_arms(study):
     assert set(pair) <= set(labels)
     assert pair[0] != pair[1]
   assert all(not arm.matches or arm.matches in labels for arm in study.arms)
-  assert (study.reads == 'runs') == bool(study.arms)
+  assert (study.reads == 'tokens') == (not study.arms)
+  assert (study.reads == 'ladder') == (study.rungs > 0)
 
 
 def test_the_core_has_eight_seeds_and_the_others_three():
@@ -58,3 +59,10 @@ def test_names_of_references():
   assert catalog.reference_name({'known_digits': 3, 'seed': 1}) == 'known_digits=3-seed=1'
   for one, two in itertools.combinations(({}, {'width': 64}, {'known_digits': 3}, {'known_digits': 4}), 2):
     assert catalog.reference_name(one) != catalog.reference_name(two)
+  for name, changes in catalog.all_references().items():
+    assert references.pretrain_config('tiny', changes).known_digits == changes.get('known_digits', 5)
+    assert catalog.reference_name(changes) == name
+  for study in STUDIES:
+    for arm in study.arms:
+      config = catalog.arm_config(FINETUNE_PRESETS['tiny'], arm, 0)
+      assert {config.reference, *config.ensemble_paths} <= set(catalog.all_references())

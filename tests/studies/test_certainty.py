@@ -3,8 +3,14 @@ import pytest
 
 from critkl_jax.analysis.reading import CERTAINTIES
 from critkl_jax.config import FINETUNE_PRESETS
-from critkl_jax.studies import catalog, page
-from critkl_jax.studies.certainty import certainty_results, correlation, generation_gaps, position_means
+from critkl_jax.studies import catalog, certainty_page
+from critkl_jax.studies.certainty import (
+    certainty_results,
+    correlation,
+    generation_gaps,
+    overconfidence,
+    position_means,
+)
 from critkl_jax.studies.plan import Plan
 
 
@@ -64,8 +70,26 @@ def test_a_reference_that_never_gets_to_a_critical_token():
   assert found['critical_tokens'] == 0
   assert found['kinds']['negentropy']['gap'] is None
   assert found['kinds']['negentropy']['detector']['auroc'] is None
-  assert page.certainty_verdicts(found | {'known_digits': 5}) == [
+  assert certainty_page.certainty_verdicts(found | {'known_digits': 5}) == [
       'No generation gets as far as a critical token: nothing can be said.']
+
+
+def test_references_that_are_sure_of_other_wrong_tokens_are_not_sure_together():
+  """Tokens: 0 is right. The first reference is sure of 1; the second of 1 or 2; at one token none is critical."""
+  def reading(top, top_prob, right_prob):
+    shape = (2, 2)
+    return {'critical/oracle': np.array([[1, 1], [1, 0]], bool), 'on_path': np.ones(shape, bool),
+            'ref_top': np.array(top).reshape(*shape, 2), 'ref_top_prob': np.array(top_prob).reshape(*shape, 2),
+            'ref_right_prob': np.array(right_prob).reshape(shape)}
+
+  sure = [[0.95, 0.05]] * 4
+  one = reading([[1, 0], [1, 0], [1, 0], [1, 0]], sure, [0.05] * 4)
+  two = reading([[1, 0], [2, 0], [0, 1], [1, 0]], sure, [0.05, 0.05, 0.95, 0.05])
+  found = overconfidence([one, two])
+  assert found['critical_tokens'] == 3
+  assert [value for value, _, _ in found['references']] == pytest.approx([1, 2 / 3])
+  assert found['together'][0] == pytest.approx(1 / 3)
+  assert all(low <= value <= high for value, low, high in (*found['references'], found['together']))
 
 
 def test_the_page_names_a_blind_detector(tmp_path):
@@ -73,7 +97,7 @@ def test_the_page_names_a_blind_detector(tmp_path):
   about = {'commit': 'abc', 'device': 'cpu', 'seconds': 1.0}
   plan = Plan(FINETUNE_PRESETS['smoke'], tmp_path)
   assert plan.number_missing(study) == 1
-  found = page.write_certainty(study, plan, generations(0.3), 5, about)
+  found = certainty_page.write_certainty(study, plan, generations(0.3), 5, about)
   assert plan.number_missing(study) == 0
   text = (tmp_path / 'studies' / 'certainty_gap' / 'README.md').read_text()
   assert 'is **less certain** at critical tokens: -0.' in text
@@ -81,7 +105,7 @@ def test_the_page_names_a_blind_detector(tmp_path):
   assert 'blind_detector' not in text
   for name in ('generations.png', 'certainty.png'):
     assert (tmp_path / 'studies' / 'certainty_gap' / name).read_bytes().startswith(b'\x89PNG')
-  blind = page.write_certainty(study, plan, generations(-0.05), 5, about)
-  assert 'is **more certain**' in page.certainty_verdicts(blind)[0]
-  assert 'Signature of failure, `blind_detector`' in page.certainty_verdicts(blind)[-1]
-  assert len(page.certainty_verdicts(found)) == 3
+  blind = certainty_page.write_certainty(study, plan, generations(-0.05), 5, about)
+  assert 'is **more certain**' in certainty_page.certainty_verdicts(blind)[0]
+  assert 'Signature of failure, `blind_detector`' in certainty_page.certainty_verdicts(blind)[-1]
+  assert len(certainty_page.certainty_verdicts(found)) == 3

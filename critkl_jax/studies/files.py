@@ -1,0 +1,53 @@
+"""What all pages of studies are made of: files of JSON and CSV, tables in Markdown."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+
+def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+  """Writes results.json, where NaN becomes null, and results.csv, a row for each run."""
+  (home / 'results.json').write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + '\n')
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  (home / 'results.csv').write_text(file.getvalue())
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """Returns the lines of a table in Markdown."""
+  return ['| ' + ' | '.join(row) + ' |' for row in (heads, ['---'] * len(heads), *rows)]
+
+
+def write_index(workdir: pathlib.Path) -> None:
+  """Writes `WORKDIR/README.md`: what each study says, taken from its page."""
+  lines = ['# Studies', '', 'What each asked and found; its page has tables, pictures and how it was made.', '']
+  for page in sorted((workdir / 'studies').glob('*/README.md')):
+    text = page.read_text().splitlines()
+    said = [line for line in text if line.startswith(('- **', '- The reference', '- As a detector', '- At ', '**Not'))]
+    lines += [f'## [{page.parent.name}](studies/{page.parent.name}/README.md)', '', text[2], '', *said, '']
+  (workdir / 'README.md').write_text('\n'.join(lines))
+
+
+def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:
+  """Returns `(value, low, high)` as text, each number times `scale` in a format; `none` where there is none."""
+  if value is None or math.isnan(value[0]):
+    return 'none'
+  texts = [format(scale * x, form) for x in value]
+  return f'{texts[0]} [{texts[1]}, {texts[2]}]'
+
+
+def _plain(value):
+  """Returns nested values as JSON has them."""
+  if isinstance(value, dict):
+    return {name: _plain(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(x) for x in value]
+  if isinstance(value, float):
+    return float(f'{value:.6g}') if math.isfinite(value) else None
+  return value

@@ -1,0 +1,118 @@
+"""The ladder: a policy that has learned N + k digits is the reference from which N + 2k are learned, and so on.
+
+A rung is a run. Its result becomes the reference of the next one if it answers at least half of the problems that were
+new to it; else the climb ends there.
+"""
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from critkl_jax import checkpoint
+from critkl_jax.analysis.statistics import paired_statistics, seed_statistics
+from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
+from critkl_jax.config import FinetuneConfig
+from critkl_jax.records import TrainState
+from critkl_jax.studies.advance import run_path
+from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
+from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.records import Record
+from critkl_jax.studies.references import references_path
+
+LEAST = 0.5  # greedy accuracy on N + k from which on the climb goes on
+
+
+def climb(plan: Plan, study: Study, arm: Arm, seed: int) -> list[tuple[FinetuneConfig, Record | None]]:
+  """Returns the rungs of one climb from the lowest on, each with its record; the last one may be still to be run."""
+  rungs, name = [], reference_name(arm.pretraining)
+  for number in range(1, study.rungs + 1):
+    config = arm_config(plan.base, arm, seed, reference=name)
+    record = plan.find(config)
+    rungs.append((config, record))
+    if record is None or accuracy(record) < LEAST:
+      break
+    name = f'{study.name}-{arm.label.replace(" ", "_")}-seed={seed}-rung={number}'
+  return rungs
+
+
+def missing_rungs(plan: Plan, study: Study) -> list[FinetuneConfig]:
+  """Returns the configs of the rungs that can be run now."""
+  last = [climb(plan, study, arm, seed)[-1] for seed in plan.seeds(study) for arm in study.arms]
+  return [config for config, record in last if record is None]
+
+
+def promote(plan: Plan, study: Study) -> None:
+  """Leaves the result of each finished rung as the reference of the next one, which knows k digits more.
+
+  Raises:
+    CheckpointError: if the parameters of a finished rung are gone.
+  """
+  for seed in plan.seeds(study):
+    for arm in study.arms:
+      rungs = climb(plan, study, arm, seed)
+      for (_, record), (config, _) in itertools.pairwise(rungs):
+        _promote(plan, record, references_path(plan.workdir, config.reference) / 'reference')
+
+
+def _promote(plan, record, home):
+  if checkpoint.latest(home) is not None:
+    return
+  source = run_path(plan.workdir, record.name)
+  if not source.is_dir():
+    raise CheckpointError(f'{source}: the parameters of a rung are gone; remove its record, and it is run again.')
+  own = checkpoint.load_checkpoint(source)
+  info = CheckpointInfo(own.info.model, own.info.known_digits + plan.base.extra_digits, own.info.training)
+  with checkpoint.open_manager(home) as manager:
+    checkpoint.save(manager, TrainState(own.params, None, np.int32(own.step)), info, with_optimizer=False)
+
+
+def accuracy(record: Record, digits: str = 'longer') -> float:
+  """Returns the greedy accuracy of a rung on the digits that were new to it, or on the N that its reference knew."""
+  name = 'N' if digits == 'N' else next(name for name in record.test if name != 'N')
+  return float(record.test[name]['greedy'].mean())
+
+
+def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+  """Returns what the climbs say.
+
+  Args:
+    plan: knows the runs.
+    study: the ladder.
+    kept: of the last rung of each climb, by the name of its run, rows of `evaluate.accuracy_table`.
+
+  Returns:
+    `question`, `counterpart`, `num_missing` (climbs that are not at their end); `arms`, of each label its `seeds`,
+    `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`), `retained`, the mean
+    accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with `digits`, `accuracy` and
+    `accuracy_known`; `contrasts`, with the paired `difference` in digits.
+  """
+  arms, reached, commits, seconds = {}, {}, set(), 0.0
+  for arm in study.arms:
+    climbs, retained = {}, []
+    for seed in plan.seeds(study):
+      records = [record for _, record in climb(plan, study, arm, seed) if record is not None]
+      if not records:
+        continue
+      first = records[0].known_digits
+      climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
+                       'accuracy_known': accuracy(one, 'N'), 'name': one.name} for one in records]
+      tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
+      reached.setdefault(arm.label, {})[seed] = max(tops, default=first)
+      known = [row['accuracy'] for row in kept.get(records[-1].name, []) if row['digits'] <= first]
+      retained += [float(np.mean(known))] if known else []
+      commits |= {one.about['commit'] for one in records}
+      seconds += sum(one.about['seconds'] + one.about['test_seconds'] for one in records)
+    if climbs:
+      arms[arm.label] = {'seeds': list(climbs), 'climbs': climbs,
+                         'reached': seed_statistics(np.array(list(reached[arm.label].values()), float))['mean'],
+                         'retained': seed_statistics(np.array(retained))['mean'] if retained else None}
+  contrasts = []
+  for one, two in study.contrasts:
+    seeds = [seed for seed in reached.get(one, {}) if seed in reached.get(two, {})]
+    if seeds:
+      pair = [np.array([reached[label][seed] for seed in seeds], float) for label in (one, two)]
+      contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair)})
+  return {'study': study.name, 'question': study.question, 'counterpart': study.counterpart,
+          'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)), 'arms': arms,
+          'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}

@@ -1,0 +1,71 @@
+"""The page of a ladder."""
+
+import pathlib
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from critkl_jax.studies.catalog import Study
+from critkl_jax.studies.files import interval_text, table, write_files
+from critkl_jax.studies.plan import Plan
+
+
+def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Path:
+  """Writes the study of climbs under `WORKDIR/studies/NAME`, and returns that directory."""
+  home = plan.workdir / 'studies' / study.name
+  home.mkdir(parents=True, exist_ok=True)
+  rows = [{'arm': label, 'seed': seed, **row} for label, arm in results['arms'].items()
+          for seed, rungs in arm['climbs'].items() for row in rungs]
+  write_files(home, results, rows)
+  if rows:
+    _plot_climbs(results, home / 'climbs.png')
+  (home / 'README.md').write_text(_ladder_page(results))
+  return home
+
+
+def ladder_verdict(row: dict[str, Any]) -> str:
+  """Returns a contrast of climbs as a sentence."""
+  _, low, high = row['difference']
+  said = 'higher than' if low > 0 else 'less high than' if high < 0 else 'not shown to climb higher than'
+  verb = 'is' if said.startswith('not') else 'climbs'
+  return (f'**{row["arm"]}** {verb} {said} **{row["against"]}**: {interval_text(row["difference"], "+.2f")} digits, '
+          f'{len(row["seeds"])} pairs.')
+
+
+def _plot_climbs(results, path):
+  figure = Figure(figsize=(9, 3.6), layout='constrained')
+  left, right = figure.subplots(1, 2, sharey=True)
+  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the new digits of a rung'),
+                            (right, 'accuracy_known', "on those its reference knew")):
+    for number, (label, arm) in enumerate(results['arms'].items()):
+      for i, rungs in enumerate(arm['climbs'].values()):
+        axis.plot([row['digits'] for row in rungs], [row[name] for row in rungs], marker='o', markersize=4,
+                  color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel('digits of the rung')
+    axis.grid(alpha=0.3)
+  left.legend(fontsize=8)
+  figure.suptitle(results['study'], fontsize=11)
+  figure.savefig(path, dpi=130)
+
+
+def _ladder_page(results):
+  rows = []
+  for label, arm in results['arms'].items():
+    reached, kept = arm['reached'], arm['retained']
+    climbs = '; '.join(' '.join(f'{row["digits"]}: {100 * row["accuracy"]:.0f}' for row in rungs)
+                       for rungs in arm['climbs'].values())
+    rows.append([label, str(len(arm['seeds'])), interval_text(reached, '.2f'),
+                 interval_text(kept, '.1f', 100), climbs])
+  picture = ['![climbs](climbs.png)', ''] if rows else []
+  missing = [f'**Not complete: {results["num_missing"]} climbs are not at their end.**', ''] if (
+      results['num_missing']) else []
+  return '\n'.join([
+      f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
+      'A rung is a run of fine-tuning; its result is the reference of the next one if it answers at least half of the '
+      'problems that were new to it. Intervals are 95 % bootstrap over seeds.', '', *missing,
+      '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
+      *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',
+               'digits: accuracy (%) of each rung, climb by climb'], rows), '', *picture,
+      '## How it was made', '',
+      f'Commit {", ".join(results["commits"])}; {results["seconds"] / 60:.0f} minutes of runs.', ''])

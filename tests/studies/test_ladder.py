@@ -1,0 +1,99 @@
+"""Climbs over records that were made up."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import SMOKE, noisy, write
+
+from critkl_jax import checkpoint
+from critkl_jax.checkpoint import CheckpointError
+from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.studies import catalog, ladder, ladder_page
+from critkl_jax.studies.advance import record_path, run_path
+from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.records import Record, run_name, write_record
+from critkl_jax.studies.references import references_path
+
+BASE = FINETUNE_PRESETS['smoke']
+STUDY = catalog.STUDIES['ladder']
+PRIORITIZED, STANDARD, _ = STUDY.arms
+
+
+@pytest.fixture
+def plan(tmp_path):
+  return Plan(BASE, tmp_path, num_seeds=2)
+
+
+def finish(plan, arm, seed, accuracy):
+  """Gives the next rung of a climb a record."""
+  config, record = ladder.climb(plan, STUDY, arm, seed)[-1]
+  assert record is None
+  rewards = np.arange(100) < 100 * accuracy
+  number = len(ladder.climb(plan, STUDY, arm, seed))
+  test = {'N': {'greedy': np.ones(100, bool)}, 'N+1': {'greedy': rewards}}
+  about = {'seconds': 60.0, 'test_seconds': 0.0, 'commit': 'abc'}
+  record = Record(run_name(config, BASE), config, 2 + number, [], test, about)
+  write_record(record_path(plan.workdir, record.name), record)
+  return record
+
+
+def test_a_climb_goes_on_from_its_own_result_until_it_fails(plan):
+  assert len(ladder.missing_rungs(plan, STUDY)) == 6
+  first = finish(plan, PRIORITIZED, 0, 0.9)
+  assert first.config.reference == 'known_digits=3'
+  (_, record), (config, missing) = ladder.climb(plan, STUDY, PRIORITIZED, 0)
+  assert record.name == first.name
+  assert missing is None
+  assert config.reference == 'ladder-prioritized-seed=0-rung=1'
+  finish(plan, PRIORITIZED, 0, 0.49)
+  assert len(ladder.climb(plan, STUDY, PRIORITIZED, 0)) == 2
+  assert len(ladder.missing_rungs(plan, STUDY)) == 5
+  for _ in range(STUDY.rungs):
+    finish(plan, STANDARD, 1, 0.5)
+  assert len(ladder.climb(plan, STUDY, STANDARD, 1)) == STUDY.rungs
+  assert len(ladder.missing_rungs(plan, STUDY)) == 4
+  names = [config.reference for config, _ in ladder.climb(plan, STUDY, STANDARD, 1)]
+  assert len(set(names)) == STUDY.rungs
+
+
+def test_a_result_becomes_a_reference_that_knows_more(plan):
+  record = finish(plan, PRIORITIZED, 0, 0.9)
+  with pytest.raises(CheckpointError, match='the parameters of a rung are gone'):
+    ladder.promote(plan, STUDY)
+  params = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.1)
+  write(run_path(plan.workdir, record.name) / 'checkpoints', params, 2, training=record.config, known_digits=3)
+  for _ in range(2):  # the second time it is there
+    ladder.promote(plan, STUDY)
+  found = checkpoint.load_checkpoint(references_path(plan.workdir, 'ladder-prioritized-seed=0-rung=1') / 'reference')
+  assert found.info.known_digits == 4
+  np.testing.assert_array_equal(found.params['wte']['embedding'], params['wte']['embedding'])
+
+
+def test_results_and_page(plan):
+  for seed in (0, 1):
+    finish(plan, PRIORITIZED, seed, 0.9)
+    finish(plan, PRIORITIZED, seed, 0.6 - 0.4 * seed)  # the second seed ends here
+    finish(plan, STANDARD, seed, 0.1)
+  kept = {ladder.climb(plan, STUDY, PRIORITIZED, 1)[-1][1].name: [
+      {'digits': 1, 'accuracy': 1.0}, {'digits': 3, 'accuracy': 0.5}, {'digits': 4, 'accuracy': 0.0}]}
+  found = ladder.ladder_results(plan, STUDY, kept)
+  assert found['num_missing'] == 3  # one of the prioritized goes on, and those without a penalty are not begun
+  assert found['arms']['prioritized']['reached'][0] == pytest.approx((5 + 4) / 2)
+  assert found['arms']['standard']['reached'][0] == 3
+  assert found['arms']['prioritized']['retained'][0] == 0.75
+  assert found['arms']['standard']['retained'] is None
+  (row,) = found['contrasts']
+  assert (row['arm'], row['against'], row['difference'][0]) == ('prioritized', 'standard', 1.5)
+  assert ladder_page.ladder_verdict(row) == (
+      '**prioritized** climbs higher than **standard**: +1.50 [+1.00, +2.00] digits, 2 pairs.')
+  assert ladder_page.ladder_verdict(row | {'difference': (0.5, -0.5, 1.0)}).startswith(
+      '**prioritized** is not shown to climb higher than **standard**')
+  home = ladder_page.write_ladder(STUDY, plan, found)
+  text = (home / 'README.md').read_text()
+  assert '3 climbs are not at their end' in text
+  assert '4: 90 5: 60; 4: 90 5: 20' in text
+  assert (home / 'climbs.png').read_bytes().startswith(b'\x89PNG')
+  json.loads((home / 'results.json').read_text())
