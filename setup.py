@@ -27,6 +27,7 @@ setuptools.setup(
         'numpy>=1.26',
         'optax>=0.2.6',
         'orbax-checkpoint>=0.11.20',
+        'scipy>=1.11',
         'tqdm>=4.66',
     ],
     extras_require={
