@@ -12,17 +12,18 @@ MEANING = {
 KL_BOUND = 0.5  # nats a token; the policies of the paper's task learn it within 0.05
 FORMAT_ERRORS = 0.1  # share of responses, beyond that at the start
 EXPLORATION = 0.2  # share of the way to certainty at critical tokens
+START, NEARLY_RIGHT = 2, 0.99  # iterations that count as the start; share of right critical tokens that is enough
 PATIENCE = 6  # iterations before it is said that nothing moved
 
 
 def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
   """Returns which signatures the metrics of a run show so far.
 
-  `drift`: KL above `KL_BOUND` in the last iteration, or `FORMAT_ERRORS` more format errors than at the start.
-  `no_exploration`: of what the policy lacked at critical tokens in the first quarter of the iterations, less than
-  `EXPLORATION` is gained in the last quarter; from `PATIENCE` iterations on. `blind_detector`: over the iterations, the
-  mean weight at critical tokens is not below the mean weight by two standard errors; a penalty that weighs all tokens
-  alike has no detector and does not show it.
+  `drift`: KL above `KL_BOUND` or not a number in the last iteration, or `FORMAT_ERRORS` more format errors than at the
+  start. `no_exploration`: of what the policy lacked at critical tokens in the first `START` iterations, less than
+  `EXPLORATION` is gained in the last quarter, and it is not `NEARLY_RIGHT` there; from `PATIENCE` iterations on.
+  `blind_detector`: over the iterations, the mean weight at critical tokens is not below the mean weight by two standard
+  errors; a penalty that weighs all tokens alike has no detector and does not show it.
 
   Args:
     rows: metrics of `make_train_step`, an iteration each, from the first one on.
@@ -32,14 +33,14 @@ def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
   """
   found = {}
   if rows and 'kl' in rows[-1]:
-    errors = [row.get('format_errors', 0.0) for row in rows]
-    found['drift'] = bool(rows[-1]['kl'] > KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)
+    kl, errors = _column(rows, 'kl'), _column(rows, 'format_errors')
+    found['drift'] = bool(not kl[-1] <= KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)  # NaN is drift too
   right = _column(rows, 'critical_right')
+  right = right[~np.isnan(right)]
   if len(rows) >= PATIENCE and right.size:
-    quarter = max(right.size // 4, 1)
-    first, last = right[:quarter].mean(), right[-quarter:].mean()
-    found['no_exploration'] = bool(first < 1 and last - first < EXPLORATION * (1 - first))
-  lifted = _column(rows, 'weight') - _column(rows, 'weight_critical') if rows else np.zeros(0)
+    first, last = right[:START].mean(), right[-max(right.size // 4, 1):].mean()
+    found['no_exploration'] = bool(last < NEARLY_RIGHT and last - first < EXPLORATION * (1 - first))
+  lifted = _column(rows, 'weight') - _column(rows, 'weight_critical')
   lifted = lifted[~np.isnan(lifted)]
   if lifted.size > 2 and np.any(np.abs(lifted) > 1e-3):  # less is rounding: all tokens weigh alike
     found['blind_detector'] = bool(lifted.mean() < 2 * lifted.std(ddof=1) / np.sqrt(lifted.size))
@@ -47,6 +48,4 @@ def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
 
 
 def _column(rows, name):
-  """Returns a metric over the iterations; of `critical_right` those that had critical tokens."""
-  values = np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
-  return values[~np.isnan(values)] if name == 'critical_right' else values
+  return np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)

@@ -21,8 +21,8 @@ from absl import flags
 
 from critkl_jax import checkpoint, runner
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
-from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page
+from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
+from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
 from critkl_jax.studies.certainty import overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
@@ -53,6 +53,7 @@ def main() -> None:
   if LIST.value:
     print(table_of(plan, list(catalog.STUDIES.values())))
     return
+  check_workdir(workdir, plan)
   take_cores(MEMBERS.value)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
@@ -60,6 +61,9 @@ def main() -> None:
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
     print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
+    for study in studies:
+      if study.reads == 'ladder':
+        ladder.promote(plan, study, group[0].reference)
     ensemble = [reference_of(name, plan) for name in group[0].ensemble_paths]
     advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, PROBLEMS.value, ensemble)
   for study in studies:
@@ -72,12 +76,24 @@ def main() -> None:
   files.write_index(workdir)
 
 
+def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
+  """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
+  file = workdir / 'studies.json'
+  wanted = {'preset': PRESET.value, 'problems': PROBLEMS.value, 'base': flat_values(plan.base)}
+  found = json.loads(file.read_text()) if file.is_file() else wanted
+  for name, value in wanted.items():
+    if found.get(name) != value:
+      sys.exit(f'error: --{"preset" if name == "base" else name}: the records in {workdir} were made with '
+               f'{found.get(name)!r}, not {value!r}; give the same, or another --workdir.')
+  workdir.mkdir(parents=True, exist_ok=True)
+  runner.write_text(file, json.dumps(wanted, indent=1) + '\n')
+
+
 def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
-  """Returns the configs of the runs and rungs that can be made now; finished rungs become references."""
+  """Returns the configs of the runs and rungs that can be made now."""
   found = plan.missing(studies)
   for study in studies:
     if study.reads == 'ladder':
-      ladder.promote(plan, study)
       found += ladder.missing_rungs(plan, study)
   return list({run_name(config, plan.base): config for config in found}.values())
 
@@ -103,23 +119,16 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
     print(f'  {sentence.replace("**", "")}')
 
 
-def levels_of(reference: checkpoint.Checkpoint, plan: Plan, name: str) -> list[dict[str, Any]]:
-  """Returns the accuracy of a reference on N to N + 3 digits."""
-  known = reference.info.known_digits
-  return advance.accuracy_by_digits(reference, range(known, known + 4), plan.workdir, PROBLEMS.value, name)
-
-
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
   """Writes the study of climbs as far as they go, and prints what they say."""
   kept = {}
   for arm in study.arms:
     for seed in plan.seeds(study):
-      records = [record for _, record in ladder.climb(plan, study, arm, seed) if record is not None]
-      if records:
-        last = checkpoint.load_checkpoint(advance.run_path(plan.workdir, records[-1].name))
-        kept[records[-1].name] = advance.accuracy_by_digits(
-            last, range(1, records[-1].known_digits + plan.base.extra_digits + 1), plan.workdir, PROBLEMS.value,
-            records[-1].name)
+      top = ladder.top(ladder.climb(plan, study, arm, seed))
+      if top is not None:
+        load = functools.partial(checkpoint.load_checkpoint, advance.run_path(plan.workdir, top.name))
+        kept[top.name] = advance.accuracy_by_digits(
+            load, 1, top.known_digits + plan.base.extra_digits - 1, plan.workdir, PROBLEMS.value, top.name)
   results = ladder.ladder_results(plan, study, kept)
   home = ladder_page.write_ladder(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
@@ -143,17 +152,19 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
 def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study as far as its runs go, and prints what they say."""
   names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
-  references = {name: advance.reference_record(reference_of(name, plan), plan.base, plan.workdir, PROBLEMS.value, name)
-                for name in names}
-  results = study_results(study, plan, references)
+  loads = {name: functools.partial(reference_of, name, plan) for name in names}
+  records = {name: advance.reference_record(load, plan.base, plan.workdir, PROBLEMS.value, name)
+             for name, load in loads.items()}
+  results = study_results(study, plan, records)
   if study.beside == 'levels':
-    results['levels'] = {name: levels_of(reference_of(name, plan), plan, name) for name in names}
+    results['levels'] = {name: advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
+                         for name, load in loads.items()}
   if study.beside == 'overconfidence' and names:
     results['overconfidence'] = read_overconfidence(study, plan)
   home = page.write_study(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
-  for row in results['contrasts']:
-    print(f'  {page.verdict(row, results).replace("**", "")}')
+  for sentence in page.verdicts(results):
+    print(f'  {sentence.replace("**", "")}')
 
 
 def chosen(names: list[str]) -> list[catalog.Study]:
@@ -179,6 +190,10 @@ def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
   together = {run_name(config, plan.base) for study in studies for config in (
       ladder.missing_rungs(plan, study) if study.reads == 'ladder' else plan.missing([study]))}
+  names = {name for study in studies for arm in study.arms for changes in (arm.pretraining, *arm.ensemble)
+           if (name := catalog.reference_name(changes)) or PRESET.value != references.SHIPPED_PRESET}
+  untrained = [name for name in names if not (references.references_path(plan.workdir, name) / 'reference').is_dir()]
+  lines.append(f'{len(untrained)} references are still to be pre-trained, which is not in these minutes.')
   lines.append(f'{len(together)} runs can be made now: studies share theirs, of a climb it is the next rung. ' + (
       f'Minutes as the runs in {plan.workdir} took.' if measured else
       'Minutes on two CPU cores.' if seconds else 'How long one takes is known when the first is there.'))

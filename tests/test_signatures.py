@@ -19,11 +19,14 @@ def test_a_run_that_learns_shows_none():
   assert set(signatures(run())) == set(MEANING)
   assert seen(run()) == set()
   assert seen(run(right=[1.0] * 8)) == set()  # there is nothing left to explore
+  assert seen(run(right=[0.9, 0.9] + [0.97] * 4 + [0.97, 0.96])) == set()  # it rose early
 
 
 def test_drift():
   assert seen(run(kl=[0.01] * 7 + [KL_BOUND + 0.01])) == {'drift'}
   assert seen(run(kl=[KL_BOUND + 0.01] + [0.01] * 7)) == set()  # it came back
+  for nothing in (np.nan, None):
+    assert seen(run(kl=[0.01] * 7 + [nothing])) == {'drift'}
   assert seen(run(errors=[0.05] * 7 + [0.06 + FORMAT_ERRORS])) == {'drift'}
   assert seen(run(errors=[0.5] * 8)) == set()  # as bad as the reference
 

@@ -1,6 +1,7 @@
 """Intervals of what a study finds, paired by seed and problem."""
 
 import numpy as np
+import scipy.stats
 
 
 def paired_difference(rewards: np.ndarray, baseline: np.ndarray, confidence: float = 0.95, num_resamples: int = 2000,
@@ -54,7 +55,8 @@ def seed_statistics(values: np.ndarray, confidence: float = 0.95, num_resamples:
 
   Args:
     values: float `[S]`, one for each seed, or `[S, M]`, of S seeds and M problems that all of them share.
-    confidence: of the percentile bootstrap intervals, over seeds and problems.
+    confidence: of the bootstrap intervals, over seeds and problems; for few seeds they are widened, so that those of a
+      mean cover what Student's do.
     num_resamples: of the bootstrap.
     seed: of the resampling.
 
@@ -109,9 +111,23 @@ def _with_intervals(figures, values, confidence, num_resamples, seed):
   times = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), num_resamples) / num_problems
   means = values @ times.T  # [S, resamples]
   resampled = means[seeds, np.arange(num_resamples)[:, None]]
-  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
-  return {name: (float(figure(values.mean(1))), *map(float, np.quantile(figure(resampled), edges)))
-          for name, figure in figures.items()}
+  edges, factor, found = [(1 - confidence) / 2, (1 + confidence) / 2], _widening(num_seeds, confidence), {}
+  for name, figure in figures.items():
+    value, (low, high) = float(figure(values.mean(1))), np.quantile(figure(resampled), edges)
+    found[name] = (value, value + factor * min(low - value, 0.0), value + factor * max(high - value, 0.0))
+    if name == 'improvement':
+      found[name] = tuple(min(max(x, 0.0), 1.0) for x in found[name])
+  return {name: tuple(map(float, three)) for name, three in found.items()}
+
+
+def _widening(num_seeds, confidence):
+  """Returns by what a percentile bootstrap interval over few seeds is too narrow: resamples vary by (S - 1) / S of the
+  variance, and Student's quantile stands where theirs is the normal one; 1 for a single seed, which tells nothing."""
+  if num_seeds == 1:
+    return 1.0
+  quantile = (1 + confidence) / 2
+  return float(scipy.stats.t.ppf(quantile, num_seeds - 1) / scipy.stats.norm.ppf(quantile)
+               * np.sqrt(num_seeds / (num_seeds - 1)))
 
 
 def area_under_curve(steps: np.ndarray, values: np.ndarray) -> np.ndarray:

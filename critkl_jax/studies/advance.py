@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -110,7 +110,8 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
              and not k.startswith('signature/')} for row in rows]
     records.append(Record(names[i], configs[i], known, rows, tests[i], own | about))
     _keep_params(workdir, infos[names[i]], names[i], TrainState(params, None, np.int32(state.step)))
-    write_record(record_path(workdir, names[i]), records[-1])
+  for record in records:
+    write_record(record_path(workdir, record.name), record)
   shutil.rmtree(group)
   return records
 
@@ -125,15 +126,16 @@ def _keep_params(workdir, info, name, state):
     (home / 'reference').symlink_to(pathlib.Path('..', '..', own.relative_to(workdir / 'working')))
 
 
-def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
+def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
                      name: str = '') -> Record:
-  """Returns the record of a reference, `base` if it has no name: tested, read by the probe, and kept, unless it was
-  before."""
+  """Returns the record of a reference, `base` if it has no name: loaded, tested, read by the probe, and kept, unless it
+  was before."""
   name = name or 'base'
   path = workdir / 'references' / f'{name}.json'
   if path.is_file():
     return read_record(path)
-  start, known = time.monotonic(), reference.info.known_digits
+  start, reference = time.monotonic(), load()
+  known = reference.info.known_digits
   mesh = population.members_mesh(1)
   model = GPT2(dataclasses.replace(reference.info.model, remat=False))
   stacked = jax.tree.map(lambda x: x[None], reference.params)
@@ -147,14 +149,25 @@ def reference_record(reference: Checkpoint, base: FinetuneConfig, workdir: pathl
   return record
 
 
-def accuracy_by_digits(policy: Checkpoint, digits: Iterable[int], workdir: pathlib.Path, num_problems: int, name: str
-                       ) -> list[dict[str, Any]]:
+def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, workdir: pathlib.Path, num_problems: int,
+                       name: str) -> list[dict[str, Any]]:
   """Returns the accuracy of a model by number of digits, as far as its context goes, for operands of identical and of
-  varying length: rows of `evaluate.accuracy_table`, kept by the name of the model beside the records of references."""
+  varying length: rows of `evaluate.accuracy_table`, kept by the name of the model beside the records of references.
+
+  Args:
+    load: gives the model, if it was not tested before.
+    first: number of digits, 0 for its N.
+    most: further numbers of digits.
+    workdir: of the studies.
+    num_problems: in a cell.
+    name: of the model, `base` if empty.
+  """
   path = workdir / 'references' / f'{name or "base"}.levels.json'
   if path.is_file():
     return json.loads(path.read_text())
-  fitting = [n for n in digits
+  policy = load()
+  first = first or policy.info.known_digits
+  fitting = [n for n in range(first, first + most + 1)
              if prompt_length(n) + solution_length(n) + LENGTH_MARGIN <= policy.info.model.context_length]
   rows = accuracy_table(GPT2(dataclasses.replace(policy.info.model, remat=False)), policy.params,
                         policy.info.known_digits, fitting, ['identical', 'varying'], num_problems)

@@ -11,6 +11,7 @@ from critkl_jax.config import FinetuneConfig, replace
 
 CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
+ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
@@ -21,8 +22,9 @@ class Arm:
   Attributes:
     label: how tables and pictures call it.
     changes: field -> value, where it differs from the preset.
-    matches: label of an arm of the same study whose mean weight, over its iterations, multiplies this one's KL
-      coefficient, seed by seed; empty for none.
+    matches: label of an arm of the same study that gives this one's KL coefficient, seed by seed; empty for none.
+    by: what is made equal: `weight`, the mean weight of the penalty over tokens and iterations, or `penalty`, the
+      penalty that is paid for the same KL, as `matched_scale` says.
     pretraining: field -> value, where its reference's pre-training differs from the preset's.
     ensemble: the same of further references, whose mean distribution with the reference's gives the certainty.
   """
@@ -30,6 +32,7 @@ class Arm:
   label: str
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   matches: str = ''
+  by: str = 'weight'
   pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ensemble: tuple[Mapping[str, Any], ...] = ()
 
@@ -46,6 +49,7 @@ class Study:
     contrasts: pairs of labels: the first one's runs are compared with the second one's, seed by seed.
     panels: metrics over the iterations that are drawn, with their labels.
     num_seeds: seeds of each arm.
+    judged: the figures by which its sentences judge a contrast.
     beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits, or
       `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
     reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
@@ -59,6 +63,7 @@ class Study:
   contrasts: tuple[tuple[str, str], ...] = ()
   panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_seeds: int = OTHER_SEEDS
+  judged: tuple[str, ...] = ('greedy',)
   beside: str = ''
   reads: str = 'runs'
   rungs: int = 0
@@ -66,8 +71,8 @@ class Study:
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
 _CRITICAL = {'probe_critical_probability': 'probability of the right critical token'}
-_DRIFT = {'probe_kl_critical': 'KL at critical tokens (nats)', 'probe_kl_other': 'KL at other tokens, N+1 (nats)',
-          'probe_kl_known': 'KL at tokens of N digits (nats)'}
+_DRIFT = {'probe_kl_critical': 'KL at critical tokens of right solutions', 'probe_kl_other':
+          'KL at their other tokens, N+1', 'probe_kl_known': 'KL at tokens of right solutions, N'}
 _WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
 _STANDARD, _NONE, _PRIORITIZED = Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}), Arm(PRIORITIZED)
 
@@ -80,8 +85,8 @@ def _each_against(arms, baseline):
   return tuple((arm.label, baseline) for arm in arms if arm.label != baseline)
 
 
-def _study(name, counterpart, question, arms, baseline, panels, **options):
-  return Study(name, counterpart, question, tuple(arms), _each_against(arms, baseline), panels, **options)
+def _study(name, counterpart, question, arms, baseline, panels, further=(), **options):
+  return Study(name, counterpart, question, tuple(arms), _each_against(arms, baseline) + further, panels, **options)
 
 
 def _gated(label, gate, **changes):
@@ -90,10 +95,10 @@ def _gated(label, gate, **changes):
 
 _ABLATION = (
     _PRIORITIZED,
-    _gated('mask of the oracle', 'oracle', kl='standard'),
-    _gated('mask of a threshold', 'threshold', kl='standard'),
+    _gated(ORACLE, 'oracle', kl='standard'),
+    _gated(THRESHOLD, 'threshold', kl='standard'),
     _gated('weight and mask of the oracle', 'oracle'),
-    _gated('mask of random tokens', 'random', kl='standard'),
+    _gated(RANDOM, 'random', kl='standard'),
     _STANDARD,
 )
 _WEIGHTINGS = (
@@ -103,35 +108,45 @@ _WEIGHTINGS = (
     _gated('off at the top 20 % entropy', 'top_entropy', kl='standard'),
     _gated('off at the top 20 % of a response', 'response_entropy', kl='standard'),
     _gated('on where the advantage is negative', 'negative_advantage', kl='standard'),
-    _gated('on at 20 % by KL-Cov', 'kl_cov', kl='standard'),
+    _gated('on at 0.2 % by KL-Cov', 'kl_cov', kl='standard', gate_fraction=0.002),
     _STANDARD,
 )
 _ESTIMATORS = tuple(
     _PRIORITIZED if (kind, place) == ('k2', 'loss') else
     Arm(f'{kind} in the {place}', {'kl_estimator': kind, 'kl_placement': place})
     for place in ('loss', 'reward') for kind in ('exact', 'k1', 'k2', 'k3'))
-_GAE = {'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp', 'learning_rate': 4e-5}
+# With lambda 0.95 a reward at the end is nothing some 300 tokens earlier, where critical tokens are, unless the critic
+# knows it already: here it is 1, and the advantages are whitened; the paper's is in `released_code`.
+_GAE = {'advantage': 'gae', 'gae_lambda': 1.0, 'whiten_advantages': True, 'value_head': 'mlp'}
+_GROUP, _LEAVE_ONE_OUT = ({'advantage': name, 'gae_lambda': 1.0, 'value_head': 'linear', 'entropy_coefficient': 0.0}
+                          for name in ('group_relative', 'leave_one_out'))
 _ALGORITHMS = (
-    Arm('PPO, group-relative'),
-    Arm('PPO, leave-one-out', {'advantage': 'leave_one_out'}),
-    Arm('PPO, GAE', _GAE),
-    Arm('A2C, GAE', {**_GAE, 'algorithm': 'a2c'}),
-    Arm('A2C, group-relative', {'algorithm': 'a2c'}),
+    Arm('PPO, group-relative', {**_GROUP, 'algorithm': 'ppo'}),
+    Arm('PPO, leave-one-out', {**_LEAVE_ONE_OUT, 'algorithm': 'ppo'}),
+    Arm('PPO, GAE and critic', {**_GAE, 'algorithm': 'ppo'}),
+    Arm('A2C, GAE and critic', {**_GAE, 'algorithm': 'a2c'}),
+    Arm('A2C, group-relative', {**_GROUP, 'algorithm': 'a2c'}),
 )
-_PAPER = {**_GAE, 'algorithm': 'a2c', 'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
+# What the paper's table and its code set, but for sizes: learning rate, KL coefficient, episodes and minibatches are
+# those of the preset.
+_PAPER = {'algorithm': 'a2c', 'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp',
+          'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
 _RELEASED = {**_PAPER, 'entropy_coefficient': 0.001, 'temperature': 2.0, 'certainty_temperature': 4.0,
              'wrong_reward': -1.0}
 _RELEASED_CODE = (
-    Arm('paper, prioritized', _PAPER),
-    Arm('paper, standard', {**_PAPER, 'kl': 'standard'}),
+    Arm("the paper's, prioritized", _PAPER),
+    Arm("the paper's, standard", {**_PAPER, 'kl': 'standard'}),
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
-_KNOWN = tuple(Arm(f'N = {n}', pretraining={'known_digits': n}) for n in (2, 3, 4)) + (Arm("the preset's N"),)
+_KNOWN = tuple(
+    Arm(f'{label}, {kind}', {'kl': kind}, pretraining=own)
+    for label, own in (*((f'N = {n}', {'known_digits': n}) for n in (2, 3, 4)), ('N of the preset', {}))
+    for kind in (STANDARD, PRIORITIZED))
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
 _SIZES = tuple(
     Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
-    for width, own in ((64, {'width': 64}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
+    for width, own in ((64, {'width': 64, 'num_heads': 2}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
     for label, changes in ((PRIORITIZED, {}), (STANDARD, {'kl': 'standard'})))
 _TWINS = tuple({'known_digits': 3, 'seed': seed} for seed in (1, 2))
 _OVERCONFIDENCE = (
@@ -150,15 +165,18 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'}, CORE_SEEDS),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
-           (_PRIORITIZED, Arm('uniform, of equal mean weight', {'kl': 'standard'}, PRIORITIZED), _STANDARD),
-           'uniform, of equal mean weight', _ACCURACY | _CRITICAL | _WEIGHT, num_seeds=CORE_SEEDS),
+           (_PRIORITIZED, Arm('uniform, of equal mean weight', {'kl': 'standard'}, PRIORITIZED),
+            Arm('uniform, of equal penalty', {'kl': 'standard'}, PRIORITIZED, by='penalty'), _STANDARD, _NONE),
+           PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, num_seeds=CORE_SEEDS),
     Study('drift', "the third experiment of the paper's summary",
           'How far does the policy move from the reference, where, and what does it keep?',
           (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
-          _DRIFT | {'kl': "KL at the policy's own tokens (nats)"}, CORE_SEEDS),
+          _DRIFT | {'kl': "KL at the policy's own tokens, N+1 (nats)"}, CORE_SEEDS,
+          ('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           further=((ORACLE, RANDOM), (ORACLE, STANDARD), (THRESHOLD, STANDARD), (RANDOM, STANDARD)),
            num_seeds=CORE_SEEDS),
     _study('exponent', 'figure 6', 'How much does the exponent matter?',
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
@@ -171,7 +189,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
     Study('pretraining_levels', 'tables 4 and 5, figures 2 and 3',
           'What does a reference know beyond its N digits, and what does reinforcement make of it?',
-          _KNOWN, panels=_ACCURACY | _CRITICAL, beside='levels'),
+          _KNOWN, tuple((one.label, two.label) for two, one in zip(_KNOWN[::2], _KNOWN[1::2])),
+          _ACCURACY | _CRITICAL, beside='levels'),
     Study('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
           _SIZES, tuple((f'width {width}, {PRIORITIZED}', f'width {width}, {STANDARD}') for width in (64, 128, 192)),
           _ACCURACY | _CRITICAL),
@@ -185,7 +204,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           tuple(dataclasses.replace(arm, pretraining={'known_digits': 3}) for arm in (_PRIORITIZED, _STANDARD, _NONE)),
           ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)), reads='ladder', rungs=5),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
-          _RELEASED_CODE, (('released, prioritized', 'paper, prioritized'), ('paper, prioritized', 'paper, standard'),
+          _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),
 )}
 CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_SEEDS)
@@ -202,7 +221,7 @@ def all_references() -> dict[str, Mapping[str, Any]]:
   return {reference_name(changes): changes for arm in arms for changes in (arm.pretraining, *arm.ensemble)} | {'': {}}
 
 
-def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1.0, reference: str | None = None
+def arm_config(base: FinetuneConfig, arm: Arm, seed: int, scale: float = 1.0, reference: str | None = None
                ) -> FinetuneConfig:
   """Returns the config of a run; its `reference` is a name under the studies' workdir.
 
@@ -210,7 +229,7 @@ def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1
     base: of the preset.
     arm: the arm.
     seed: of the run.
-    mean_weight: of the run that it matches, where it does.
+    scale: of the KL coefficient, where it follows from another run.
     reference: name of another reference than the arm's.
   """
   name = reference_name(arm.pretraining) if reference is None else reference
@@ -218,4 +237,4 @@ def arm_config(base: FinetuneConfig, arm: Arm, seed: int, mean_weight: float = 1
                    certainty_ensemble=','.join(map(reference_name, arm.ensemble)))
   if not arm.matches:
     return config
-  return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * mean_weight:.6g}'))
+  return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * scale:.6g}'))

@@ -42,8 +42,19 @@ def missing_rungs(plan: Plan, study: Study) -> list[FinetuneConfig]:
   return [config for config, record in last if record is None]
 
 
-def promote(plan: Plan, study: Study) -> None:
-  """Leaves the result of each finished rung as the reference of the next one, which knows k digits more.
+def top(rungs: list[tuple[FinetuneConfig, Record | None]]) -> Record | None:
+  """Returns the highest rung of a climb that was reached, or the lowest that was tried; None if none was."""
+  records = [record for _, record in rungs if record is not None]
+  return next((one for one in reversed(records) if accuracy(one) >= LEAST), records[0] if records else None)
+
+
+def promote(plan: Plan, study: Study, name: str) -> None:
+  """Leaves the result of a finished rung as the reference of the next one, which knows k digits more.
+
+  Args:
+    plan: knows the runs.
+    study: the ladder.
+    name: of the reference that is needed; if it is no rung's, nothing is done.
 
   Raises:
     CheckpointError: if the parameters of a finished rung are gone.
@@ -52,7 +63,8 @@ def promote(plan: Plan, study: Study) -> None:
     for arm in study.arms:
       rungs = climb(plan, study, arm, seed)
       for (_, record), (config, _) in itertools.pairwise(rungs):
-        _promote(plan, record, references_path(plan.workdir, config.reference) / 'reference')
+        if config.reference == name:
+          _promote(plan, record, references_path(plan.workdir, name) / 'reference')
 
 
 def _promote(plan, record, home):
@@ -79,19 +91,20 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
   Args:
     plan: knows the runs.
     study: the ladder.
-    kept: of the last rung of each climb, by the name of its run, rows of `evaluate.accuracy_table`.
+    kept: of the `top` of each climb, by the name of its run, rows of `evaluate.accuracy_table`.
 
   Returns:
-    `question`, `counterpart`, `num_missing` (climbs that are not at their end); `arms`, of each label its `seeds`,
-    `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`), `retained`, the mean
-    accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with `digits`, `accuracy` and
+    `question`, `counterpart`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of each label
+    its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`), `retained`,
+    the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with `digits`, `accuracy` and
     `accuracy_known`; `contrasts`, with the paired `difference` in digits.
   """
   arms, reached, commits, seconds = {}, {}, set(), 0.0
   for arm in study.arms:
     climbs, retained = {}, []
     for seed in plan.seeds(study):
-      records = [record for _, record in climb(plan, study, arm, seed) if record is not None]
+      rungs = climb(plan, study, arm, seed)
+      records = [record for _, record in rungs if record is not None]
       if not records:
         continue
       first = records[0].known_digits
@@ -99,7 +112,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
                        'accuracy_known': accuracy(one, 'N'), 'name': one.name} for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       reached.setdefault(arm.label, {})[seed] = max(tops, default=first)
-      known = [row['accuracy'] for row in kept.get(records[-1].name, []) if row['digits'] <= first]
+      known = [row['accuracy'] for row in kept.get(top(rungs).name, []) if row['digits'] <= first]
       retained += [float(np.mean(known))] if known else []
       commits |= {one.about['commit'] for one in records}
       seconds += sum(one.about['seconds'] + one.about['test_seconds'] for one in records)
@@ -113,6 +126,6 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     if seeds:
       pair = [np.array([reached[label][seed] for seed in seeds], float) for label in (one, two)]
       contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair)})
-  return {'study': study.name, 'question': study.question, 'counterpart': study.counterpart,
+  return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
           'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)), 'arms': arms,
           'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}

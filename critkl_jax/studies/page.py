@@ -61,8 +61,11 @@ def page_of(results: dict[str, Any]) -> str:
   extra = results['extra_digits']
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
            f'References {_known(results)} are fine-tuned on N + {extra}; each run is tested on fixed problems of each '
-           'length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of accuracies, over problems; '
-           'pairs share seed and problems.', '']
+           'length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of accuracies, over problems, '
+           "widened by Student's quantile for few seeds; pairs share seed and problems. Seeds vary fine-tuning alone: "
+           f'nothing here says how other references would do. {_number_of_contrasts(results)} A run that never reaches '
+           f'{100 * TARGET:.0f} % counts with all of its episodes. The probability of the right critical token is that '
+           'before the last update.', '']
   if results['num_missing']:
     lines += [f'**Not complete: {results["num_missing"]} runs are missing.**', '']
   if not results['arms']:
@@ -71,24 +74,29 @@ def page_of(results: dict[str, Any]) -> str:
     lines += ['## What the references know', '', *_levels_table(results['levels']), '']
   if 'overconfidence' in results:
     lines += ['## How often references are sure and wrong', '', *_overconfidence(results['overconfidence']), '']
-  lines += ['## What the runs say', '', *(f'- {verdict(row, results)}' for row in results['contrasts']), '',
+  lines += ['## What the runs say', '', *(f'- {sentence}' for sentence in verdicts(results)), '',
             *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
             '## How it was made', '', _origin(results), '']
   return '\n'.join(lines)
 
 
-def verdict(row: dict[str, Any], results: dict[str, Any]) -> str:
-  """Returns a contrast as a sentence: what the interval of greedy accuracy on N + k digits allows to say."""
-  value, low, high = row['figures']['greedy']['difference']
-  said = 'more accurate than' if low > 0 else 'less accurate than' if high < 0 else 'not shown to differ from'
-  improvement = 100 * row['figures']['greedy']['improvement'][0]
-  return (f'**{row["arm"]}** is {said} **{row["against"]}** on N+{results["extra_digits"]}: {100 * value:+.1f} points '
-          f'[{100 * low:+.1f}, {100 * high:+.1f}]; better in {improvement:.0f} % of {len(row["seeds"])} pairs.')
+def verdicts(results: dict[str, Any]) -> list[str]:
+  """Returns each contrast as a sentence for each figure by which the study judges: what its interval allows to say."""
+  return [_verdict(row, name, results) for row in results['contrasts'] for name in results['judged']]
+
+
+def _verdict(row, name, results):
+  _, low, high = row['figures'][name]['difference']
+  said = 'is higher' if low > 0 else 'is lower' if high < 0 else 'is not shown to differ'
+  unit = ' points' if FIGURES[name][1] else ''
+  more, pairs = row['figures'][name]['improvement'][0], len(row['seeds'])
+  return (f'**{row["arm"]}** minus **{row["against"]}**: {_named(name, results)} {said}, '
+          f'{_cell(name, row["figures"][name]["difference"], "+")}{unit}; higher in {more * pairs:g} of {pairs} pairs.')
 
 
 def _arms_table(results):
-  names = ('greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other')
+  names = ('greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other', 'kl_known')
   rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '']
           for name, own in results['references'].items()]
   for label, arm in results['arms'].items():
@@ -126,6 +134,11 @@ def _contrasts_table(results):
            _cell('', row['figures']['greedy']['improvement'])] for row in results['contrasts']]
   heads = ['arm', 'minus', *(_named(name, results) for name in CONTRASTED), 'probability of improvement (greedy)']
   return table(heads, rows)
+
+
+def _number_of_contrasts(results):
+  number = len(results['contrasts']) * len(results['judged'])
+  return f'The {number} sentences below are not corrected for their number.' if number > 1 else ''
 
 
 def _signatures(results):

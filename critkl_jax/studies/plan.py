@@ -8,10 +8,28 @@ import numpy as np
 
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.studies.advance import record_path
-from critkl_jax.studies.catalog import Arm, Study, arm_config
+from critkl_jax.studies.catalog import STANDARD, Arm, Study, arm_config
 from critkl_jax.studies.records import Record, RecordError, read_record, run_name
 
 SECONDS_PER_RUN = 80.0  # of `tiny`, on two CPU cores (BUILD_NOTES.md)
+
+
+def matched_scale(found: Record, standard: Record | None, by: str) -> float:
+  """Returns by what the coefficient of a uniform penalty is multiplied to equal that of a weighted one.
+
+  `weight`: by the mean weight. The weight is lowest where the KL is greatest, so that what is paid falls by much more;
+  `penalty`: by the sum over iterations of the weighted KL over that of the exact KL, and this divided by the same of
+  the standard penalty, where it tells of the estimator alone.
+
+  Args:
+    found: record of the weighted penalty's run.
+    standard: that of the standard penalty's, of the same seed; only `penalty` needs it.
+    by: `weight` or `penalty`.
+  """
+  if by == 'weight':
+    return float(np.mean(found.column('weight')))
+  one, two = (np.sum(record.column('weighted_kl')) / np.sum(record.column('kl')) for record in (found, standard))
+  return float(one / two)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +74,11 @@ class Plan:
     if not arm.matches:
       return arm_config(self.base, arm, seed)
     matched = next(other for other in study.arms if other.label == arm.matches)
-    found = self.record(study, matched, seed)
-    return None if found is None else arm_config(self.base, arm, seed, float(np.mean(found.column('weight'))))
+    standard = next(other for other in study.arms if other.label == STANDARD)
+    found, plain = self.record(study, matched, seed), self.record(study, standard, seed)
+    if found is None or (arm.by == 'penalty' and plain is None):
+      return None
+    return arm_config(self.base, arm, seed, matched_scale(found, plain, arm.by))
 
   def records(self, study: Study) -> dict[str, dict[int, Record]]:
     """Returns label -> seed -> record of the runs that are there."""
@@ -87,6 +108,6 @@ class Plan:
     return sum(self.record(study, arm, seed) is None for arm in study.arms for seed in self.seeds(study))
 
   def seconds_per_run(self) -> float | None:
-    """Returns the mean time of the runs under the workdir; of none, that of `tiny` on two CPU cores."""
+    """Returns the mean time of some runs under the workdir; None if there is none."""
     found = [read_record(path).about for path in sorted((self.workdir / 'runs').glob('*.json'))[:32]]
     return float(np.mean([one['seconds'] + one['test_seconds'] for one in found])) if found else None

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.config import FinetuneConfig, flat_values, from_dict
 
 
-class RecordError(ValueError):
+class RecordError(CheckpointError):
   """A record that cannot be used; the message is one line."""
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from critkl_jax import checkpoint
-from critkl_jax.checkpoint import Checkpoint
+from critkl_jax.checkpoint import Checkpoint, CheckpointError
 from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig, replace
 from critkl_jax.pretraining import pretrain
 
-SHIPPED_PRESET = 'tiny'  # what the reference in the package was pre-trained with
+SHIPPED_PRESET = 'tiny'  # that of the reference in the package; of its checkpoints the one of step 2200 was taken
 
 
 def references_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -37,12 +37,15 @@ def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: 
     workdir: of the studies.
 
   Raises:
-    CheckpointError, Interrupted: as `runner.run`.
+    CheckpointError: as `runner.run`, or if it is the result of a run, which is gone.
+    Interrupted: as `runner.run`.
   """
   home = references_path(workdir, name)
   if checkpoint.latest(home / 'reference') is None:
-    if not changes and preset == SHIPPED_PRESET:
+    if not name and preset == SHIPPED_PRESET:
       return checkpoint.load_checkpoint()
+    if name and not changes:
+      raise CheckpointError(f'{home}: no such reference; it was the result of a run.')
     print(f'Pre-training of the reference {name or preset}:', flush=True)
     pretrain(pretrain_config(preset, changes), home)
   return checkpoint.load_checkpoint(home / 'reference')

@@ -67,10 +67,10 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     references: records of the references of its arms, by name; those that are not there yet are missing.
 
   Returns:
-    `question`, `counterpart`, `extra_digits`, `num_missing` runs; `references`, by name their `known_digits`,
-    `num_problems` and figures; `arms`, of each label the name of its `reference`, its `seeds`, `figures` (name ->
-    `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how many runs
-    `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty; `contrasts`, rows with
+    `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
+    `known_digits`, `num_problems` and figures; `arms`, of each label the name of its `reference`, its `seeds`,
+    `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how many
+    runs `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty; `contrasts`, rows with
     `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices`
     and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which stands where there is no value.
   """
@@ -83,7 +83,7 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   contrasts = [_contrast(arm, against, figures) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
-      'study': study.name, 'question': study.question, 'counterpart': study.counterpart,
+      'study': study.name, 'judged': study.judged, 'question': study.question, 'counterpart': study.counterpart,
       'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
@@ -103,7 +103,15 @@ def _arm(records, figures, reference):
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
           'gain': paired_statistics(rewards, before),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
-          'figures': {name: seed_statistics(np.stack([one[name] for one in figures.values()])) for name in FIGURES}}
+          'figures': {name: _within(name, seed_statistics(np.stack([one[name] for one in figures.values()])))
+                      for name in FIGURES}}
+
+
+def _within(name, statistics):
+  """Keeps the intervals of shares between 0 and 1."""
+  if not FIGURES[name][1]:
+    return statistics
+  return {kind: tuple(float(np.clip(x, 0, 1)) for x in value) for kind, value in statistics.items()}
 
 
 def _contrast(arm, against, figures):

@@ -35,11 +35,12 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert 'Not complete' not in page
   index = (tmp_path / 'README.md').read_text()
   assert '## [drift](studies/drift/README.md)' in index
-  assert '- **prioritized** is not shown to differ from **standard** on N+1' in index
+  assert '- **prioritized** minus **standard**: KL at other tokens, N+1 ' in index
   results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
   assert results['num_missing'] == 0
   assert not list((tmp_path / 'working' / 'groups').iterdir())
 
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
   assert line.split()[1:3] == ['6', '4']  # of its runs, two are there
+  assert "--problems: the records in" in refused('reproduce', *flags, '--problems=7')
   assert '--study: expected core, all, or some of certainty_gap' in refused('reproduce', *flags, '--study=drft')

@@ -14,9 +14,11 @@ def test_arms_are_configs_and_contrasts_are_of_arms(study):
   labels = [arm.label for arm in study.arms]
   assert len(set(labels)) == len(labels)
   for preset in ('smoke', 'tiny', 'small', 'paper'):
-    names = [run_name(catalog.arm_config(FINETUNE_PRESETS[preset], arm, 0, 0.5), FINETUNE_PRESETS[preset])
-             for arm in study.arms]
-    assert len(set(names)) == len(names) or preset == 'paper'  # there an arm may be the preset itself
+    names = [run_name(catalog.arm_config(FINETUNE_PRESETS[preset], arm, 0, 0.1 * i), FINETUNE_PRESETS[preset])
+             for i, arm in enumerate(study.arms, start=1)]
+    assert len(set(names)) == len(names)
+    for arm in study.arms:
+      references.pretrain_config(preset, arm.pretraining)  # which checks itself
   for pair in study.contrasts:
     assert set(pair) <= set(labels)
     assert pair[0] != pair[1]
@@ -36,7 +38,7 @@ def test_studies_share_their_runs():
   core = [catalog.STUDIES[name] for name in catalog.CORE]
   names = [run_name(catalog.arm_config(base, arm, seed, 0.9), base)
            for study in core for arm in study.arms for seed in range(8)]
-  assert len(set(names)) == 112 < len(names)
+  assert len(set(names)) == 112 < len(names)  # and 8 whose coefficient follows from others
 
 
 def test_exponents_are_those_of_the_issue():

@@ -17,13 +17,14 @@ MATCHED = 'uniform, of equal mean weight'
 PROBLEMS = 64
 
 
-def made_up(config, greedy, sampled, weight=0.8, lifted=0.1):
+def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4):
   rng = np.random.default_rng(config.seed)
   rewards = lambda p: rng.permutation(PROBLEMS) < p * PROBLEMS
   own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0, 'kl_critical': 0.1,
          'kl_other': 0.01}
   known = own | {'greedy': rewards(1.0), 'kl_critical': float('nan')}
-  metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weight': weight, 'weight_critical': weight - lifted * (i + 1),
+  metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weighted_kl': paid * 0.01,
+              'weight': weight, 'weight_critical': weight - lifted * (i + 1),
               'probe_critical_probability': 0.9 + 0.02 * i} for i, a in enumerate((0.25, 0.75, 0.75))]
   about = {'seconds': 10.0, 'test_seconds': 5.0, 'commit': 'abc', 'device': 'cpu'}
   return Record(run_name(config, BASE), config, 1, metrics, {'N': known, 'N+1': own}, about)
@@ -47,14 +48,16 @@ def references():
 
 
 def test_what_is_missing_and_what_follows_from_it(plan):
-  assert plan.number_missing(STUDY) == 24
-  assert [run_name(c, BASE) for c in plan.missing([STUDY])][:4] == ['seed=0', 'kl=standard-seed=0', 'seed=1',
-                                                                   'kl=standard-seed=1']
-  assert len(plan.missing([STUDY])) == 16  # the matched ones are not known yet
+  assert plan.number_missing(STUDY) == 40
+  assert [run_name(c, BASE) for c in plan.missing([STUDY])][:4] == ['seed=0', 'kl=standard-seed=0', 'kl=none-seed=0',
+                                                                   'seed=1']
+  assert len(plan.missing([STUDY])) == 24  # the matched ones are not known yet
   make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75)
   assert 'kl=standard-kl_coefficient=0.4-seed=0' in [run_name(c, BASE) for c in plan.missing([STUDY])]  # 0.5 x 0.8
-  assert plan.number_missing(STUDY) == 23
-  assert len(plan.missing([STUDY, catalog.STUDIES['drift']])) == 16 + 8  # those without a penalty beside
+  assert plan.number_missing(STUDY) == 39
+  assert len(plan.missing([STUDY, catalog.STUDIES['drift']])) == 24  # which share theirs
+  make(plan, 'standard', [0], greedy=0.75, sampled=0.75, weight=1.0, paid=1.25)
+  assert 'kl=standard-kl_coefficient=0.16-seed=0' in [run_name(c, BASE) for c in plan.missing([STUDY])]  # 0.4 / 1.25
   assert plan.seconds_per_run() == 15
 
 
@@ -82,10 +85,10 @@ def test_groups_share_a_program_and_those_under_way_come_first(plan):
 
 def test_results_say_what_was_put_in(plan):
   make(plan, 'prioritized', range(8), greedy=0.75, sampled=0.9375)
-  make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1)
+  make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1, paid=1.25)
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
   found = results.study_results(STUDY, plan, references())
-  assert found['num_missing'] == 0
+  assert found['num_missing'] == 16  # of equal penalty, and without one
   assert found['references']['']['num_problems'] == PROBLEMS
   assert found['arms']['prioritized']['gain']['difference'][0] == 0.25
   arm = found['arms']['prioritized']
@@ -96,12 +99,12 @@ def test_results_say_what_was_put_in(plan):
   assert (arm['reached_target'], found['arms']['standard']['reached_target']) == (8, 0)
   assert arm['mean_weight'] == pytest.approx(0.8)
   assert found['arms']['standard']['signatures'] == {'blind_detector': 8}
-  row = next(row for row in found['contrasts'] if row['arm'] == 'prioritized')
-  assert row['against'] == MATCHED
+  row = next(row for row in found['contrasts'] if row['arm'] == MATCHED)
+  assert row['against'] == 'prioritized'
   value, low, high = row['figures']['greedy']['difference']
-  assert value == 0.25
-  assert 0 < low < 0.25 < high < 0.5
-  assert row['figures']['greedy']['improvement'][0] == 1
+  assert value == -0.25
+  assert -0.5 < low < -0.25 < high < 0
+  assert row['figures']['greedy']['improvement'][0] == 0
   assert found['seconds'] == 24 * 15
   assert {run['name'] for run in found['runs']} >= {'seed=7', 'kl=standard-kl_coefficient=0.4-seed=7'}
 
@@ -111,28 +114,29 @@ def test_nothing_is_claimed_where_nothing_is_shown(plan):
     make(plan, label, range(3), greedy=0.5, sampled=0.5)
   study = catalog.STUDIES['prioritized_vs_standard']
   found = results.study_results(study, plan, references())
-  assert page.verdict(found['contrasts'][0], found).startswith(
-      '**prioritized** is not shown to differ from **standard** on N+1: +0.0 points [')
+  assert page.verdicts(found)[0].startswith(
+      '**prioritized** minus **standard**: greedy accuracy, N+1 is not shown to differ, +0.0 [')
+  assert page.verdicts(found)[0].endswith('points; higher in 1.5 of 3 pairs.')
   assert [row['against'] for row in found['contrasts']] == ['standard']  # no run without a penalty
 
 
 def test_pages_show_every_figure_and_what_is_missing(plan):
-  make(plan, 'prioritized', range(2), greedy=0.75, sampled=0.75)
-  make(plan, 'standard', range(2), greedy=0.25, sampled=0.25, lifted=-0.1)
-  make(plan, MATCHED, range(2), greedy=0.25, sampled=0.25)
+  make(plan, 'prioritized', range(4), greedy=0.75, sampled=0.75)
+  make(plan, 'standard', range(4), greedy=0.25, sampled=0.25, lifted=-0.1, paid=1.25)
+  make(plan, MATCHED, range(4), greedy=0.25, sampled=0.25)
   home = page.write_study(STUDY, plan, results.study_results(STUDY, plan, references()))
   text = (home / 'README.md').read_text()
-  assert '**Not complete: 18 runs are missing.**' in text
-  assert '**prioritized** is more accurate than **uniform, of equal mean weight** on N+1: +50.0 points' in text
-  assert '- standard: `blind_detector` in 2 of 2 runs' in text
+  assert '**Not complete: 28 runs are missing.**' in text
+  assert '**uniform, of equal mean weight** minus **prioritized**: greedy accuracy, N+1 is lower, -50.0 [' in text
+  assert '- standard: `blind_detector` in 4 of 4 runs' in text
   assert 'nan' not in text.lower()
   for name in ('arms.png', 'curves.png'):
     assert f']({name})' in text
     assert (home / name).read_bytes().startswith(b'\x89PNG')
   kept = json.loads((home / 'results.json').read_text(), parse_constant=lambda name: pytest.fail(name))
   assert kept['arms']['prioritized']['figures']['greedy']['iqm'][0] == 0.75
-  assert len((home / 'results.csv').read_text().splitlines()) == 7
+  assert len((home / 'results.csv').read_text().splitlines()) == 13
   # a study without any run is a page too
   empty = Plan(BASE, plan.workdir / 'empty')
   home = page.write_study(STUDY, empty, results.study_results(STUDY, empty, references()))
-  assert 'Not complete: 24 runs are missing' in (home / 'README.md').read_text()
+  assert 'Not complete: 40 runs are missing' in (home / 'README.md').read_text()
