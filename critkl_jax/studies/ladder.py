@@ -95,9 +95,9 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
 
   Returns:
     `question`, `counterpart`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of each label
-    its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`), `retained`,
-    the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with `digits`, `accuracy` and
-    `accuracy_known`; `contrasts`, with the paired `difference` in digits.
+    its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
+    `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
+    `digits`, `accuracy` and `accuracy_known`; `contrasts`, with the paired `difference` in digits.
   """
   arms, reached, commits, seconds = {}, {}, set(), 0.0
   for arm in study.arms:

@@ -69,10 +69,11 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   Returns:
     `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
     `known_digits`, `num_problems` and figures; `arms`, of each label the name of its `reference`, its `seeds`,
-    `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how many
-    runs `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty; `contrasts`, rows with
-    `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices`
-    and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which stands where there is no value.
+    `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how
+    many runs `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty;
+    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for
+    each; `commits`, `devices` and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which
+    stands where there is no value.
   """
   records = plan.records(study)
   figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
