@@ -87,6 +87,10 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
   first, known = configs[0], reference.info.known_digits
   model, mesh = GPT2(first.model_of(reference.info.model)), population.members_mesh(len(configs))
   task, temperature = plus_task(known, first.extra_digits), first.loss.temperature
+  needed = task.prompt_length + task.response_length
+  if needed > model.config.context_length:
+    raise checkpoint.CheckpointError(f'{reference.path}: {known} + {first.extra_digits} digits need a context of '
+                                     f'{needed}, and this reference has {model.config.context_length}.')
   group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
   about = describe_machine()
   state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])

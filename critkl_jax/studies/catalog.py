@@ -52,6 +52,7 @@ class Study:
     judged: the figures by which its sentences judge a contrast.
     beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits, or
       `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
+    note: what a reader must know of the arms.
     reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
     rungs: of a ladder, at most.
   """
@@ -65,6 +66,7 @@ class Study:
   num_seeds: int = OTHER_SEEDS
   judged: tuple[str, ...] = ('greedy',)
   beside: str = ''
+  note: str = ''
   reads: str = 'runs'
   rungs: int = 0
 
@@ -182,7 +184,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
                'probe_kl_other': _DRIFT['probe_kl_other']}, num_seeds=CORE_SEEDS),
     _study('weightings', 'follow-up work', 'Do other measures of certainty, and rules of later papers, do better?',
-           _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']}),
+           _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
+                "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),
     _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
@@ -190,7 +194,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     Study('pretraining_levels', 'tables 4 and 5, figures 2 and 3',
           'What does a reference know beyond its N digits, and what does reinforcement make of it?',
           _KNOWN, tuple((one.label, two.label) for two, one in zip(_KNOWN[::2], _KNOWN[1::2])),
-          _ACCURACY | _CRITICAL, beside='levels'),
+          _ACCURACY | _CRITICAL, beside='levels',
+          note='The reference in the package (preset tiny, N = 5) is the checkpoint of step 2200 of 2400, taken for '
+               'its accuracy on N + 1; the others are at the end of theirs.'),
     Study('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
           _SIZES, tuple((f'width {width}, {PRIORITIZED}', f'width {width}, {STANDARD}') for width in (64, 128, 192)),
           _ACCURACY | _CRITICAL),
@@ -205,7 +211,10 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)), reads='ladder', rungs=5),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
-                           ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL),
+                           ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL,
+          note='Learning rate, KL coefficient, episodes and minibatches are those of the preset. Arms of the released '
+               'code are sampled, tested and read at temperature 2, the others at 1: between them only greedy accuracy '
+               'compares. With lambda 0.95 a fresh critic hands next to nothing of the reward to critical tokens.'),
 )}
 CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_SEEDS)
 

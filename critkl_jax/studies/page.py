@@ -66,6 +66,8 @@ def page_of(results: dict[str, Any]) -> str:
            f'nothing here says how other references would do. {_number_of_contrasts(results)} A run that never reaches '
            f'{100 * TARGET:.0f} % counts with all of its episodes. The probability of the right critical token is that '
            'before the last update.', '']
+  if results['note']:
+    lines += [results['note'], '']
   if results['num_missing']:
     lines += [f'**Not complete: {results["num_missing"]} runs are missing.**', '']
   if not results['arms']:
@@ -77,6 +79,7 @@ def page_of(results: dict[str, Any]) -> str:
   lines += ['## What the runs say', '', *(f'- {sentence}' for sentence in verdicts(results)), '',
             *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
+            '## Arms', '', *(f'- {label}: {own["changes"]}' for label, own in results['arms'].items()), '',
             '## How it was made', '', _origin(results), '']
   return '\n'.join(lines)
 

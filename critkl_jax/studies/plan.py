@@ -1,6 +1,7 @@
 """What studies lack: the runs they ask for, those that are recorded, and the time that the others will take."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable
 
@@ -104,7 +105,8 @@ class Plan:
   def number_missing(self, study: Study) -> int:
     """Returns how many runs a study lacks, those among them that follow from others; a study of tokens is one run."""
     if study.reads == 'tokens':
-      return int(not (self.workdir / 'studies' / study.name / 'results.json').is_file())
+      file = self.workdir / 'studies' / study.name / 'results.json'
+      return int(not file.is_file() or json.loads(file.read_text())['sets'] != len(self.seeds(study)))
     return sum(self.record(study, arm, seed) is None for arm in study.arms for seed in self.seeds(study))
 
   def seconds_per_run(self) -> float | None:

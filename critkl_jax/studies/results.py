@@ -68,23 +68,25 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
 
   Returns:
     `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
-    `known_digits`, `num_problems` and figures; `arms`, of each label the name of its `reference`, its `seeds`,
-    `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference (`paired_statistics`), how
-    many runs `reached_target`, `signatures` (name -> number of runs) and the `mean_weight` of the penalty;
-    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for
-    each; `commits`, `devices` and `seconds`, the runs' times summed. Everything is plain JSON but for NaN, which
-    stands where there is no value.
+    `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
+    `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
+    (`paired_statistics`), how many runs `reached_target`, `signatures` (name -> number of runs) and the
+    `mean_weight` of the penalty; `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name ->
+    `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
+    Everything is plain JSON but for NaN, which stands where there is no value.
   """
   records = plan.records(study)
   figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
   every = [one for own in records.values() for one in own.values()]
   names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
-  arms = {label: {'reference': names[label], **_arm(own, figures[label], references[names[label]])}
+  arms = {label: {'reference': names[label], 'changes': _changes(study, label),
+                  **_arm(own, figures[label], references[names[label]])}
           for label, own in records.items() if own}
   contrasts = [_contrast(arm, against, figures) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
-      'study': study.name, 'judged': study.judged, 'question': study.question, 'counterpart': study.counterpart,
+      'study': study.name, 'judged': study.judged, 'note': study.note,
+      'question': study.question, 'counterpart': study.counterpart,
       'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
@@ -106,6 +108,16 @@ def _arm(records, figures, reference):
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'figures': {name: _within(name, seed_statistics(np.stack([one[name] for one in figures.values()])))
                       for name in FIGURES}}
+
+
+def _changes(study, label):
+  """Returns in words what an arm changes in the preset."""
+  arm = next(arm for arm in study.arms if arm.label == label)
+  parts = [f'{name}={value}' for name, value in arm.changes.items()]
+  parts += [f'kl_coefficient from {arm.matches}, equal {arm.by}'] if arm.matches else []
+  parts += [f'certainty with {len(arm.ensemble)} further references'] if arm.ensemble else []
+  parts += [f'reference {reference_name(arm.pretraining)}'] if arm.pretraining else []
+  return ', '.join(parts) or 'the preset itself'
 
 
 def _within(name, statistics):
