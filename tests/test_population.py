@@ -79,13 +79,12 @@ def test_shard_takes_as_many_devices_as_divide_the_members():
   assert population.pick_mapping(population.members_mesh(7, four)) == 'scan'
 
 
-@pytest.mark.parametrize('mapping', population.MAPPINGS)
-def test_members_share_an_ensemble(reference, tmp_path, mapping, monkeypatch):
+def test_members_share_an_ensemble(reference, tmp_path, monkeypatch):
   monkeypatch.setattr(runner, 'tensorboardX', None)
   config = config_lib.replace(BASE, certainty_ensemble='another', certainty_exponent=3.0, kl_coefficient=1.0)
-  configs, mesh = population.product(config, seed=(0, 1)), mesh_of((BASE,) * 2, mapping)
+  configs, mesh = population.product(config, seed=(0, 1)), population.members_mesh(2)
   other = jax.tree.map(lambda x: 2.0 * x, reference)
-  step, _ = population.compile_step(MODEL, letter_task(), configs, mesh, mapping)
+  step, _ = population.compile_step(MODEL, letter_task(), configs, mesh)
   numbers = population.numbers_of(configs, mesh)
   infos = {name: checkpoint.CheckpointInfo(MODEL.config, 1, one)
            for name, one in zip(population.names(configs), configs)}

@@ -26,11 +26,15 @@ def matched_scale(found: Record, standard: Record | None, by: str) -> float:
     found: record of the weighted penalty's run.
     standard: that of the standard penalty's, of the same seed; only `penalty` needs it.
     by: `weight` or `penalty`.
+
+  Returns:
+    The factor; no finite number if a policy never left its reference.
   """
   if by == 'weight':
     return float(np.mean(found.column('weight')))
-  one, two = (np.sum(record.column('weighted_kl')) / np.sum(record.column('kl')) for record in (found, standard))
-  return float(one / two)
+  with np.errstate(divide='ignore', invalid='ignore'):
+    one, two = (np.sum(record.column('weighted_kl')) / np.sum(record.column('kl')) for record in (found, standard))
+    return float(one / two)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Plan:
     return found
 
   def config(self, study: Study, arm: Arm, seed: int) -> FinetuneConfig | None:
-    """Returns the config of a run; None if it follows from a run that is not there yet."""
+    """Returns the config of a run; None if it follows from a run that is not there yet, or one that paid no penalty."""
     if not arm.matches:
       return arm_config(self.base, arm, seed)
     matched = next(other for other in study.arms if other.label == arm.matches)
@@ -79,7 +83,8 @@ class Plan:
     found, plain = self.record(study, matched, seed), self.record(study, standard, seed)
     if found is None or (arm.by == 'penalty' and plain is None):
       return None
-    return arm_config(self.base, arm, seed, matched_scale(found, plain, arm.by))
+    scale = matched_scale(found, plain, arm.by)
+    return arm_config(self.base, arm, seed, scale) if np.isfinite(scale) else None
 
   def records(self, study: Study) -> dict[str, dict[int, Record]]:
     """Returns label -> seed -> record of the runs that are there."""

@@ -61,6 +61,14 @@ def test_what_is_missing_and_what_follows_from_it(plan):
   assert plan.seconds_per_run() == 15
 
 
+def test_what_follows_from_a_run_that_paid_nothing_is_not_known(plan):
+  make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75, paid=0.0)
+  make(plan, 'standard', [0], greedy=0.75, sampled=0.75, paid=0.0)
+  arm = next(arm for arm in STUDY.arms if arm.by == 'penalty')
+  assert plan.config(STUDY, arm, 0) is None
+  assert plan.number_missing(STUDY) == 38
+
+
 def test_a_record_of_another_run_is_refused(plan):
   make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75)
   (plan.workdir / 'runs' / 'seed=0.json').rename(plan.workdir / 'runs' / 'seed=1.json')
