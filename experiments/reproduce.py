@@ -53,8 +53,8 @@ def main() -> None:
   if LIST.value:
     print(table_of(plan, list(catalog.STUDIES.values())))
     return
-  check_workdir(workdir, plan)
   take_cores(MEMBERS.value)
+  check_workdir(workdir, plan)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')

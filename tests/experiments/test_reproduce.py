@@ -11,7 +11,7 @@ from critkl_jax.studies.records import read_record
 
 def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   flags = ('--preset=smoke', '--seeds=1', '--problems=6', f'--workdir={tmp_path}')
-  out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0')
+  out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0', devices=None)
   assert '3 runs are left; the same command goes on with them.' in out
   assert 'certainty_gap: Is the reference less certain' in out
   out = run('reproduce', *flags, '--study=drift,certainty_gap')
