@@ -11,6 +11,7 @@ from critkl_jax.config import FinetuneConfig, replace
 
 CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
+UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
@@ -164,12 +165,14 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     Study('prioritized_vs_standard', 'figures 4 and 7',
           'Does the prioritized penalty let the policy learn what the standard one does not?',
           (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
-          _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'}, CORE_SEEDS),
+          _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'}, CORE_SEEDS,
+          ('greedy', 'area')),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
-           (_PRIORITIZED, Arm('uniform, of equal mean weight', {'kl': 'standard'}, PRIORITIZED),
-            Arm('uniform, of equal penalty', {'kl': 'standard'}, PRIORITIZED, by='penalty'), _STANDARD, _NONE),
-           PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, num_seeds=CORE_SEEDS),
+           (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, PRIORITIZED),
+            Arm(UNIFORM_PENALTY, {'kl': 'standard'}, PRIORITIZED, by='penalty'), _STANDARD, _NONE),
+           PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, ((UNIFORM_WEIGHT, STANDARD), (UNIFORM_PENALTY, STANDARD)),
+           num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
     Study('drift', "the third experiment of the paper's summary",
           'How far does the policy move from the reference, where, and what does it keep?',
           (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),

@@ -158,7 +158,7 @@ def _origin(results):
 
 
 def _title(results):
-  return f'{results["study"]}, {_known(results)}, + {results["extra_digits"]} digits'
+  return f'{results["study"]}: references {_known(results)} on N + {results["extra_digits"]}'
 
 
 def _known(results):
