@@ -31,10 +31,10 @@ def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
   Returns:
     Those of `MEANING` on which the metrics can tell, by name.
   """
-  found = {}
-  if rows and 'kl' in rows[-1]:
-    kl, errors = _column(rows, 'kl'), _column(rows, 'format_errors')
-    found['drift'] = bool(not kl[-1] <= KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)  # NaN is drift too
+  if not rows or 'kl' not in rows[-1]:  # of a pre-training, whose many rows need not be looked through at each step
+    return {}
+  kl, errors = _column(rows, 'kl'), _column(rows, 'format_errors')
+  found = {'drift': bool(not kl[-1] <= KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)}  # NaN is drift too
   right = _column(rows, 'critical_right')
   right = right[~np.isnan(right)]
   if len(rows) >= PATIENCE and right.size:

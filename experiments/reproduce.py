@@ -40,8 +40,6 @@ PROBLEMS = flags.DEFINE_integer('problems', 512, 'Problems of N and of N + k dig
                                 lower_bound=1)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
-
-
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 

@@ -79,10 +79,9 @@ def _promote(plan, record, home):
     checkpoint.save(manager, TrainState(own.params, None, np.int32(own.step)), info, with_optimizer=False)
 
 
-def accuracy(record: Record, digits: str = 'longer') -> float:
-  """Returns the greedy accuracy of a rung on the digits that were new to it, or on the N that its reference knew."""
-  name = 'N' if digits == 'N' else next(name for name in record.test if name != 'N')
-  return float(record.test[name]['greedy'].mean())
+def accuracy(record: Record) -> float:
+  """Returns the greedy accuracy of a rung on the digits that were new to it."""
+  return float(record.longer['greedy'].mean())
 
 
 def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
         continue
       first = records[0].known_digits
       climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
-                       'accuracy_known': accuracy(one, 'N'), 'name': one.name} for one in records]
+                       'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name} for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       reached.setdefault(arm.label, {})[seed] = max(tops, default=first)
       known = [row['accuracy'] for row in kept.get(top(rungs).name, []) if row['digits'] <= first]

@@ -38,6 +38,11 @@ class Record:
   test: dict[str, dict[str, Any]]
   about: dict[str, Any]
 
+  @property
+  def longer(self) -> dict[str, Any]:
+    """The test of N + k digits."""
+    return next(own for name, own in self.test.items() if name != 'N')
+
   def column(self, metric: str) -> np.ndarray:
     """Returns a metric over the iterations, float64; NaN where it is missing or was not a number."""
     return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.metrics], np.float64)

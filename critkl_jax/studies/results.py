@@ -40,7 +40,7 @@ def run_figures(record: Record) -> dict[str, np.ndarray]:
   The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end; a run that
   never reaches the target counts with all of its episodes.
   """
-  test, config = _by_length(record), record.config
+  test, config = {'N': record.test['N'], 'longer': record.longer}, record.config
   figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _REWARDS.items()}
   accuracy = np.append(record.column('accuracy'), test['longer']['sampled'].mean())
   episodes = np.arange(accuracy.size) * float(config.episodes)
@@ -54,7 +54,7 @@ def run_figures(record: Record) -> dict[str, np.ndarray]:
 
 def reaches_target(record: Record) -> bool:
   """Returns whether the learning curve of a run reaches the target."""
-  accuracy = np.append(record.column('accuracy'), _by_length(record)['longer']['sampled'].mean())
+  accuracy = np.append(record.column('accuracy'), record.longer['sampled'].mean())
   return bool((accuracy >= TARGET).any())
 
 
@@ -99,7 +99,7 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
 
 def _arm(records, figures, reference):
   every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
-  before = np.broadcast_to(np.asarray(_by_length(reference)['longer']['greedy'], np.float64), rewards.shape)
+  before = np.broadcast_to(np.asarray(reference.longer['greedy'], np.float64), rewards.shape)
   counts: dict[str, int] = {}
   for name in (name for one in every for name in _seen(one)):
     counts[name] = counts.get(name, 0) + 1
@@ -136,7 +136,7 @@ def _contrast(arm, against, figures):
 
 
 def _reference(record):
-  test = _by_length(record)
+  test = {'N': record.test['N'], 'longer': record.longer}
   found = {name: seed_statistics(np.asarray(test[digits][kind], np.float64)[None])['mean']
            for name, (digits, kind) in _REWARDS.items()}
   return found | {'critical_probability': float(record.column('probe_critical_probability')[0]),
@@ -152,9 +152,3 @@ def _row(label, seed, record, figures):
 
 def _seen(record):
   return [name for name, seen in signatures(record.metrics).items() if seen]
-
-
-def _by_length(record):
-  """Returns the test of N digits, and that of more as `longer`."""
-  longer = next(name for name in record.test if name != 'N')
-  return {'N': record.test['N'], 'longer': record.test[longer]}
