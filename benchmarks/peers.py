@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import slices, train_step
+from critkl_jax import initial_state, slices, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.rollout import respond, score
@@ -134,10 +134,10 @@ def iterations(preset: str, repeats: int) -> dict[str, float]:
   task = plus_task(known_digits, 1)
   config = FinetuneConfig(episodes=RESPONSES, episodes_per_problem=PER_PROBLEM, minibatches=UPDATES, learning_rate=1e-6)
   model = GPT2(config.model_of(model_config))
-  state = train_step.init_finetuning(model, config, params)
+  state = initial_state.init_finetuning(model, config, params)
   step = train_step.make_train_step(model, task, config)
-  _, key = train_step.finetuning_keys(config)
-  numbers = train_step.Hyperparameters.of(config)
+  _, key = initial_state.finetuning_keys(config)
+  numbers = initial_state.Hyperparameters.of(config)
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))  # as the first step returns it
   trainer = grpo_trainer(model_config, params, task)
   seconds = {'iteration': [], 'trl': []}

@@ -23,8 +23,9 @@ from benchmarks import timing
 from critkl_jax import checkpoint, population, sharding
 from critkl_jax.config import FINETUNE_PRESETS, replace
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.tasks.addition import plus_task
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+from critkl_jax.train_step import make_train_step
 from experiments.flags import run
 
 MEMBERS = flags.DEFINE_integer('members', 16, 'Members of the study.', lower_bound=1)

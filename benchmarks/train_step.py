@@ -25,7 +25,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import models, timing
-from critkl_jax import train_step
+from critkl_jax import initial_state, train_step
 from critkl_jax.config import PRETRAIN_PRESETS, FinetuneConfig
 from critkl_jax.gpt2 import GPT2, forward_flops
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
@@ -69,8 +69,8 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, solutions:
   config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3))
   digits = digits or known_digits + 1
   task, model = plus_task(min(known_digits, digits), max(digits - known_digits, 0)), GPT2(config.model_of(model_config))
-  state, numbers = train_step.init_finetuning(model, config, params), train_step.Hyperparameters.of(config)
-  _, key = train_step.finetuning_keys(config)
+  state, numbers = initial_state.init_finetuning(model, config, params), initial_state.Hyperparameters.of(config)
+  _, key = initial_state.finetuning_keys(config)
   lengths = train_step.shorter_lengths(task)
   collect = jax.jit(functools.partial(train_step.collect, model, task, config))
   reference_pass = jax.jit(functools.partial(train_step.reference_pass, model, config, lengths=lengths))

@@ -6,6 +6,7 @@ from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
 from critkl_jax.critical_tokens import Detection, counterfactual, low_certainty, oracle
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.initial_state import Hyperparameters, init_finetuning
 from critkl_jax.losses import Coefficients, linear_ppo_loss, masked_mean, ppo_loss, ppo_loss_jit, token_kl
 from critkl_jax.ops.weighted_kl import (
     WeightedKL,
@@ -19,7 +20,7 @@ from critkl_jax.rollout import generate, gpt2_generate, score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task, stop_after
 from critkl_jax.tokenizer import CharTokenizer
-from critkl_jax.train_step import Hyperparameters, init_finetuning, make_train_step
+from critkl_jax.train_step import make_train_step
 
 __version__ = '0.1.0'
 

@@ -104,6 +104,19 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     manager.wait_until_finished()  # the next step is given these very arrays to write over
 
 
+def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
+  """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them.
+
+  Args:
+    directory: made if needed.
+    params: of the model.
+    info: what they are.
+    step: number of finished steps, under which they are saved unless that step is there.
+  """
+  with contextlib.closing(open_manager(directory)) as manager:
+    save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
+
+
 def restore(path: pathlib.Path, state: TrainState) -> TrainState:
   """Returns `state` with parameters, optimizer state and step of a step directory, placed as the arrays of `state` are:
   NumPy arrays on the host, or on the devices of its JAX arrays, on however many the checkpoint was made.

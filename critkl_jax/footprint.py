@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from critkl_jax import population, sharding
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2, forward_flops, init_params
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_policy
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_policy, make_train_step
+from critkl_jax.train_step import make_train_step
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BITS = {'pred': 8, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 'bf16': 16, 'f16': 16, 's32': 32, 'u32': 32, 'f32': 32,

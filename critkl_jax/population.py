@@ -19,17 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from critkl_jax import sharding
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.initial_state import Hyperparameters, check_ensemble, finetuning_keys, init_policy, with_value_head
 from critkl_jax.losses import Coefficients
 from critkl_jax.records import TrainState
 from critkl_jax.tasks.task import Task
-from critkl_jax.train_step import (
-    Hyperparameters,
-    check_ensemble,
-    finetuning_keys,
-    init_policy,
-    make_train_step,
-    with_value_head,
-)
+from critkl_jax.train_step import make_train_step
 
 MAPPINGS = ('vmap', 'scan', 'shard')
 # Fields in which members may differ: all others are part of the program.

@@ -35,7 +35,5 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
   state = runner.run(
       lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
       config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
-  final = checkpoint.open_manager(workdir / 'reference')
-  checkpoint.save(final, state, info, with_optimizer=False)
-  final.close()
+  checkpoint.save_params(workdir / 'reference', state.params, info, int(state.step))
   return state

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from critkl_jax import checkpoint, hosts, runner
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.records import TrainState
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 
@@ -27,10 +26,7 @@ def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | N
     before_file(workdir).unlink(missing_ok=True)
   hosts.wait_for_all('reference')
   reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
-  manager = checkpoint.open_manager(kept)
-  state = TrainState(params=reference.params, opt_state=None, step=reference.step)
-  checkpoint.save(manager, state, reference.info, with_optimizer=False)
-  manager.close()
+  checkpoint.save_params(kept, reference.params, reference.info, reference.step)
   return reference
 
 

@@ -1,12 +1,10 @@
 """Checkpoints of small models, made without a trainer."""
 
 import jax
-import jax.numpy as jnp
 
 from critkl_jax import checkpoint
 from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
 from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.records import TrainState
 
 SMOKE = PRETRAIN_PRESETS['smoke']
 
@@ -18,9 +16,7 @@ def noisy(params, scale, seed=0):
 
 
 def write(directory, params, step, training=SMOKE, model=SMOKE.model, known_digits=1):
-  with checkpoint.open_manager(directory) as manager:
-    checkpoint.save(manager, TrainState(params=params, opt_state=None, step=jnp.int32(step)),
-                    checkpoint.CheckpointInfo(model, known_digits, training), with_optimizer=False)
+  checkpoint.save_params(directory, params, checkpoint.CheckpointInfo(model, known_digits, training), step)
 
 
 def finetuned_workdir(workdir, steps=(2, 4), **loss):

@@ -9,9 +9,10 @@ from critkl_jax import losses
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig
 from critkl_jax.gates import GATES, kl_gate
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.ops.weighted_kl import api
 from critkl_jax.records import Batch
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+from critkl_jax.train_step import make_train_step
 
 KEY = jax.random.key(0)
 MASK = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], bool)

@@ -8,7 +8,8 @@ from critkl_jax import checkpoint, population, runner, sharding
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 # Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate: 1e-3 keeps it under 1e-5.

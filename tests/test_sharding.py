@@ -13,12 +13,13 @@ from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig
 from critkl_jax.footprint import collectives
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.ops.weighted_kl import api
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.records import Batch, Rollout
 from critkl_jax.rollout import respond
 from critkl_jax.tasks.addition import plus_task, pretraining_task
-from critkl_jax.train_step import Hyperparameters, finetuning_keys, init_finetuning, make_train_step, update
+from critkl_jax.train_step import make_train_step, update
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 # Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate.

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax import slices, train_step
+from critkl_jax import initial_state, slices, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.records import Rollout
@@ -67,7 +67,7 @@ def iteration():
   task, config = plus_task(1, 0), FinetuneConfig(episodes=8, minibatches=2, learning_rate=1e-3)
   model = GPT2(config.model_of(GPT2Config(context_length=384, num_layers=2, num_heads=2, width=16)))
   params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-  state = train_step.init_finetuning(model, config, params)
+  state = initial_state.init_finetuning(model, config, params)
   state = state.replace(params=jax.tree.map(lambda x: 1.05 * x, state.params))
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), 8))
   prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
@@ -82,7 +82,7 @@ def iteration():
 @pytest.mark.usefixtures('standard_promotion')
 def test_slices_and_lengths_change_nothing(iteration, monkeypatch):
   model, task, config, state, rollout, rewards = iteration
-  numbers = train_step.Hyperparameters.of(config)
+  numbers = initial_state.Hyperparameters.of(config)
   assert train_step.shorter_lengths(task) == (task.solution_length,)
   assert rollout.mask.sum(1).max() == task.response_length > task.solution_length >= rollout.mask.sum(1)[1:].max()
   results = []

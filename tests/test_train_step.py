@@ -10,10 +10,11 @@ from critkl_jax import checkpoint, runner
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.initial_state import Hyperparameters, init_finetuning
 from critkl_jax.ops.weighted_kl import api
 from critkl_jax.records import TrainState
 from critkl_jax.rollout import score
-from critkl_jax.train_step import Hyperparameters, collect, init_finetuning, make_batch, make_train_step
+from critkl_jax.train_step import collect, make_batch, make_train_step
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 KEY = jax.random.key(11)

@@ -19,14 +19,12 @@ from typing import Any
 
 import flax
 import jax
-import numpy as np
 
 from critkl_jax import checkpoint, population, runner
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.evaluate import accuracy_table
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.records import TrainState
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
 from critkl_jax.studies.references import references_path
@@ -113,18 +111,17 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
     rows = [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_second')
              and not k.startswith('signature/')} for row in rows]
     records.append(Record(names[i], configs[i], known, rows, tests[i], own | about))
-    _keep_params(workdir, infos[names[i]], names[i], TrainState(params, None, np.int32(state.step)))
+    _keep_params(workdir, infos[names[i]], names[i], params)
   for record in records:
     write_record(record_path(workdir, record.name), record)
   shutil.rmtree(group)
   return records
 
 
-def _keep_params(workdir, info, name, state):
+def _keep_params(workdir, info, name, params):
   """Leaves the last parameters of a run where all that reads workdirs finds them, with their reference."""
   home = run_path(workdir, name)
-  with checkpoint.open_manager(home / 'checkpoints') as manager:
-    checkpoint.save(manager, state, info, with_optimizer=False)
+  checkpoint.save_params(home / 'checkpoints', params, info, info.training.num_iterations)
   own = references_path(workdir, info.training.reference) / 'reference'
   if own.is_dir() and not (home / 'reference').exists():  # the one in the package is found without
     (home / 'reference').symlink_to(pathlib.Path('..', '..', own.relative_to(workdir / 'working')))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from critkl_jax.config import FinetuneConfig, replace
+from critkl_jax.config import FinetuneConfig, flat_values, replace
 
 CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
@@ -23,6 +23,7 @@ class Arm:
   Attributes:
     label: how tables and pictures call it.
     changes: field -> value, where it differs from the preset.
+    times: field -> factor by which it is the preset's, which is another for each preset.
     matches: label of an arm of the same study that gives this one's KL coefficient, seed by seed; empty for none.
     by: what is made equal: `weight`, the mean weight of the penalty over tokens and iterations, or `penalty`, the
       penalty that is paid for the same KL, as `matched_scale` says.
@@ -32,6 +33,7 @@ class Arm:
 
   label: str
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  times: Mapping[str, float] = dataclasses.field(default_factory=dict)
   matches: str = ''
   by: str = 'weight'
   pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -146,6 +148,9 @@ _KNOWN = tuple(
     Arm(f'{label}, {kind}', {'kl': kind}, pretraining=own)
     for label, own in (*((f'N = {n}', {'known_digits': n}) for n in (2, 3, 4)), ('N of the preset', {}))
     for kind in (STANDARD, PRIORITIZED))
+_LARGE_STEPS = tuple(
+    dataclasses.replace(arm, label=f'{arm.label}, {factor} times the rate', times={'learning_rate': float(factor)})
+    for factor in (5, 20) for arm in (_PRIORITIZED, _STANDARD, _NONE))
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
 _SIZES = tuple(
     Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
@@ -169,8 +174,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           ('greedy', 'area')),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
-           (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, PRIORITIZED),
-            Arm(UNIFORM_PENALTY, {'kl': 'standard'}, PRIORITIZED, by='penalty'), _STANDARD, _NONE),
+           (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, matches=PRIORITIZED),
+            Arm(UNIFORM_PENALTY, {'kl': 'standard'}, matches=PRIORITIZED, by='penalty'), _STANDARD, _NONE),
            PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, ((UNIFORM_WEIGHT, STANDARD), (UNIFORM_PENALTY, STANDARD)),
            num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
     Study('drift', "the third experiment of the paper's summary",
@@ -212,6 +217,11 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           'How far does a model climb by reinforcement alone, where each result is the next reference?',
           tuple(dataclasses.replace(arm, pretraining={'known_digits': 3}) for arm in (_PRIORITIZED, _STANDARD, _NONE)),
           ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)), reads='ladder', rungs=5),
+    Study('large_steps', 'beyond the paper', 'What does a penalty protect when steps are large?',
+          _LARGE_STEPS, tuple((one.label, two.label) for a, b, c in (_LARGE_STEPS[:3], _LARGE_STEPS[3:])
+                              for one, two in ((a, b), (a, c), (c, b))),
+          _ACCURACY | _DRIFT | {'format_errors': 'responses that are not well formed'},
+          judged=('greedy', 'greedy_known', 'kl_other')),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL,
@@ -245,7 +255,9 @@ def arm_config(base: FinetuneConfig, arm: Arm, seed: int, scale: float = 1.0, re
     reference: name of another reference than the arm's.
   """
   name = reference_name(arm.pretraining) if reference is None else reference
-  config = replace(base, seed=seed, reference=name, **arm.changes,
+  usual = flat_values(base)
+  scaled = {field: float(f'{usual[field] * factor:.6g}') for field, factor in arm.times.items()}
+  config = replace(base, seed=seed, reference=name, **arm.changes, **scaled,
                    certainty_ensemble=','.join(map(reference_name, arm.ensemble)))
   if not arm.matches:
     return config

@@ -13,7 +13,6 @@ from critkl_jax import checkpoint
 from critkl_jax.analysis.statistics import paired_statistics, seed_statistics
 from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.config import FinetuneConfig
-from critkl_jax.records import TrainState
 from critkl_jax.studies.advance import run_path
 from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
 from critkl_jax.studies.plan import Plan
@@ -75,8 +74,7 @@ def _promote(plan, record, home):
     raise CheckpointError(f'{source}: the parameters of a rung are gone; remove its record, and it is run again.')
   own = checkpoint.load_checkpoint(source)
   info = CheckpointInfo(own.info.model, own.info.known_digits + plan.base.extra_digits, own.info.training)
-  with checkpoint.open_manager(home) as manager:
-    checkpoint.save(manager, TrainState(own.params, None, np.int32(own.step)), info, with_optimizer=False)
+  checkpoint.save_params(home, own.params, info, own.step)
 
 
 def accuracy(record: Record) -> float:

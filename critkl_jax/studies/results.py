@@ -114,6 +114,7 @@ def _changes(study, label):
   """Returns in words what an arm changes in the preset."""
   arm = next(arm for arm in study.arms if arm.label == label)
   parts = [f'{name}={value}' for name, value in arm.changes.items()]
+  parts += [f'{name} times {factor:g}' for name, factor in arm.times.items()]
   parts += [f'kl_coefficient from {arm.matches}, equal {arm.by}'] if arm.matches else []
   parts += [f'certainty with {len(arm.ensemble)} further references'] if arm.ensemble else []
   parts += [f'reference {reference_name(arm.pretraining)}'] if arm.pretraining else []

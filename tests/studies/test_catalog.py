@@ -56,6 +56,13 @@ def test_a_matched_coefficient_follows_the_mean_weight():
   assert catalog.arm_config(base, arm, 0, 0.9).loss.kl == 'standard'
 
 
+def test_a_factor_is_of_the_presets_number():
+  arm = next(arm for arm in catalog.STUDIES['large_steps'].arms if arm.times)
+  for preset in ('tiny', 'paper'):
+    base = FINETUNE_PRESETS[preset]
+    assert catalog.arm_config(base, arm, 0).learning_rate == pytest.approx(5 * base.learning_rate)
+
+
 def test_names_of_references():
   assert catalog.reference_name({}) == ''
   assert catalog.reference_name({'known_digits': 3, 'seed': 1}) == 'known_digits=3-seed=1'
