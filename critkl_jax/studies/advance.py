@@ -45,16 +45,22 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
                num_devices: int) -> list[FinetuneConfig]:
   """Returns those of the missing runs that are to advance next, together.
 
-  That is a group which was stopped before, if there is one; else the first run and up to `most` of those that share its
-  program, as many as the devices can take equally.
+  That is a group which was stopped before, if one of them is in it; else the first run and up to `most` of those that
+  share its program, as many as the devices can take equally.
   """
   named = {run_name(config, base): config for config in configs}
   for file in sorted((workdir / 'working' / 'groups').glob('*/members.json')):
     names = json.loads(file.read_text())
-    if all(name in named for name in names):
-      return [named[name] for name in names]
+    group = [named.get(name) or _saved_config(file.parent / 'members' / name / 'checkpoints') for name in names]
+    if any(name in named for name in names) and None not in group:
+      return group
   alike = [config for config in named.values() if _program(config) == _program(configs[0])][:most]
   return alike[:len(alike) // num_devices * num_devices] or alike
+
+
+def _saved_config(directory):
+  path = checkpoint.latest(directory)
+  return None if path is None else checkpoint.read_info(path).training
 
 
 def _program(config):

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from checkpoints import SMOKE, write
 
 from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.studies import catalog, page, results
 from critkl_jax.studies.advance import next_group, record_path
 from critkl_jax.studies.plan import Plan
@@ -89,6 +92,23 @@ def test_groups_share_a_program_and_those_under_way_come_first(plan):
   assert [c.loss.kl_gate for c in next_group(missing, BASE, plan.workdir, 5, 2)] == ['random']
   under_way.write_text(json.dumps(['of another study-seed=3']))
   assert len(next_group(missing, BASE, plan.workdir, 5, 2)) == 4
+
+
+def test_a_group_that_was_stopped_goes_on_whole_if_one_of_its_runs_is_asked_for(plan):
+  missing = plan.missing([catalog.STUDIES['ablation']])
+  group = next_group(missing, BASE, plan.workdir, 4, 2)
+  names = [run_name(config, BASE) for config in group]
+  home = plan.workdir / 'working' / 'groups' / 'a'
+  home.mkdir(parents=True)
+  (home / 'members.json').write_text(json.dumps(names))
+  others = [config for config in missing if config not in group]
+  asked = others + group[:1]
+  assert next_group(asked, BASE, plan.workdir, 4, 2) != group  # nothing is saved of it
+  params = init_params(GPT2(SMOKE.model), jax.random.key(0))
+  for name, config in zip(names, group):
+    write(home / 'members' / name / 'checkpoints', params, 1, training=config)
+  assert next_group(asked, BASE, plan.workdir, 4, 2) == group
+  assert next_group(others, BASE, plan.workdir, 4, 2) != group
 
 
 def test_results_say_what_was_put_in(plan):
