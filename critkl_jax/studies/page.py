@@ -60,12 +60,12 @@ def page_of(results: dict[str, Any]) -> str:
   """Returns the page of a study of runs."""
   extra = results['extra_digits']
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
-           f'References {_known(results)} are fine-tuned on N + {extra}; each run is tested on fixed problems of each '
-           'length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of accuracies, over problems, '
-           "widened by Student's quantile for few seeds; pairs share seed and problems. Seeds vary fine-tuning alone: "
-           f'nothing here says how other references would do. {_number_of_contrasts(results)} A run that never reaches '
-           f'{100 * TARGET:.0f} % counts with all of its episodes. The probability of the right critical token is that '
-           'before the last update.', '']
+           f'References {_known(results)} are fine-tuned on N + {extra}, {_seeds(results)}; each run is tested on '
+           'fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of accuracies, '
+           "over problems, widened by Student's quantile for few seeds; pairs share seed and problems. Seeds vary "
+           f'fine-tuning alone: nothing here says how other references would do. {_number_of_contrasts(results)} A run '
+           f'that never reaches {100 * TARGET:.0f} % counts with all of its episodes. The probability of the right '
+           'critical token is that before the last update.', '']
   if results['note']:
     lines += [results['note'], '']
   if results['num_missing']:
@@ -99,7 +99,9 @@ def _verdict(row, name, results):
 
 
 def _arms_table(results):
-  names = ('greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other', 'kl_known')
+  names = ['greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other', 'kl_known']
+  if any(arm['figures']['format_errors']['mean'][0] > 0.005 for arm in results['arms'].values()):
+    names.append('format_errors')
   rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '']
           for name, own in results['references'].items()]
   for label, arm in results['arms'].items():
@@ -133,10 +135,17 @@ def _overconfidence(found):
 
 
 def _contrasts_table(results):
-  rows = [[row['arm'], row['against'], *(_cell(name, row['figures'][name]['difference'], '+') for name in CONTRASTED),
+  names = dict.fromkeys((*CONTRASTED, *results['judged']))
+  rows = [[row['arm'], row['against'], *(_cell(name, row['figures'][name]['difference'], '+') for name in names),
            _cell('', row['figures']['greedy']['improvement'])] for row in results['contrasts']]
-  heads = ['arm', 'minus', *(_named(name, results) for name in CONTRASTED), 'probability of improvement (greedy)']
+  heads = ['arm', 'minus', *(_named(name, results) for name in names), 'probability of improvement (greedy)']
   return table(heads, rows)
+
+
+def _seeds(results):
+  numbers = [len(arm['seeds']) for arm in results['arms'].values()] or [0]
+  low, high = min(numbers), max(numbers)
+  return f'each arm with {low if low == high else f"{low} to {high}"} seeds'
 
 
 def _number_of_contrasts(results):

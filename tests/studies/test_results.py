@@ -116,6 +116,7 @@ def test_results_say_what_was_put_in(plan):
   make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1, paid=1.25)
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
   found = results.study_results(STUDY, plan, references())
+  assert 'fine-tuned on N + 1, each arm with 8 seeds;' in page.page_of(found)
   assert found['num_missing'] == 16  # of equal penalty, and without one
   assert found['references']['']['num_problems'] == PROBLEMS
   assert found['arms']['prioritized']['gain']['difference'][0] == 0.25
