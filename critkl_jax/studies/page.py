@@ -62,9 +62,9 @@ def page_of(results: dict[str, Any]) -> str:
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
            f'References {_known(results)} are fine-tuned on N + {extra}, {_seeds(results)}; each run is tested on '
            'fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of '
-           "accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and problems. Seeds vary "
-           f'fine-tuning alone: nothing here says how other references would do. {_number_of_contrasts(results)} A run '
-           f'that never reaches {100 * TARGET:.0f} % counts with all of its episodes. The probability of the right '
+           "accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and problems. "
+           f'Seeds vary fine-tuning alone: nothing here says how other references would do. {_number_of_contrasts(results)} '
+           f'A run that never reaches {100 * TARGET:.0f} % counts with all of its episodes. The probability of the right '
            'critical token is that before the last update.', '']
   if results['note']:
     lines += [results['note'], '']
