@@ -58,14 +58,8 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
 
 def page_of(results: dict[str, Any]) -> str:
   """Returns the page of a study of runs."""
-  extra = results['extra_digits']
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
-           f'References {_known(results)} are fine-tuned on N + {extra}, {_seeds(results)}; each run is tested on '
-           'fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over seeds and, of '
-           "accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and problems. "
-           f'Seeds vary fine-tuning alone: nothing here says how other references would do. {_number_of_contrasts(results)} '
-           f'A run that never reaches {100 * TARGET:.0f} % counts with all of its episodes. The probability of the right '
-           'critical token is that before the last update.', '']
+           _design(results), '']
   if results['note']:
     lines += [results['note'], '']
   if results['num_missing']:
@@ -140,6 +134,16 @@ def _contrasts_table(results):
            _cell('', row['figures']['greedy']['improvement'])] for row in results['contrasts']]
   heads = ['arm', 'minus', *(_named(name, results) for name in names), 'probability of improvement (greedy)']
   return table(heads, rows)
+
+
+def _design(results):
+  """Says what was done, and what its figures mean."""
+  return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]}, {_seeds(results)}; each run '
+          'is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over seeds '
+          "and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
+          'problems. Seeds vary fine-tuning alone: nothing here says how other references would do. '
+          f'{_number_of_contrasts(results)} A run that never reaches {100 * TARGET:.0f} % counts with all of its '
+          'episodes. The probability of the right critical token is that before the last update.')
 
 
 def _seeds(results):
