@@ -12,6 +12,7 @@ import scipy.stats
 from critkl_jax.analysis.agreement import agreement
 from critkl_jax.analysis.reading import CERTAINTIES
 from critkl_jax.analysis.statistics import seed_statistics
+from critkl_jax.critical_tokens import THRESHOLD
 
 PAPER_GAPS = {3: (-0.33, 0.01), 5: (-0.21, 0.18), 7: (-0.13, 0.04)}  # table 1 of arXiv 2502.06533, N -> mean, deviation
 LEAST_RESPONSES = 20  # that reach a position without an error, for it to count
@@ -29,7 +30,9 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
 
   Returns:
     `generations`, their number, and `sets`; `critical_tokens` and `other_tokens`; `certain_and_wrong`, the share of
-    critical tokens at which the reference gives more than 0.9 to a wrong token; and of each of the `kinds` of
+    critical tokens at which the reference gives more than 0.9 to a wrong token; `first_wrong`, how many `generations`
+    have a wrong token, and of these the shares `(value, low, high)` whose first one is a `critical` one, and whose
+    first one has a negentropy below `THRESHOLD` (`unsure`), None if there are none; and of each of the `kinds` of
     certainty: `gap`, critical minus elsewhere, a mean over generations with critical tokens, and its interval over
     sets, None if no generation has any; `gap_deviation` between generations; `lowest_other`; `detector`, the
     `agreement` of 1 - certainty with the critical tokens, and `of_errors` with the wrong tokens; `entropy_correlation`
@@ -40,7 +43,8 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
   other, wrong = here & ~critical, here & ~tokens['right']
   sure = critical & (tokens['ref_top_prob'][..., 0] > 0.9) & (tokens['ref_right_prob'] < 0.1)
   result = {'generations': len(here), 'sets': num_sets, 'critical_tokens': int(critical.sum()),
-            'other_tokens': int(other.sum()), 'certain_and_wrong': float(sure.sum() / max(critical.sum(), 1))}
+            'other_tokens': int(other.sum()), 'certain_and_wrong': float(sure.sum() / max(critical.sum(), 1)),
+            'first_wrong': _first_wrong(wrong, critical, tokens['certainty/negentropy'] < THRESHOLD, confidence)}
   kinds = {}
   for kind in CERTAINTIES:
     certainty = tokens[f'certainty/{kind}']
@@ -56,6 +60,17 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
         'entropy_correlation': correlation(certainty, tokens['ref_entropy'], here, confidence, num_resamples),
         'error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence, num_resamples)}
   return result | {'kinds': kinds}
+
+
+def _first_wrong(wrong, critical, unsure, confidence):
+  """Counts what the first wrong tokens are; no response has a second one that follows right ones."""
+  rows = wrong.any(1)
+  if not rows.any():
+    return None
+  shares = {name: seed_statistics((wrong & where)[rows].any(1)[None].astype(float), confidence)['mean']
+            for name, where in (('critical', critical), ('unsure', unsure))}
+  return {'generations': int(rows.sum())} | {
+      name: tuple(float(np.clip(x, 0, 1)) for x in share) for name, share in shares.items()}
 
 
 def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float = 0.95, num_resamples: int = 1000,

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from critkl_jax.analysis import charts
+from critkl_jax.critical_tokens import THRESHOLD
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.certainty import PAPER_GAPS, certainty_results, generation_gaps, position_means
 from critkl_jax.studies.files import interval_text, table, write_files
@@ -60,6 +61,13 @@ def certainty_verdicts(results: dict[str, Any]) -> list[str]:
       f'and an average precision of {precision[0]:.3f} [{precision[1]:.3f}, {precision[2]:.3f}], at a base rate of '
       f'{detector["base_rate"]:.4f}.',
       f'At {100 * results["certain_and_wrong"]:.1f} % of the critical tokens the reference is sure of a wrong one.']
+  if results['first_wrong']:
+    first, (errors, *_) = results['first_wrong'], found['of_errors']['auroc']
+    shares = [interval_text(first[name], '.0f', 100) for name in ('critical', 'unsure')]
+    sentences.append(
+        f'Of the {first["generations"]} generations with a wrong token the first one is a critical token in '
+        f'{shares[0]} % and one of a certainty below {THRESHOLD} in {shares[1]} %; as a detector of wrong tokens '
+        f'1 - certainty has an AUROC of {errors:.3f}.')
   if auroc[1] <= 0.5:
     sentences.append('Signature of failure, `blind_detector`: the interval of the AUROC reaches chance, 0.5.')
   return sentences

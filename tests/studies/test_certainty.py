@@ -108,4 +108,24 @@ def test_the_page_names_a_blind_detector(tmp_path):
   blind = certainty_page.write_certainty(study, plan, generations(-0.05), 5, about)
   assert 'is **more certain**' in certainty_page.certainty_verdicts(blind)[0]
   assert 'Signature of failure, `blind_detector`' in certainty_page.certainty_verdicts(blind)[-1]
-  assert len(certainty_page.certainty_verdicts(found)) == 3
+  assert len(certainty_page.certainty_verdicts(found)) == 4
+  assert 'the first one is a critical token in' in certainty_page.certainty_verdicts(found)[-1]
+
+
+def test_first_wrong_tokens_by_hand():
+  tokens = generations(0.3, num_responses=40)
+  wrong = np.zeros((40, 30), bool)
+  wrong[:10, 10] = True  # at the critical token, where certainty is lowest
+  wrong[10:30, 3] = True
+  here = np.cumsum(np.pad(wrong, ((0, 0), (1, 0)))[:, :-1], 1) == 0
+  critical = here & (np.arange(30) == 10)
+  certainty = np.where(wrong | critical, 0.8, 0.95)
+  certainty[25:30, 3] = 0.99
+  tokens |= {'on_path': here, 'right': here & ~wrong, 'critical/oracle': critical, 'certainty/negentropy': certainty}
+  found = certainty_results(tokens, 4, num_resamples=20)['first_wrong']
+  assert found['generations'] == 30
+  assert found['critical'][0] == pytest.approx(10 / 30)
+  assert found['unsure'][0] == pytest.approx(25 / 30)
+  assert 0 < found['critical'][1] < found['critical'][0] < found['critical'][2] < 0.6
+  tokens |= {'right': here}
+  assert certainty_results(tokens, 4, num_resamples=20)['first_wrong'] is None
