@@ -13,6 +13,7 @@ CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
+HALF = 'mask where the weight is below a half'
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
@@ -102,6 +103,7 @@ _ABLATION = (
     _PRIORITIZED,
     _gated(ORACLE, 'oracle', kl='standard'),
     _gated(THRESHOLD, 'threshold', kl='standard'),
+    _gated(HALF, 'threshold', kl='standard', gate_threshold=0.9954),  # 0.9954 ** 150 = 0.5
     _gated('weight and mask of the oracle', 'oracle'),
     _gated(RANDOM, 'random', kl='standard'),
     _STANDARD,
@@ -186,8 +188,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
-           further=((ORACLE, RANDOM), (ORACLE, STANDARD), (THRESHOLD, STANDARD), (RANDOM, STANDARD)),
-           num_seeds=CORE_SEEDS),
+           further=((ORACLE, RANDOM), (ORACLE, STANDARD), (THRESHOLD, STANDARD), (HALF, STANDARD), (RANDOM, STANDARD)),
+           num_seeds=CORE_SEEDS, note='The threshold is a certainty of 0.9 where none is named.'),
     _study('exponent', 'figure 6', 'How much does the exponent matter?',
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
                'probe_kl_other': _DRIFT['probe_kl_other']}, num_seeds=CORE_SEEDS),

@@ -41,6 +41,6 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert not list((tmp_path / 'working' / 'groups').iterdir())
 
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
-  assert line.split()[1:3] == ['6', '4']  # of its runs, two are there
+  assert line.split()[1:3] == ['7', '5']  # of its runs, two are there
   assert "--problems: the records in" in refused('reproduce', *flags, '--problems=7')
   assert '--study: expected core, all, or some of certainty_gap' in refused('reproduce', *flags, '--study=drft')
