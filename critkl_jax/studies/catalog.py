@@ -78,7 +78,7 @@ class Study:
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
 _CRITICAL = {'probe_critical_probability': 'probability of the right critical token'}
 _DRIFT = {'probe_kl_critical': 'KL at critical tokens of right solutions', 'probe_kl_other':
-          'KL at their other tokens, N+1', 'probe_kl_known': 'KL at tokens of right solutions, N'}
+          'KL at other tokens of right solutions, N+1', 'probe_kl_known': 'KL at tokens of right solutions, N'}
 _WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
 _STANDARD, _NONE, _PRIORITIZED = Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}), Arm(PRIORITIZED)
 

@@ -10,12 +10,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(binary, *flags, devices=1):
-  options = [f'--xla_force_host_platform_device_count={devices}'] if devices else []
-  options += ['--xla_backend_optimization_level=0']  # as conftest.py
   return subprocess.Popen(
       [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env=os.environ | {
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(options),
+          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}' if devices else '',
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'})
 
 
