@@ -13,8 +13,7 @@ def start(binary, *flags, devices=1):
   return subprocess.Popen(
       [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env=os.environ | {
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}' if devices else '',
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'})
+          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}' if devices else ''})
 
 
 def finish(process):
