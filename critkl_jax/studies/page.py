@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.signatures import MEANING
@@ -48,7 +49,9 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
       before = results['references'][results['arms'][label]['reference']][name]
       axis.plot([before[0] if isinstance(before, tuple) else before], [place], '|', color='#1c2733', markersize=9)
-    axis.set_title(_named(name, results), fontsize=10)
+    axis.set_title(f'{_named(name, results)} (%)', fontsize=10)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(lambda x, _: f'{100 * x:g}')
     axis.grid(alpha=0.3)
     axis.set_yticks(range(len(labels)), labels)
   axes[0].invert_yaxis()
