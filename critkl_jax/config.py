@@ -148,8 +148,9 @@ class LossConfig:
     certainty_intercept: c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
     certainty_temperature: temperature at which the reference's certainty is taken.
     kl_gate: rule that switches the penalty of single tokens off, beside its weight, see `gates.kl_gate`: `none`,
-      `oracle`, `threshold`, `random`, `top_entropy`, `response_entropy`, `negative_advantage` or `kl_cov`.
-    gate_threshold: certainty below which `threshold` switches it off.
+      `oracle`, `threshold`, `uncritical`, `random`, `top_entropy`, `response_entropy`, `negative_advantage` or
+      `kl_cov`.
+    gate_threshold: certainty below which `threshold` and `uncritical` switch it off.
     gate_fraction: share of tokens that `top_entropy` and `response_entropy` switch it off at, `kl_cov` on.
   """
 
@@ -180,7 +181,7 @@ class LossConfig:
     _positive(self, 'clip_ratio', 'temperature', 'certainty_temperature')
     _at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
               'certainty_exponent')
-    _one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'random', 'top_entropy', 'response_entropy',
+    _one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'uncritical', 'random', 'top_entropy', 'response_entropy',
             'negative_advantage', 'kl_cov')
     _between(self, 0, 1, 'gate_threshold', 'gate_fraction')
     if self.kl_gate != 'none' and self.kl_placement != 'loss':

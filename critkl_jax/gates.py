@@ -7,7 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-GATES = ('none', 'oracle', 'threshold', 'random', 'top_entropy', 'response_entropy', 'negative_advantage', 'kl_cov')
+GATES = ('none', 'oracle', 'threshold', 'uncritical', 'random', 'top_entropy', 'response_entropy', 'negative_advantage',
+         'kl_cov')
 
 
 def kl_gate(name: str, mask: chex.Array, *, certainty: chex.Array, entropy: chex.Array, log_probs: chex.Array,
@@ -16,7 +17,8 @@ def kl_gate(name: str, mask: chex.Array, *, certainty: chex.Array, entropy: chex
   """Returns by what the KL penalty of each token is multiplied: 1 where it is on, 0 where it is off.
 
   `none`: on everywhere. `oracle`: off at the task's critical tokens. `threshold`: off where the reference's certainty
-  is below the threshold. `random`: off at random tokens, in each response as many as the oracle would take.
+  is below the threshold. `uncritical`: the same, but on at the task's critical tokens. `random`: off at random tokens,
+  in each response as many as the oracle would take.
   `top_entropy`: off at the given fraction of all tokens, those of greatest entropy (after Wang et al., arXiv
   2506.01939, with the reference's entropy for the policy's). `response_entropy`: the same within each response.
   `negative_advantage`: on only where the advantage is negative. `kl_cov`: on only at the given fraction of all tokens,
@@ -47,6 +49,8 @@ def kl_gate(name: str, mask: chex.Array, *, certainty: chex.Array, entropy: chex
     on = ~critical
   elif name == 'threshold':
     on = certainty >= threshold
+  elif name == 'uncritical':
+    on = (certainty >= threshold) | critical
   elif name == 'random':
     noise = jnp.where(mask, jax.random.uniform(key, mask.shape), -1.0)
     number = jnp.sum(critical & mask, 1, keepdims=True)

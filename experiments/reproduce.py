@@ -58,7 +58,7 @@ def main() -> None:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
-    print(f'{len(missing)} runs to make, {len(group)} of them now: {run_name(group[0], plan.base)}, ...', flush=True)
+    print(f'{len(missing)} runs to make, {len(group)} now: {run_name(group[0], plan.base)}, ...', flush=True)
     for study in studies:
       if study.reads == 'ladder':
         ladder.promote(plan, study, group[0].reference)

@@ -33,6 +33,7 @@ def gate(name, **changes):
     ('oracle', {}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),
     ('threshold', {}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),
     ('threshold', {'threshold': 0.5}, [[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    ('uncritical', {'threshold': 0.95}, [[1, 1, 0, 1, 1], [1, 1, 0, 0, 0]]),
     ('top_entropy', {'fraction': 1 / 3}, [[1, 0, 1, 1, 0], [1, 0, 1, 1, 0]]),  # 3 of 9
     ('response_entropy', {'fraction': 0.25}, [[1, 0, 1, 1, 1], [1, 0, 1, 1, 0]]),  # 1 of 5, 1 of 4
     ('negative_advantage', {}, [[0, 0, 0, 0, 0], [1, 1, 1, 1, 0]]),

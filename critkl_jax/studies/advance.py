@@ -51,8 +51,10 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
   named = {run_name(config, base): config for config in configs}
   for file in sorted((workdir / 'working' / 'groups').glob('*/members.json')):
     names = json.loads(file.read_text())
+    if named.keys().isdisjoint(names):
+      continue
     group = [named.get(name) or _saved_config(file.parent / 'members' / name / 'checkpoints') for name in names]
-    if any(name in named for name in names) and None not in group:
+    if None not in group:
       return group
   alike = [config for config in named.values() if _program(config) == _program(configs[0])][:most]
   return alike[:len(alike) // num_devices * num_devices] or alike

@@ -13,7 +13,7 @@ CORE_SEEDS, OTHER_SEEDS = 8, 3
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
-HALF = 'mask where the weight is below a half'
+HALF, UNCRITICAL = 'mask where the weight is below a half', 'the same, but for critical tokens'
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
@@ -24,7 +24,7 @@ class Arm:
   Attributes:
     label: how tables and pictures call it.
     changes: field -> value, where it differs from the preset.
-    times: field -> factor by which it is the preset's, which is another for each preset.
+    times: field -> factor of the preset's own number.
     matches: label of an arm of the same study that gives this one's KL coefficient, seed by seed; empty for none.
     by: what is made equal: `weight`, the mean weight of the penalty over tokens and iterations, or `penalty`, the
       penalty that is paid for the same KL, as `matched_scale` says.
@@ -104,6 +104,7 @@ _ABLATION = (
     _gated(ORACLE, 'oracle', kl='standard'),
     _gated(THRESHOLD, 'threshold', kl='standard'),
     _gated(HALF, 'threshold', kl='standard', gate_threshold=0.9954),  # 0.9954 ** 150 = 0.5
+    _gated(UNCRITICAL, 'uncritical', kl='standard', gate_threshold=0.9954),
     _gated('weight and mask of the oracle', 'oracle'),
     _gated(RANDOM, 'random', kl='standard'),
     _STANDARD,
@@ -188,11 +189,16 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
-           further=((ORACLE, RANDOM), (ORACLE, STANDARD), (THRESHOLD, STANDARD), (HALF, STANDARD), (RANDOM, STANDARD)),
-           num_seeds=CORE_SEEDS, note='The threshold is a certainty of 0.9 where none is named.'),
+           further=((ORACLE, RANDOM), (UNCRITICAL, HALF), *((label, STANDARD) for label in (
+               ORACLE, THRESHOLD, HALF, UNCRITICAL, RANDOM))), num_seeds=CORE_SEEDS, judged=('greedy', 'area'),
+           note='The threshold is a certainty of 0.9 where none is named. Masks lift different amounts of the penalty, '
+                'see what is paid for a nat of KL. The oracle knows critical tokens up to the first error of a '
+                'response; with k = 1 they are on the first line of the scratchpad alone.'),
     _study('exponent', 'figure 6', 'How much does the exponent matter?',
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
-               'probe_kl_other': _DRIFT['probe_kl_other']}, num_seeds=CORE_SEEDS),
+               'probe_kl_other': _DRIFT['probe_kl_other']}, further=tuple(
+                   (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
+           num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
     _study('weightings', 'follow-up work', 'Do other measures of certainty, and rules of later papers, do better?',
            _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '

@@ -51,8 +51,8 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
     of_sets = [generation_gaps(certainty[rows], critical[rows], other[rows])
                for rows in np.array_split(np.arange(len(here)), num_sets)]
     means = np.array([gaps.mean() for gaps in of_sets if gaps.size])
-    compared = {name: agreement(1 - certainty, certainty < 0.9, wanted, here.astype(float), confidence, num_resamples)
-                for name, wanted in (('detector', critical), ('of_errors', wrong))}
+    compared = {name: agreement(1 - certainty, certainty < THRESHOLD, wanted, here.astype(float), confidence,
+                                num_resamples) for name, wanted in (('detector', critical), ('of_errors', wrong))}
     kinds[kind] = compared | {
         'gap': seed_statistics(means, confidence)['mean'] if means.size else None,
         'gap_deviation': float(np.concatenate(of_sets).std()) if means.size else None,

@@ -2,9 +2,11 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +31,9 @@ def write_index(workdir: pathlib.Path) -> None:
   lines = ['# Studies', '', 'What each asked and found; its page has tables, pictures and how it was made.', '']
   for page in sorted((workdir / 'studies').glob('*/README.md')):
     text = page.read_text().splitlines()
-    said = [line for line in text if line.startswith(('- **', '- The reference', '- As a detector', '- At ', '**Not'))]
+    start = next((i for i, line in enumerate(text) if re.fullmatch(r'## What (it says|the \w+ say)', line)), len(text))
+    said = [line for line in text if line.startswith('**Not')]
+    said += itertools.takewhile(lambda line: line.startswith('- '), text[start + 2:])
     lines += [f'## [{page.parent.name}](studies/{page.parent.name}/README.md)', '', text[2], '', *said, '']
   (workdir / 'README.md').write_text('\n'.join(lines))
 

@@ -99,14 +99,16 @@ def _arms_table(results):
   names = ['greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other', 'kl_known']
   if any(arm['figures']['format_errors']['mean'][0] > 0.005 for arm in results['arms'].values()):
     names.append('format_errors')
-  rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '']
+  rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '', '']
           for name, own in results['references'].items()]
   for label, arm in results['arms'].items():
     values = [_cell(name, arm['figures'][name]['iqm']) for name in names]
     rows.append([label, str(len(arm['seeds'])), *values, _cell('greedy', arm['gain']['difference'], '+'),
-                 f'{arm["reached_target"]} of {len(arm["seeds"])}', f'{arm["mean_weight"]:.3f}'])
+                 f'{arm["reached_target"]} of {len(arm["seeds"])}', f'{arm["mean_weight"]:.3f}',
+                 _cell('', arm['paid'])])
   heads = ['arm (interquartile means)', 'runs', *(_named(name, results) for name in names),
-           'mean gain over the reference (greedy)', f'reached {100 * TARGET:.0f} %', 'mean weight']
+           'mean gain over the reference (greedy)', f'reached {100 * TARGET:.0f} % of sampled answers',
+           'mean weight', 'paid for a nat of KL']
   return table(heads, rows)
 
 
@@ -141,18 +143,20 @@ def _contrasts_table(results):
 
 def _design(results):
   """Says what was done, and what its figures mean."""
-  return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]}, {_seeds(results)}; each run '
-          'is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over seeds '
-          "and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
+  return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
+          'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
+          "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
           'problems. Seeds vary fine-tuning alone: nothing here says how other references would do. '
-          f'{_number_of_contrasts(results)} A run that never reaches {100 * TARGET:.0f} % counts with all of its '
-          'episodes. The probability of the right critical token is that before the last update.')
+          f'{_number_of_contrasts(results)} Learning curves, the area under them and the episodes to '
+          f'{100 * TARGET:.0f} % are of sampled answers, those of the rollouts and of the last test; a run that never '
+          'reaches it counts with all of its episodes. The probability of the right critical token is that before the '
+          'last update.')
 
 
 def _seeds(results):
   numbers = [len(arm['seeds']) for arm in results['arms'].values()] or [0]
   low, high = min(numbers), max(numbers)
-  return f'each arm with {low if low == high else f"{low} to {high}"} seeds'
+  return f'seeds of each arm: {low if low == high else f"{low} to {high}"}'
 
 
 def _number_of_contrasts(results):

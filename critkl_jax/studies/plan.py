@@ -33,8 +33,7 @@ def matched_scale(found: Record, standard: Record | None, by: str) -> float:
   if by == 'weight':
     return float(np.mean(found.column('weight')))
   with np.errstate(divide='ignore', invalid='ignore'):
-    one, two = (np.sum(record.column('weighted_kl')) / np.sum(record.column('kl')) for record in (found, standard))
-    return float(one / two)
+    return float(np.divide(found.paid, standard.paid))
 
 
 @dataclasses.dataclass(frozen=True)

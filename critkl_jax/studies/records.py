@@ -43,6 +43,13 @@ class Record:
     """The test of N + k digits."""
     return next(own for name, own in self.test.items() if name != 'N')
 
+  @property
+  def paid(self) -> float:
+    """The penalty before its coefficient over the exact KL, both summed over iterations: what is paid for a nat; not a
+    number if the policy never left its reference."""
+    with np.errstate(divide='ignore', invalid='ignore'):
+      return float(np.sum(self.column('weighted_kl')) / np.sum(self.column('kl')))
+
   def column(self, metric: str) -> np.ndarray:
     """Returns a metric over the iterations, float64; NaN where it is missing or was not a number."""
     return np.array([np.nan if row.get(metric) is None else row[metric] for row in self.metrics], np.float64)

@@ -70,9 +70,9 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
     `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
     `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
-    (`paired_statistics`), how many runs `reached_target`, `signatures` (name -> number of runs) and the
-    `mean_weight` of the penalty; `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name ->
-    `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
+    (`paired_statistics`), how many runs `reached_target`, `signatures` (name -> number of runs), the `mean_weight` of
+    the penalty, and what is `paid` for a nat of KL; `contrasts`, rows with `arm`, `against`, `seeds` and `figures`
+    (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
     Everything is plain JSON but for NaN, which stands where there is no value.
   """
   records = plan.records(study)
@@ -106,6 +106,7 @@ def _arm(records, figures, reference):
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
           'gain': paired_statistics(rewards, before),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
+          'paid': float(np.mean([one.paid for one in every])),
           'figures': {name: _within(name, seed_statistics(np.stack([one[name] for one in figures.values()])))
                       for name in FIGURES}}
 

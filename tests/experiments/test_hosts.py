@@ -58,7 +58,7 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
 
 
 def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
-  flags = ('--seeds=2', '--certainty_exponents=0,150', '--eval_problems=0')
+  flags = ('--seeds=2', '--certainty_exponents=0,150')
   for name, launch in (('one', run), ('two', start_hosts)):
     found = launch('sweep', *finetune(reference, tmp_path / name, *flags), devices=1 if name == 'two' else None)
     if name == 'two':

@@ -16,7 +16,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert 'certainty_gap: Is the reference less certain' in out
   out = run('reproduce', *flags, '--study=drift,certainty_gap')
   assert 'certainty_gap: is there' in out
-  assert '3 runs to make, 3 of them now: seed=0' in out
+  assert '3 runs to make, 3 now: seed=0' in out
   records = {path.stem: read_record(path) for path in (tmp_path / 'runs').glob('*.json')}
   assert set(records) == {'seed=0', 'kl=standard-seed=0', 'kl=none-seed=0'}
   one = records['seed=0']
@@ -35,12 +35,13 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert 'Not complete' not in page
   index = (tmp_path / 'README.md').read_text()
   assert '## [drift](studies/drift/README.md)' in index
+  assert '## [certainty_gap](studies/certainty_gap/README.md)' in index
   assert '- **prioritized** minus **standard**: KL at other tokens, N+1 ' in index
   results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
   assert results['num_missing'] == 0
   assert not list((tmp_path / 'working' / 'groups').iterdir())
 
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
-  assert line.split()[1:3] == ['7', '5']  # of its runs, two are there
+  assert line.split()[1:3] == ['8', '6']  # of its runs, two are there
   assert "--problems: the records in" in refused('reproduce', *flags, '--problems=7')
   assert '--study: expected core, all, or some of certainty_gap' in refused('reproduce', *flags, '--study=drft')

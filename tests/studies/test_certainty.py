@@ -3,7 +3,7 @@ import pytest
 
 from critkl_jax.analysis.reading import CERTAINTIES
 from critkl_jax.config import FINETUNE_PRESETS
-from critkl_jax.studies import catalog, certainty_page
+from critkl_jax.studies import catalog, certainty_page, files
 from critkl_jax.studies.certainty import (
     certainty_results,
     correlation,
@@ -110,6 +110,9 @@ def test_the_page_names_a_blind_detector(tmp_path):
   assert 'Signature of failure, `blind_detector`' in certainty_page.certainty_verdicts(blind)[-1]
   assert len(certainty_page.certainty_verdicts(found)) == 4
   assert 'the first one is a critical token in' in certainty_page.certainty_verdicts(found)[-1]
+  files.write_index(tmp_path)
+  index = (tmp_path / 'README.md').read_text().splitlines()
+  assert all(f'- {sentence}' in index for sentence in certainty_page.certainty_verdicts(blind))
 
 
 def test_first_wrong_tokens_by_hand():

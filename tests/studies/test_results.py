@@ -103,7 +103,8 @@ def test_a_group_that_was_stopped_goes_on_whole_if_one_of_its_runs_is_asked_for(
   (home / 'members.json').write_text(json.dumps(names))
   others = [config for config in missing if config not in group]
   asked = others + group[:1]
-  assert next_group(asked, BASE, plan.workdir, 4, 2) != group  # nothing is saved of it
+  elsewhere = next_group(asked, BASE, plan.workdir / 'elsewhere', 4, 2)
+  assert next_group(asked, BASE, plan.workdir, 4, 2) == elsewhere != group  # nothing is saved of it
   params = init_params(GPT2(SMOKE.model), jax.random.key(0))
   for name, config in zip(names, group):
     write(home / 'members' / name / 'checkpoints', params, 1, training=config)
@@ -116,7 +117,7 @@ def test_results_say_what_was_put_in(plan):
   make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1, paid=1.25)
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
   found = results.study_results(STUDY, plan, references())
-  assert 'fine-tuned on N + 1, each arm with 8 seeds;' in page.page_of(found)
+  assert 'fine-tuned on N + 1 (seeds of each arm: 8);' in page.page_of(found)
   assert found['num_missing'] == 16  # of equal penalty, and without one
   assert found['references']['']['num_problems'] == PROBLEMS
   assert found['arms']['prioritized']['gain']['difference'][0] == 0.25
@@ -127,6 +128,7 @@ def test_results_say_what_was_put_in(plan):
   assert arm['figures']['episodes_to_target']['mean'][0] == pytest.approx(episodes)
   assert (arm['reached_target'], found['arms']['standard']['reached_target']) == (8, 0)
   assert arm['mean_weight'] == pytest.approx(0.8)
+  assert found['arms']['standard']['paid'] / arm['paid'] == pytest.approx(1.25 / 0.4)
   assert found['arms']['standard']['signatures'] == {'blind_detector': 8}
   row = next(row for row in found['contrasts'] if row['arm'] == MATCHED)
   assert row['against'] == 'prioritized'
