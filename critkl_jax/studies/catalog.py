@@ -9,7 +9,7 @@ from typing import Any
 
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 
-CORE_SEEDS, OTHER_SEEDS = 8, 3
+CORE_SEEDS, OTHER_SEEDS = 8, 4
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'

@@ -27,9 +27,9 @@ def test_arms_are_configs_and_contrasts_are_of_arms(study):
   assert (study.reads == 'ladder') == (study.rungs > 0)
 
 
-def test_the_core_has_eight_seeds_and_the_others_three():
+def test_the_core_has_eight_seeds_and_the_others_four():
   assert catalog.CORE == ('certainty_gap', 'prioritized_vs_standard', 'matched_weight', 'drift', 'ablation', 'exponent')
-  assert {study.num_seeds for study in STUDIES} == {3, 8}
+  assert {study.num_seeds for study in STUDIES} == {4, 8}
   assert catalog.STUDIES['exponent'].num_seeds == 8
 
 
