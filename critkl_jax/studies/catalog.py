@@ -13,7 +13,7 @@ CORE_SEEDS, OTHER_SEEDS = 8, 4
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
-HALF, UNCRITICAL = 'mask where the weight is below a half', 'the same, but for critical tokens'
+HALF, UNCRITICAL = 'mask where the weight is below a half', 'that mask, but for critical tokens'
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
