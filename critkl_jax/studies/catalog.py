@@ -153,7 +153,7 @@ _KNOWN = tuple(
     for kind in (STANDARD, PRIORITIZED))
 _LARGE_STEPS = tuple(
     dataclasses.replace(arm, label=f'{arm.label}, {factor} times the rate', times={'learning_rate': float(factor)})
-    for factor in (5, 20) for arm in (_PRIORITIZED, _STANDARD, _NONE))
+    for factor in (2, 5) for arm in (_PRIORITIZED, _STANDARD, _NONE))
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
 _SIZES = tuple(
     Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
