@@ -105,7 +105,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
 
 
 def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
-  """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them.
+  """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them; all hosts call it.
 
   Args:
     directory: made if needed.
