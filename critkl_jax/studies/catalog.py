@@ -149,7 +149,7 @@ _RELEASED_CODE = (
 )
 _KNOWN = tuple(
     Arm(f'{label}, {kind}', {'kl': kind}, pretraining=own)
-    for label, own in (*((f'N = {n}', {'known_digits': n}) for n in (2, 3, 4)), ('N of the preset', {}))
+    for label, own in (*((f'N = {n}', {'known_digits': n}) for n in (3, 4, 6)), ('N of the preset', {}))
     for kind in (STANDARD, PRIORITIZED))
 _LARGE_STEPS = tuple(
     dataclasses.replace(arm, label=f'{arm.label}, {factor} times the rate', times={'learning_rate': float(factor)})
@@ -223,8 +223,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           _ACCURACY | _CRITICAL | _WEIGHT, beside='overconfidence'),
     Study('ladder', 'beyond the paper',
           'How far does a model climb by reinforcement alone, where each result is the next reference?',
-          tuple(dataclasses.replace(arm, pretraining={'known_digits': 3}) for arm in (_PRIORITIZED, _STANDARD, _NONE)),
-          ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)), reads='ladder', rungs=5),
+          (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
+          note='After three rungs the context of the model is full (preset tiny, 768 tokens, 8 digits).',
+          reads='ladder', rungs=3),
     Study('large_steps', 'beyond the paper', 'What does a penalty protect when steps are large?',
           _LARGE_STEPS, tuple((one.label, two.label) for a, b, c in (_LARGE_STEPS[:3], _LARGE_STEPS[3:])
                               for one, two in ((a, b), (a, c), (c, b))),

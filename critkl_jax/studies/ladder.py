@@ -91,8 +91,8 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     kept: of the `top` of each climb, by the name of its run, rows of `evaluate.accuracy_table`.
 
   Returns:
-    `question`, `counterpart`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of each label
-    its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
+    `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of
+    each label its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
     `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
     `digits`, `accuracy` and `accuracy_known`; `contrasts`, with the paired `difference` in digits.
   """
@@ -124,5 +124,5 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       pair = [np.array([reached[label][seed] for seed in seeds], float) for label in (one, two)]
       contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair)})
   return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
-          'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)), 'arms': arms,
-          'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
+          'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)),
+          'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}

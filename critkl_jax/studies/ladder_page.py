@@ -64,7 +64,8 @@ def _ladder_page(results):
       f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
       'A rung is a run of fine-tuning; its result is the reference of the next one if it answers at least half of the '
       f'problems that were new to it; {results["rungs"]} rungs are the most. What is still known is that of the '
-      "highest rung reached. Intervals are 95 % bootstrap over seeds, widened by Student's quantile.", '', *missing,
+      "highest rung reached. Intervals are 95 % bootstrap over seeds, widened by Student's quantile.", '',
+      results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',
                'digits: accuracy (%) of each rung, climb by climb'], rows), '', *picture,
