@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from critkl_jax import checkpoint
-from critkl_jax.config import PRETRAIN_PRESETS, GPT2Config
+from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.presets import PRETRAIN_PRESETS
 
 
 def load(preset: str, **changes: Any) -> tuple[GPT2Config, Any, int]:

@@ -21,9 +21,10 @@ from absl import flags
 
 from benchmarks import timing
 from critkl_jax import checkpoint, population, sharding
-from critkl_jax.config import FINETUNE_PRESETS, replace
+from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.train_step import make_train_step
 from experiments.flags import run

@@ -26,8 +26,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import models, timing
 from critkl_jax import initial_state, train_step
-from critkl_jax.config import PRETRAIN_PRESETS, FinetuneConfig
+from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2, forward_flops
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task

@@ -18,9 +18,10 @@ from absl import flags
 from jax.sharding import Mesh
 
 from critkl_jax import population, sharding
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, replace
+from critkl_jax.config import FinetuneConfig, replace
 from critkl_jax.footprint import Footprint, footprint, needed_flops, num_parameters
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
 from experiments import targets
 from experiments.flags import define_config, read_config, run

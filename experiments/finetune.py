@@ -16,8 +16,9 @@ from absl import flags
 
 from critkl_jax import checkpoint, evaluate, hosts, runner, sharding
 from critkl_jax.analysis.curves import plot_learning_curves
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
+from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import make_train_step
 from experiments.flags import define_config, define_devices, read_config, read_mesh, run

@@ -11,9 +11,10 @@ import pathlib
 from absl import flags
 
 from critkl_jax import hosts, runner
-from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig
+from critkl_jax.config import PretrainConfig
 from critkl_jax.evaluate import accuracy_table
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 from experiments.flags import define_config, define_devices, read_config, read_mesh, run

@@ -21,7 +21,8 @@ from absl import flags
 
 from critkl_jax import checkpoint, runner
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig, flat_values
+from critkl_jax.config import FinetuneConfig, flat_values
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
 from critkl_jax.studies.certainty import overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan

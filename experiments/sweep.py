@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import paired_difference
-from critkl_jax.config import FINETUNE_PRESETS, FinetuneConfig
+from critkl_jax.config import FinetuneConfig
+from critkl_jax.presets import FINETUNE_PRESETS
 from experiments.flags import define_config, define_devices, read_config, run, take_cores
 from experiments.reference import keep_reference, load_ensemble, model_and_task, tested_before
 from experiments.tables import study_rows

@@ -3,8 +3,9 @@
 import jax
 
 from critkl_jax import checkpoint
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
+from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 SMOKE = PRETRAIN_PRESETS['smoke']
 

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from critkl_jax import checkpoint
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import init_finetuning
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 MODEL = PRETRAIN_PRESETS['smoke'].model
 INFO = checkpoint.CheckpointInfo(model=MODEL, known_digits=1, training=FINETUNE_PRESETS['smoke'])

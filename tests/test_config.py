@@ -4,7 +4,8 @@ import json
 import pytest
 
 from critkl_jax import config as config_lib
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
+from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig, PretrainConfig
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 ALL = {**{f'pretrain {k}': v for k, v in PRETRAIN_PRESETS.items()},
        **{f'finetune {k}': v for k, v in FINETUNE_PRESETS.items()}}

@@ -4,9 +4,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from critkl_jax import population, sharding
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, GPT2Config, replace
+from critkl_jax.config import GPT2Config, replace
 from critkl_jax.footprint import Collective, collectives, footprint, num_parameters, state_shapes
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
 
 CONFIG = replace(FINETUNE_PRESETS['smoke'], episodes=8, minibatches=1, rollout='cached')

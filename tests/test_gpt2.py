@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from critkl_jax.config import PRETRAIN_PRESETS, GPT2Config
+from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, stacked
+from critkl_jax.presets import PRETRAIN_PRESETS
 
 
 def tokens_of(model, batch_size=3, length=10, seed=5):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax.config import PRETRAIN_PRESETS, GPT2Config
+from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.tasks.addition import pretraining_task, prompt_length, solution_length
 

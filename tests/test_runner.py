@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from critkl_jax import checkpoint, runner, signatures
-from critkl_jax.config import FINETUNE_PRESETS, PRETRAIN_PRESETS, replace
+from critkl_jax.config import replace
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
 
 CONFIG = FINETUNE_PRESETS['smoke']

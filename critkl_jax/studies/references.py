@@ -7,7 +7,8 @@ from typing import Any
 
 from critkl_jax import checkpoint
 from critkl_jax.checkpoint import Checkpoint, CheckpointError
-from critkl_jax.config import PRETRAIN_PRESETS, PretrainConfig, replace
+from critkl_jax.config import PretrainConfig, replace
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
 
 SHIPPED_PRESET = 'tiny'  # that of the reference in the package; of its checkpoints the one of step 2200 was taken

@@ -5,7 +5,7 @@ import json
 from processes import refused, run
 
 from critkl_jax import checkpoint
-from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies.records import read_record
 
 

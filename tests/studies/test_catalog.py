@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, references
 from critkl_jax.studies.records import run_name
 

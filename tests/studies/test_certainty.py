@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from critkl_jax.analysis.reading import CERTAINTIES
-from critkl_jax.config import FINETUNE_PRESETS
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, certainty_page, files
 from critkl_jax.studies.certainty import (
     certainty_results,

@@ -9,8 +9,8 @@ from checkpoints import SMOKE, noisy, write
 
 from critkl_jax import checkpoint
 from critkl_jax.checkpoint import CheckpointError
-from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, ladder, ladder_page
 from critkl_jax.studies.advance import record_path, run_path
 from critkl_jax.studies.plan import Plan

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from critkl_jax.config import FINETUNE_PRESETS, replace
+from critkl_jax.config import replace
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies.records import Record, RecordError, read_record, run_name, write_record
 
 BASE = FINETUNE_PRESETS['smoke']

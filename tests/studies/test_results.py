@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from checkpoints import SMOKE, write
 
-from critkl_jax.config import FINETUNE_PRESETS
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, page, results
 from critkl_jax.studies.advance import next_group, record_path
 from critkl_jax.studies.plan import Plan
