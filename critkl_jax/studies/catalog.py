@@ -156,14 +156,14 @@ _LARGE_STEPS = tuple(
     for factor in (2, 5) for arm in (_PRIORITIZED, _STANDARD, _NONE))
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
 _SIZES = tuple(
-    Arm(f'width {width}, {label}', changes, pretraining={'known_digits': 3} | own)
+    Arm(f'width {width}, {label}', changes, pretraining=own)
     for width, own in ((64, {'width': 64, 'num_heads': 2}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
     for label, changes in ((PRIORITIZED, {}), (STANDARD, {'kl': 'standard'})))
-_TWINS = tuple({'known_digits': 3, 'seed': seed} for seed in (1, 2))
+_TWINS = tuple({'seed': seed} for seed in (1, 2))
 _OVERCONFIDENCE = (
-    Arm('certainty of the reference', pretraining={'known_digits': 3}),
-    Arm('certainty of three references', pretraining={'known_digits': 3}, ensemble=_TWINS),
-    Arm(STANDARD, {'kl': 'standard'}, pretraining={'known_digits': 3}),
+    Arm('certainty of the reference'),
+    Arm('certainty of three references', ensemble=_TWINS),
+    _STANDARD,
 )
 
 STUDIES: dict[str, Study] = {study.name: study for study in (
