@@ -24,7 +24,7 @@ from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
-from critkl_jax.studies.certainty import overconfidence
+from critkl_jax.studies.certainty import certainty_results, overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
@@ -144,8 +144,24 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
     readings = [read_tokens(own, other, digits=[own.info.known_digits + plan.base.extra_digits], responses='sampled',
                             num_problems=len(plan.seeds(study)) * GENERATIONS, seed=plan.base.seed)
                 for other in (own, *others)]
-    runner.write_text(file, json.dumps(overconfidence(readings), indent=1) + '\n')
+    files.write_json(file, overconfidence(readings))
   return json.loads(file.read_text())
+
+
+def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
+  """Returns what references know by number of digits, and what their generations say of their certainty; read once."""
+  levels, certainty, num_sets = {}, {}, len(plan.seeds(study))
+  for name in names:
+    load = functools.partial(reference_of, name, plan)
+    levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
+    file = plan.workdir / 'references' / f'{name or "base"}.certainty.json'
+    if not file.is_file():
+      known = load().info.known_digits
+      tokens = read_tokens(load(), digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
+                           responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
+      files.write_json(file, {'known_digits': known, **certainty_results(tokens, num_sets)})
+    certainty[name] = json.loads(file.read_text())
+  return {'levels': levels, 'certainty': certainty}
 
 
 def report(study: catalog.Study, plan: Plan) -> None:
@@ -156,8 +172,7 @@ def report(study: catalog.Study, plan: Plan) -> None:
              for name, load in loads.items()}
   results = study_results(study, plan, records)
   if study.beside == 'levels':
-    results['levels'] = {name: advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
-                         for name, load in loads.items()}
+    results |= read_levels(study, plan, names)
   if study.beside == 'overconfidence' and names:
     results['overconfidence'] = read_overconfidence(study, plan)
   home = page.write_study(study, plan, results)

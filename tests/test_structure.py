@@ -23,7 +23,7 @@ ORDER = [
     'analysis.charts', 'analysis.comparison', 'analysis.page',
     *(f'studies.{name}' for name in (
         'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'ladder', 'certainty', 'results', 'files',
-        'page', 'certainty_page', 'ladder_page')),
+        'references_page', 'page', 'certainty_page', 'ladder_page')),
 ]
 
 

@@ -54,8 +54,8 @@ class Study:
     panels: metrics over the iterations that are drawn, with their labels.
     num_seeds: seeds of each arm.
     judged: the figures by which its sentences judge a contrast.
-    beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits, or
-      `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
+    beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits and their
+      certainty, or `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
     note: what a reader must know of the arms.
     reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
     rungs: of a ladder, at most.

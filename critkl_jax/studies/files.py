@@ -10,15 +10,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from critkl_jax import runner
+
 
 def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-  """Writes results.json, where NaN becomes null, and results.csv, a row for each run."""
-  (home / 'results.json').write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + '\n')
+  """Writes results.json, and results.csv, a row for each run."""
+  write_json(home / 'results.json', results)
   file = io.StringIO()
   writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
   (home / 'results.csv').write_text(file.getvalue())
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes nested values, numbers with six digits and null for those that are not finite."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  runner.write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + '\n')
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,8 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.signatures import MEANING
 from critkl_jax.studies.catalog import Study
-from critkl_jax.studies.files import interval_text, table, write_files
+from critkl_jax.studies.files import table, write_files
 from critkl_jax.studies.plan import Plan
+from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines
 from critkl_jax.studies.results import FIGURES, TARGET
 
 DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
@@ -70,9 +71,12 @@ def page_of(results: dict[str, Any]) -> str:
   if not results['arms']:
     return '\n'.join(lines)
   if results.get('levels'):
-    lines += ['## What the references know', '', *_levels_table(results['levels']), '']
+    lines += ['## What the references know', '', *levels_lines(results['levels']), '']
+  if results.get('certainty'):
+    lines += ['## Where the references are unsure', '',
+              *certainty_lines(results['certainty'], results['extra_digits']), '']
   if 'overconfidence' in results:
-    lines += ['## How often references are sure and wrong', '', *_overconfidence(results['overconfidence']), '']
+    lines += ['## How often references are sure and wrong', '', *overconfidence_lines(results['overconfidence']), '']
   lines += ['## What the runs say', '', *(f'- {sentence}' for sentence in verdicts(results)), '',
             *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
@@ -110,27 +114,6 @@ def _arms_table(results):
            'mean gain over the reference (greedy)', f'reached {100 * TARGET:.0f} % of sampled answers',
            'mean weight', 'paid for a nat of KL']
   return table(heads, rows)
-
-
-def _levels_table(levels):
-  """Formats tables 4 and 5 of the paper: a row for each reference, operands of identical and of varying length."""
-  most = max(len(rows) for rows in levels.values()) // 2
-  cells = []
-  for name, rows in levels.items():
-    by_length = {}
-    for row in rows:
-      by_length.setdefault(row['digits'], []).append(_cell('greedy', (row['accuracy'], row['low'], row['high'])))
-    cells.append([name or 'base', str(min(by_length)), *(' / '.join(own) for own in by_length.values())])
-  heads = ['reference', 'N', *('at N' if k == 0 else f'N+{k}' for k in range(most))]
-  return table(heads, [row + [''] * (len(heads) - len(row)) for row in cells])
-
-
-def _overconfidence(found):
-  names = ['the reference', *(f'another one, {i}' for i in range(1, len(found['references'])))]
-  return [f'Of {found["critical_tokens"]} critical tokens in generations of the reference, those at which more than '
-          '0.9 goes to a wrong token:', '', *table(['', 'share (%)'], [
-              *([name, interval_text(value, '.2f', 100)] for name, value in zip(names, found['references'])),
-              ['the mean of all', interval_text(found['together'], '.2f', 100)]])]
 
 
 def _contrasts_table(results):

@@ -1,0 +1,68 @@
+"""What pages of studies say of references: how many digits they know, and where they are sure and unsure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from critkl_jax.studies.certainty import PAPER_GAPS
+from critkl_jax.studies.files import interval_text, table
+
+# Tables 4 and 5 of arXiv 2502.06533: N -> accuracy in percent at N, N+1, ..., operands of identical / varying length.
+PAPER_LEVELS = {
+    7: ('98.9 / 100.0', '48.8 / 69.0', '0 / 0', '0 / 0'),
+    9: ('96.4 / 97.0', '78.9 / 89.4', '0.5 / 6.9', '0 / 0'),
+    11: ('91.2 / 94.4', '75.1 / 87.0', '30.7 / 53.7', '0.2 / 7.3'),
+    13: ('93.0 / 95.6', '88.9 / 92.5', '67.7 / 84.7', '20.4 / 51.8'),
+}
+
+
+def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+  """Formats tables 4 and 5 of the paper, theirs below ours.
+
+  Args:
+    levels: of each reference rows of `evaluate.accuracy_table`.
+  """
+  cells, most = [], 4
+  for name, rows in levels.items():
+    by_length = {}
+    for row in rows:
+      by_length.setdefault(row['digits'], []).append(
+          interval_text((row['accuracy'], row['low'], row['high']), '.1f', 100))
+    most = max(most, len(by_length))
+    cells.append((min(by_length), [name or 'base', str(min(by_length)), *(' / '.join(x) for x in by_length.values())]))
+  rows = [row for _, row in sorted(cells)] + [['the paper', str(n), *row] for n, row in PAPER_LEVELS.items()]
+  heads = ['reference', 'N', *('at N' if k == 0 else f'N+{k}' for k in range(most))]
+  return ['Greedy accuracy in percent, operands of identical / of varying length; no entry where the context is too '
+          'short.', '', *table(heads, [row + [''] * (len(heads) - len(row)) for row in rows])]
+
+
+def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra_digits: int) -> list[str]:
+  """Formats table 1 of the paper, theirs below ours.
+
+  Args:
+    certainty: of each reference `certainty.certainty_results`, and `known_digits`.
+    extra_digits: k.
+  """
+  rows = []
+  for name, one in sorted(certainty.items(), key=lambda item: item[1]['known_digits']):
+    found, first = one['kinds']['negentropy'], one['first_wrong']
+    rows.append([
+        name or 'base', str(one['known_digits']), interval_text(found['gap'], '+.3f'),
+        'none' if found['gap'] is None else f'{found["gap_deviation"]:.3f}', f'{found["lowest_other"]:.4f}',
+        str(one['critical_tokens']), interval_text(found['detector']['auroc'], '.3f'),
+        f'{100 * one["certain_and_wrong"]:.1f}', f'{first["generations"] if first else 0} of {one["generations"]}',
+        interval_text(first['critical'], '.0f', 100) if first else 'none'])
+  rows += [['the paper', str(n), f'{mean:+.2f}', f'{deviation:.2f}'] for n, (mean, deviation) in PAPER_GAPS.items()]
+  heads = ['reference', 'N', 'certainty at critical tokens minus elsewhere', 'deviation between generations',
+           'lowest elsewhere', 'critical tokens', 'AUROC of 1 - certainty, critical tokens',
+           'sure of a wrong critical token (%)', 'generations with a wrong token', 'first one critical (%)']
+  return [f'Generations of each on N + {extra_digits} digits, tokens up to the first wrong one; certainty is the '
+          'negentropy.', '', *table(heads, [row + [''] * (len(heads) - len(row)) for row in rows])]
+
+
+def overconfidence_lines(found: Mapping[str, Any]) -> list[str]:
+  """Formats what `certainty.overconfidence` found."""
+  names = ['the reference', *(f'another one, {i}' for i in range(1, len(found['references'])))]
+  return [f'Of {found["critical_tokens"]} critical tokens in generations of the reference, those at which more than '
+          '0.9 goes to a wrong token:', '', *table(['', 'share (%)'], [
+              *([name, interval_text(value, '.2f', 100)] for name, value in zip(names, found['references'])),
+              ['the mean of all', interval_text(found['together'], '.2f', 100)]])]
