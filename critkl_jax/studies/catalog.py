@@ -4,6 +4,7 @@ An arm is a config up to the seed. Runs are named by their configs, so that arms
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,7 +81,8 @@ _CRITICAL = {'probe_critical_probability': 'probability of the right critical to
 _DRIFT = {'probe_kl_critical': 'KL at critical tokens of right solutions', 'probe_kl_other':
           'KL at other tokens of right solutions, N+1', 'probe_kl_known': 'KL at tokens of right solutions, N'}
 _WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
-_STANDARD, _NONE, _PRIORITIZED = Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}), Arm(PRIORITIZED)
+_THREE = _PRIORITIZED, _STANDARD, _NONE = (
+    Arm(PRIORITIZED), Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}))
 
 
 def _exponent(value):
@@ -89,6 +91,19 @@ def _exponent(value):
 
 def _each_against(arms, baseline):
   return tuple((arm.label, baseline) for arm in arms if arm.label != baseline)
+
+
+def _three(condition, **how):
+  """Returns an arm of each penalty under a condition."""
+  return tuple(dataclasses.replace(arm, label=f'{arm.label}, {condition}', **how)
+               for arm in _THREE)
+
+
+def _penalties(name, counterpart, question, conditions, panels, **options):
+  """Returns a study that compares the three penalties with one another under each of some conditions."""
+  contrasts = tuple((one.label, two.label) for prioritized, standard, none in conditions
+                    for one, two in ((prioritized, standard), (prioritized, none), (none, standard)))
+  return Study(name, counterpart, question, tuple(itertools.chain(*conditions)), contrasts, panels, **options)
 
 
 def _study(name, counterpart, question, arms, baseline, panels, further=(), **options):
@@ -147,18 +162,11 @@ _RELEASED_CODE = (
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
-_KNOWN = tuple(
-    Arm(f'{label}, {kind}', {'kl': kind}, pretraining=own)
-    for label, own in (*((f'N = {n}', {'known_digits': n}) for n in (3, 4, 6)), ('N of the preset', {}))
-    for kind in (STANDARD, PRIORITIZED))
-_LARGE_STEPS = tuple(
-    dataclasses.replace(arm, label=f'{arm.label}, {factor} times the rate', times={'learning_rate': float(factor)})
-    for factor in (2, 5) for arm in (_PRIORITIZED, _STANDARD, _NONE))
+_LEVELS = [_three(f'N = {n}', pretraining={'known_digits': n}) for n in (3, 4, 6)] + [_three('N of the preset')]
+_LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
-_SIZES = tuple(
-    Arm(f'width {width}, {label}', changes, pretraining=own)
-    for width, own in ((64, {'width': 64, 'num_heads': 2}), (128, {}), (192, {'width': 192, 'num_heads': 3}))
-    for label, changes in ((PRIORITIZED, {}), (STANDARD, {'kl': 'standard'})))
+_SIZES = [_three(f'width {own.get("width", 128)}', pretraining=own)
+          for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
 _TWINS = tuple({'seed': seed} for seed in (1, 2))
 _OVERCONFIDENCE = (
     Arm('certainty of the reference'),
@@ -170,22 +178,20 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     Study('certainty_gap', 'table 1 and figure 5',
           'Is the reference less certain at critical tokens, and does certainty find them?',
           num_seeds=CORE_SEEDS, reads='tokens'),
-    Study('prioritized_vs_standard', 'figures 4 and 7',
-          'Does the prioritized penalty let the policy learn what the standard one does not?',
-          (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
-          _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'}, CORE_SEEDS,
-          ('greedy', 'area')),
+    _penalties('prioritized_vs_standard', 'figures 4 and 7',
+               'Does the prioritized penalty let the policy learn what the standard one does not?', [_THREE],
+               _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'},
+               num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
            (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, matches=PRIORITIZED),
             Arm(UNIFORM_PENALTY, {'kl': 'standard'}, matches=PRIORITIZED, by='penalty'), _STANDARD, _NONE),
            PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, ((UNIFORM_WEIGHT, STANDARD), (UNIFORM_PENALTY, STANDARD)),
            num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
-    Study('drift', "the third experiment of the paper's summary",
-          'How far does the policy move from the reference, where, and what does it keep?',
-          (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
-          _DRIFT | {'kl': "KL at the policy's own tokens, N+1 (nats)"}, CORE_SEEDS,
-          ('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
+    _penalties('drift', "the third experiment of the paper's summary",
+               'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
+               _DRIFT | {'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
+               judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
@@ -207,30 +213,25 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
-    Study('pretraining_levels', 'tables 4 and 5, figures 2 and 3',
-          'What does a reference know beyond its N digits, and what does reinforcement make of it?',
-          _KNOWN, tuple((one.label, two.label) for two, one in zip(_KNOWN[::2], _KNOWN[1::2])),
-          _ACCURACY | _CRITICAL, beside='levels',
-          note='The reference in the package (preset tiny, N = 5) is the checkpoint of step 2200 of 2400, taken for '
-               'its accuracy on N + 1; the others are at the end of theirs.'),
-    Study('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
-          _SIZES, tuple((f'width {width}, {PRIORITIZED}', f'width {width}, {STANDARD}') for width in (64, 128, 192)),
-          _ACCURACY | _CRITICAL),
+    _penalties('pretraining_levels', 'tables 1, 4 and 5, figures 2 and 3',
+               'What does a reference know beyond its N digits, and what does reinforcement make of it?', _LEVELS,
+               _ACCURACY | _CRITICAL, beside='levels',
+               note='The reference in the package (preset tiny, N = 5) is the checkpoint of step 2200 of 2400, taken '
+                    'for its accuracy on N + 1; the others are at the end of theirs.'),
+    _penalties('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
+               _SIZES, _ACCURACY | _CRITICAL),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
                             ('certainty of the reference', STANDARD), ('certainty of three references', STANDARD)),
           _ACCURACY | _CRITICAL | _WEIGHT, beside='overconfidence'),
-    Study('ladder', 'beyond the paper',
-          'How far does a model climb by reinforcement alone, where each result is the next reference?',
-          (_PRIORITIZED, _STANDARD, _NONE), ((PRIORITIZED, STANDARD), (PRIORITIZED, NONE), (NONE, STANDARD)),
-          note='After three rungs the context of the model is full (preset tiny, 768 tokens, 8 digits).',
-          reads='ladder', rungs=3),
-    Study('large_steps', 'beyond the paper', 'What does a penalty protect when steps are large?',
-          _LARGE_STEPS, tuple((one.label, two.label) for a, b, c in (_LARGE_STEPS[:3], _LARGE_STEPS[3:])
-                              for one, two in ((a, b), (a, c), (c, b))),
-          _ACCURACY | _DRIFT | {'format_errors': 'responses that are not well formed'},
-          judged=('greedy', 'greedy_known', 'kl_other')),
+    _penalties('ladder', 'beyond the paper',
+               'How far does a model climb by reinforcement alone, where each result is the next reference?', [_THREE],
+               panels={}, reads='ladder', rungs=3,
+               note='After three rungs the context of the model is full (preset tiny, 768 tokens, 8 digits).'),
+    _penalties('large_steps', 'beyond the paper', 'What does a penalty protect when steps are large?', _LARGE_STEPS,
+               _ACCURACY | _DRIFT | {'format_errors': 'responses that are not well formed'},
+               judged=('greedy', 'greedy_known', 'kl_other')),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
                            ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL,
