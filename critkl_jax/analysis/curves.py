@@ -40,7 +40,7 @@ def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.P
 
 
 def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: str | pathlib.Path, title: str,
-               panels: dict[str, str] | None = None) -> None:
+               panels: dict[str, str] | None = None, conditions: dict[str, str] | None = None) -> None:
   """Draws the mean curve of each group of runs with a band, the bootstrap 95% interval of the mean, into a PNG.
 
   Args:
@@ -48,21 +48,29 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
     path: file to write.
     title: stands above the panels.
     panels: as in `plot_learning_curves`.
+    conditions: label -> the condition of a group: each has a row of panels of its own, where its groups have the same
+      colours in turn; all in one row if None. Labels that end in `, CONDITION` are shown without it.
   """
   rows = [row for runs in groups.values() for run in runs for row in run]
   panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
-  figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.6), layout='constrained')
-  for number, (name, label) in enumerate(panels.items(), start=1):
-    axis = figure.add_subplot(1, len(panels), number)
-    for group, runs in groups.items():
-      mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
-      steps = [row['step'] for row in runs[0]]
-      line, = axis.plot(steps, mean, linewidth=1.6, label=group)
-      axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-    _dress(axis, name, label)
+  alike, places, handles = {}, {}, {}
+  for group in groups:
+    condition = (conditions or {}).get(group, '')
+    short = group.removesuffix(f', {condition}')
+    alike.setdefault(condition, {})[short] = groups[group]
+    places.setdefault(short, len(places))
+  figure = Figure(figsize=(4.2 * max(len(panels), 1), 0.6 + 3.0 * len(alike)), layout='constrained')
+  for place, (condition, own) in enumerate(alike.items()):
+    for number, (name, label) in enumerate(panels.items(), start=1):
+      axis = figure.add_subplot(len(alike), len(panels), place * len(panels) + number)
+      for short, runs in own.items():
+        mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
+        steps = [row['step'] for row in runs[0]]
+        handles[short], = axis.plot(steps, mean, linewidth=1.6, color=f'C{places[short]}')
+        axis.fill_between(steps, low, high, color=f'C{places[short]}', alpha=0.18, linewidth=0)
+      _dress(axis, name, f'{condition}: {label}' if condition else label)
   if panels and len(groups) > 1:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(groups), 4), fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4), fontsize=9)
   figure.suptitle(title, fontsize=11)
   figure.savefig(path, dpi=150)
 

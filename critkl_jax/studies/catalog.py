@@ -31,6 +31,7 @@ class Arm:
       penalty that is paid for the same KL, as `matched_scale` says.
     pretraining: field -> value, where its reference's pre-training differs from the preset's.
     ensemble: the same of further references, whose mean distribution with the reference's gives the certainty.
+    condition: what it has in common with some other arms, at the end of its label; each has pictures of its own.
   """
 
   label: str
@@ -40,6 +41,7 @@ class Arm:
   by: str = 'weight'
   pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ensemble: tuple[Mapping[str, Any], ...] = ()
+  condition: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _each_against(arms, baseline):
 
 def _three(condition, **how):
   """Returns an arm of each penalty under a condition."""
-  return tuple(dataclasses.replace(arm, label=f'{arm.label}, {condition}', **how)
+  return tuple(dataclasses.replace(arm, label=f'{arm.label}, {condition}', condition=condition, **how)
                for arm in _THREE)
 
 
@@ -162,7 +164,8 @@ _RELEASED_CODE = (
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
-_LEVELS = [_three(f'N = {n}', pretraining={'known_digits': n}) for n in (3, 4, 6)] + [_three('N of the preset')]
+_LEVELS = [_three(f'N = {n}' if n else 'N of the preset', pretraining={'known_digits': n} if n else {})
+           for n in (3, 4, None, 6)]
 _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
 _SIZES = [_three(f'width {own.get("width", 128)}', pretraining=own)

@@ -30,7 +30,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
     records = {label: list(own.values()) for label, own in plan.records(study).items() if own}
     panels = {name: label.replace('N+1', f'N+{results["extra_digits"]}') for name, label in study.panels.items()}
     plot_study({label: [one.metrics for one in own] for label, own in records.items()}, home / 'curves.png',
-               _title(results), panels)
+               _title(results), panels, {arm.label: arm.condition for arm in study.arms})
     plot_arms(results, home / 'arms.png')
   (home / 'README.md').write_text(page_of(results))
   return home

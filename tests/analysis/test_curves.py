@@ -1,6 +1,7 @@
 from matplotlib import image
+from matplotlib.figure import Figure
 
-from critkl_jax.analysis.curves import plot_learning_curves
+from critkl_jax.analysis.curves import plot_learning_curves, plot_study
 
 
 def test_a_panel_for_each_metric_that_is_there(tmp_path):
@@ -16,3 +17,20 @@ def test_a_panel_for_each_metric_that_is_there(tmp_path):
 def test_no_metrics_make_an_empty_picture(tmp_path):
   plot_learning_curves([], tmp_path / 'empty.png', 'nothing yet')
   assert (tmp_path / 'empty.png').stat().st_size > 0
+
+
+def test_groups_of_a_condition_have_panels_of_their_own_and_the_same_colours(tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: figures.append(self))
+  runs = [[{'step': step, 'accuracy': 0.1 * step} for step in (1, 2, 3)] for _ in range(2)]
+  groups = {'a, few': runs, 'b, few': runs, 'b, many': runs, 'other': runs}
+  plot_study(groups, tmp_path / 'x.png', 'title', conditions={'a, few': 'few', 'b, few': 'few', 'b, many': 'many'})
+  axes = figures[0].axes
+  assert [axis.get_title() for axis in axes] == [
+      'few: accuracy of the rollouts', 'many: accuracy of the rollouts', 'accuracy of the rollouts']
+  colours = [[line.get_color() for line in axis.get_lines()] for axis in axes]
+  assert colours == [['C0', 'C1'], ['C1'], ['C2']]
+  assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ['a', 'b', 'other']
+  plot_study(groups, tmp_path / 'x.png', 'title')
+  assert len(figures[1].axes) == 1
+  assert [text.get_text() for text in figures[1].legends[0].get_texts()] == list(groups)
