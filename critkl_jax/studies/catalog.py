@@ -218,11 +218,11 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
     _penalties('pretraining_levels', 'tables 1, 4 and 5, figures 2 and 3',
                'What does a reference know beyond its N digits, and what does reinforcement make of it?', _LEVELS,
-               _ACCURACY | _CRITICAL, beside='levels',
+               _ACCURACY | _CRITICAL, judged=('greedy', 'area'), beside='levels',
                note='The reference in the package (preset tiny, N = 5) is the checkpoint of step 2200 of 2400, taken '
                     'for its accuracy on N + 1; the others are at the end of theirs.'),
     _penalties('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
-               _SIZES, _ACCURACY | _CRITICAL),
+               _SIZES, _ACCURACY | _CRITICAL, judged=('greedy', 'area')),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
