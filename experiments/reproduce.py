@@ -50,7 +50,7 @@ def main() -> None:
   plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value)
   studies = chosen(STUDY.value)
   if LIST.value:
-    print(table_of(plan, list(catalog.STUDIES.values())))
+    print(table_of(plan, chosen(['all'])))
     return
   take_cores(MEMBERS.value)
   check_workdir(workdir, plan)
@@ -124,8 +124,9 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
   for arm in study.arms:
     for seed in plan.seeds(study):
       top = ladder.top(ladder.climb(plan, study, arm, seed))
-      if top is not None:
-        load = functools.partial(checkpoint.load_checkpoint, advance.run_path(plan.workdir, top.name))
+      home = top and advance.run_path(plan.workdir, top.name)
+      if top and (home.is_dir() or advance.levels_path(plan.workdir, top.name).is_file()):
+        load = functools.partial(checkpoint.load_checkpoint, home)
         kept[top.name] = advance.accuracy_by_digits(
             load, 1, top.known_digits + plan.base.extra_digits - 1, plan.workdir, PROBLEMS.value, top.name)
   results = ladder.ladder_results(plan, study, kept)
@@ -155,11 +156,12 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
     load = functools.partial(reference_of, name, plan)
     levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
     file = plan.workdir / 'references' / f'{name or "base"}.certainty.json'
-    if not file.is_file():
+    if not file.is_file() or json.loads(file.read_text())['sets'] != num_sets:
       known = load().info.known_digits
       tokens = read_tokens(load(), digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
                            responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
-      files.write_json(file, {'known_digits': known, **certainty_results(tokens, num_sets)})
+      files.write_json(file, {'known_digits': known, **certainty_results(tokens, num_sets),
+                              'about': advance.describe_machine()})
     certainty[name] = json.loads(file.read_text())
   return {'levels': levels, 'certainty': certainty}
 
@@ -188,7 +190,7 @@ def chosen(names: list[str]) -> list[catalog.Study]:
     some = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
     if some[0] not in catalog.STUDIES:
       sys.exit(f'error: --study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
-    found |= {one: catalog.STUDIES[one] for one in some}
+    found |= {one: references.suited(catalog.STUDIES[one], PRESET.value) for one in some}
   return list(found.values())
 
 
@@ -202,12 +204,11 @@ def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
     missing = len(ladder.missing_rungs(plan, study)) if study.reads == 'ladder' else plan.number_missing(study)
     minutes = '?' if seconds is None and missing else f'{missing * (seconds or 0) / 60:.0f}'
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
-  together = {run_name(config, plan.base) for study in studies for config in (
-      ladder.missing_rungs(plan, study) if study.reads == 'ladder' else plan.missing([study]))}
-  names = {name for study in studies for arm in study.arms for changes in (arm.pretraining, *arm.ensemble)
-           if (name := catalog.reference_name(changes)) or PRESET.value != references.SHIPPED_PRESET}
+  together = all_missing(plan, studies)
+  names = {name for config in together for name in (config.reference, *config.ensemble_paths)
+           if name in catalog.all_references() and (name or PRESET.value != references.SHIPPED_PRESET)}
   untrained = [name for name in names if not (references.references_path(plan.workdir, name) / 'reference').is_dir()]
-  lines.append(f'{len(untrained)} references are still to be pre-trained, which is not in these minutes.')
+  lines.append(f'{len(untrained)} references are to be pre-trained for them first, which is not in these minutes.')
   lines.append(f'{len(together)} runs can be made now: studies share theirs, of a climb it is the next rung. ' + (
       f'Minutes as the runs in {plan.workdir} took.' if measured else
       'Minutes on two CPU cores.' if seconds else 'How long one takes is known when the first is there.'))

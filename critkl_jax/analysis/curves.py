@@ -48,8 +48,8 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
     path: file to write.
     title: stands above the panels.
     panels: as in `plot_learning_curves`.
-    conditions: label -> the condition of a group: each has a row of panels of its own, where its groups have the same
-      colours in turn; all in one row if None. Labels that end in `, CONDITION` are shown without it.
+    conditions: label -> the condition of a group: each has a row of panels of its own; all in one row if None. Labels
+      that end in `, CONDITION` are shown without it, and those that are equal then have the same colour.
   """
   rows = [row for runs in groups.values() for run in runs for row in run]
   panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}

@@ -41,6 +41,11 @@ def run_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'working' / 'runs' / name
 
 
+def levels_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """Returns where the accuracy of a model by number of digits is kept."""
+  return workdir / 'references' / f'{name or "base"}.levels.json'
+
+
 def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir: pathlib.Path, most: int,
                num_devices: int) -> list[FinetuneConfig]:
   """Returns those of the missing runs that are to advance next, together.
@@ -121,7 +126,8 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
     records.append(Record(names[i], configs[i], known, rows, tests[i], own | about))
     _keep_params(workdir, infos[names[i]], names[i], params)
   for record in records:
-    write_record(record_path(workdir, record.name), record)
+    if not record_path(workdir, record.name).is_file():  # of a run that was made again for its parameters it is
+      write_record(record_path(workdir, record.name), record)
   shutil.rmtree(group)
   return records
 
@@ -171,7 +177,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
     num_problems: in a cell.
     name: of the model, `base` if empty.
   """
-  path = workdir / 'references' / f'{name or "base"}.levels.json'
+  path = levels_path(workdir, name)
   if path.is_file():
     return json.loads(path.read_text())
   policy = load()

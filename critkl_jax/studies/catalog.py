@@ -168,8 +168,10 @@ _LEVELS = [_three(f'N = {n}' if n else 'N of the preset', pretraining={'known_di
            for n in (3, 4, None, 6)]
 _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
-_SIZES = [_three(f'width {own.get("width", 128)}', pretraining=own)
+_SIZES = [_three(f'width {own["width"]}' if own else 'width of the preset', pretraining=own)
           for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
+_SHIPPED = ('The reference in the package (preset tiny: N = 5, width 128) is the checkpoint of step 2200 of 2400, '
+            'taken for its accuracy on N + 1; the others are at the end of theirs.')
 _TWINS = tuple({'seed': seed} for seed in (1, 2))
 _OVERCONFIDENCE = (
     Arm('certainty of the reference'),
@@ -219,15 +221,14 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _penalties('pretraining_levels', 'tables 1, 4 and 5, figures 2 and 3',
                'What does a reference know beyond its N digits, and what does reinforcement make of it?', _LEVELS,
                _ACCURACY | _CRITICAL, judged=('greedy', 'area'), beside='levels',
-               note='The reference in the package (preset tiny, N = 5) is the checkpoint of step 2200 of 2400, taken '
-                    'for its accuracy on N + 1; the others are at the end of theirs.'),
+               note=_SHIPPED),
     _penalties('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
-               _SIZES, _ACCURACY | _CRITICAL, judged=('greedy', 'area')),
+               _SIZES, _ACCURACY | _CRITICAL, judged=('greedy', 'area'), note=_SHIPPED),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
                             ('certainty of the reference', STANDARD), ('certainty of three references', STANDARD)),
-          _ACCURACY | _CRITICAL | _WEIGHT, beside='overconfidence'),
+          _ACCURACY | _CRITICAL | _WEIGHT, beside='overconfidence', note=_SHIPPED),
     _penalties('ladder', 'beyond the paper',
                'How far does a model climb by reinforcement alone, where each result is the next reference?', [_THREE],
                panels={}, reads='ladder', rungs=3,

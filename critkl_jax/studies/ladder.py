@@ -36,9 +36,27 @@ def climb(plan: Plan, study: Study, arm: Arm, seed: int) -> list[tuple[FinetuneC
 
 
 def missing_rungs(plan: Plan, study: Study) -> list[FinetuneConfig]:
-  """Returns the configs of the rungs that can be run now."""
-  last = [climb(plan, study, arm, seed)[-1] for seed in plan.seeds(study) for arm in study.arms]
-  return [config for config, record in last if record is None]
+  """Returns the config of the rung that each climb that is not at its end has to run now.
+
+  That is its next one, or the highest one below it from whose reference it can be run: records do without parameters,
+  and what is to be climbed from is made again where these are gone.
+  """
+  found = []
+  for seed in plan.seeds(study):
+    for arm in study.arms:
+      *below, (config, record) = climb(plan, study, arm, seed)
+      if record is not None:
+        continue
+      for lower, done in reversed(below):
+        if _has_reference(plan, config.reference) or run_path(plan.workdir, done.name).is_dir():
+          break
+        config = lower
+      found.append(config)
+  return found
+
+
+def _has_reference(plan, name):
+  return checkpoint.latest(references_path(plan.workdir, name) / 'reference') is not None
 
 
 def top(rungs: list[tuple[FinetuneConfig, Record | None]]) -> Record | None:
@@ -71,7 +89,7 @@ def _promote(plan, record, home):
     return
   source = run_path(plan.workdir, record.name)
   if not source.is_dir():
-    raise CheckpointError(f'{source}: the parameters of a rung are gone; remove its record, and it is run again.')
+    raise CheckpointError(f'{source}: the parameters of a rung are gone; it has to be run again.')
   own = checkpoint.load_checkpoint(source)
   info = CheckpointInfo(own.info.model, own.info.known_digits + plan.base.extra_digits, own.info.training)
   checkpoint.save_params(home, own.params, info, own.step)

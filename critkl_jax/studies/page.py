@@ -129,11 +129,16 @@ def _design(results):
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
-          'problems. Seeds vary fine-tuning alone: nothing here says how other references would do. '
+          f'problems. Seeds vary fine-tuning alone: {_number_of_references(results)}. '
           f'{_number_of_contrasts(results)} Learning curves, the area under them and the episodes to '
           f'{100 * TARGET:.0f} % are of sampled answers, those of the rollouts and of the last test; a run that never '
           'reaches it counts with all of its episodes. The probability of the right critical token is that before the '
           'last update.')
+
+
+def _number_of_references(results):
+  return ('each reference is one pre-training' if len(results['references']) > 1 else
+          'nothing here says how other references would do')
 
 
 def _seeds(results):

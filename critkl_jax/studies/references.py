@@ -1,6 +1,7 @@
 """The references of a study's runs: the one that comes with the package, or others, pre-trained where they are missing.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 from critkl_jax import checkpoint
 from critkl_jax.checkpoint import Checkpoint, CheckpointError
 from critkl_jax.config import PretrainConfig, replace
-from critkl_jax.presets import PRETRAIN_PRESETS
+from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
+from critkl_jax.studies.catalog import Study
+from critkl_jax.tasks.addition import plus_task
 
 SHIPPED_PRESET = 'tiny'  # that of the reference in the package; of its checkpoints the one of step 2200 was taken
 
@@ -26,6 +29,25 @@ def pretrain_config(preset: str, changes: Mapping[str, Any]) -> PretrainConfig:
     ValueError: if a change is not allowed.
   """
   return replace(PRETRAIN_PRESETS[preset], **changes)
+
+
+def suited(study: Study, preset: str) -> Study:
+  """Returns a study without the arms that make no sense at a preset, which its note names: those whose reference is
+  pre-trained as the preset's own is, and those whose N + k digits do not fit into the context."""
+  extra_digits, left_out = FINETUNE_PRESETS[preset].extra_digits, []
+  for arm in study.arms:
+    config = pretrain_config(preset, arm.pretraining)
+    task = plus_task(config.known_digits, extra_digits)
+    too_long = task.prompt_length + task.response_length > config.model.context_length
+    if arm.pretraining and (too_long or config == pretrain_config(preset, {})):
+      left_out.append(arm.label)
+  if not left_out:
+    return study
+  return dataclasses.replace(
+      study, arms=tuple(arm for arm in study.arms if arm.label not in left_out),
+      contrasts=tuple(pair for pair in study.contrasts if not set(pair) & set(left_out)),
+      note=f'{study.note} Left out at preset {preset}, whose own reference they have, or whose context is too short: '
+           f'{"; ".join(left_out)}.'.strip())
 
 
 def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: pathlib.Path) -> Checkpoint:

@@ -14,7 +14,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0', devices=None)
   assert '3 runs are left; the same command goes on with them.' in out
   assert 'certainty_gap: Is the reference less certain' in out
-  out = run('reproduce', *flags, '--study=drift,certainty_gap')
+  out = run('reproduce', *flags, '--study=drift,certainty_gap,pretraining_levels')
   assert 'certainty_gap: is there' in out
   assert '3 runs to make, 3 now: seed=0' in out
   records = {path.stem: read_record(path) for path in (tmp_path / 'runs').glob('*.json')}
@@ -40,6 +40,11 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
   assert results['num_missing'] == 0
   assert not list((tmp_path / 'working' / 'groups').iterdir())
+  page = (tmp_path / 'studies' / 'pretraining_levels' / 'README.md').read_text()  # of the same runs
+  assert 'Left out at preset smoke' in page
+  assert '| base | 1 | 0.0 [0.0, 0.0] / 0.0 [0.0, 0.0] |' in page
+  kept = json.loads((tmp_path / 'references' / 'base.certainty.json').read_text())
+  assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 64)
 
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
   assert line.split()[1:3] == ['8', '6']  # of its runs, two are there

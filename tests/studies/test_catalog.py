@@ -5,6 +5,7 @@ import pytest
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, references
 from critkl_jax.studies.records import run_name
+from critkl_jax.tasks.addition import plus_task
 
 STUDIES = list(catalog.STUDIES.values())
 
@@ -61,6 +62,32 @@ def test_a_factor_is_of_the_presets_number():
   for preset in ('tiny', 'paper'):
     base = FINETUNE_PRESETS[preset]
     assert catalog.arm_config(base, arm, 0).learning_rate == pytest.approx(5 * base.learning_rate)
+
+
+def test_conditions_end_the_labels():
+  found = {arm.condition for study in STUDIES for arm in study.arms if arm.condition}
+  assert {'N = 6', 'width of the preset', '5 times the rate'} < found
+  assert all(arm.label.endswith(f', {arm.condition}') for study in STUDIES for arm in study.arms if arm.condition)
+
+
+@pytest.mark.parametrize('preset', ['smoke', 'tiny', 'small', 'paper'])
+def test_at_any_preset_references_differ_and_have_room(preset):
+  left_out = {}
+  for study in STUDIES:
+    suited = references.suited(study, preset)
+    configs = {arm.condition: references.pretrain_config(preset, arm.pretraining) for arm in suited.arms}
+    assert all(one != two for one, two in itertools.combinations(
+        [config for condition, config in configs.items() if 'rate' not in condition], 2))
+    for config in configs.values():
+      task = plus_task(config.known_digits, 1)
+      assert task.prompt_length + task.response_length <= config.model.context_length
+    labels = {arm.label for arm in suited.arms}
+    assert suited.contrasts == tuple(pair for pair in study.contrasts if set(pair) <= labels)
+    left_out |= {arm.condition: study.name for arm in study.arms if arm.label not in labels}
+    assert (suited == study) == (len(suited.arms) == len(study.arms))
+    assert all(arm.label in suited.note for arm in study.arms if arm.label not in labels)
+  assert set(left_out) == {
+      'smoke': {'N = 3', 'N = 4', 'N = 6'}, 'tiny': set(), 'small': {'N = 6', 'width 192'}, 'paper': set()}[preset]
 
 
 def test_names_of_references():

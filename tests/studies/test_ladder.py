@@ -1,6 +1,7 @@
 """Climbs over records that were made up."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -35,9 +36,29 @@ def finish(plan, arm, seed, accuracy):
   number = len(ladder.climb(plan, STUDY, arm, seed))
   test = {'N': {'greedy': np.ones(100, bool)}, 'N+1': {'greedy': rewards}}
   about = {'seconds': 60.0, 'test_seconds': 0.0, 'commit': 'abc'}
-  record = Record(run_name(config, BASE), config, 2 + number, [], test, about)
+  record = Record(run_name(config, BASE), config, number, [], test, about)
   write_record(record_path(plan.workdir, record.name), record)
   return record
+
+
+def keep_params(plan, record):
+  params = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.1)
+  write(run_path(plan.workdir, record.name) / 'checkpoints', params, 2, training=record.config, known_digits=1)
+  return params
+
+
+def test_what_is_climbed_from_is_made_again_where_its_parameters_are_gone(plan):
+  first, second = finish(plan, PRIORITIZED, 0, 0.9), finish(plan, PRIORITIZED, 0, 0.8)
+  rungs = [config.reference for config, _ in ladder.climb(plan, STUDY, PRIORITIZED, 0)]
+  wanted = lambda: ladder.missing_rungs(plan, STUDY)[0].reference
+  assert wanted() == rungs[0] == ''
+  keep_params(plan, first)
+  assert wanted() == rungs[1]  # its reference can be made
+  ladder.promote(plan, STUDY, rungs[1])
+  shutil.rmtree(run_path(plan.workdir, first.name))
+  assert wanted() == rungs[1]  # it is there
+  keep_params(plan, second)
+  assert wanted() == rungs[2]
 
 
 def test_a_climb_goes_on_from_its_own_result_until_it_fails(plan):
@@ -64,12 +85,11 @@ def test_a_result_becomes_a_reference_that_knows_more(plan):
   ladder.promote(plan, STUDY, '')  # no rung's
   with pytest.raises(CheckpointError, match='the parameters of a rung are gone'):
     ladder.promote(plan, STUDY, 'ladder-prioritized-seed=0-rung=1')
-  params = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.1)
-  write(run_path(plan.workdir, record.name) / 'checkpoints', params, 2, training=record.config, known_digits=3)
+  params = keep_params(plan, record)
   for _ in range(2):  # the second time it is there
     ladder.promote(plan, STUDY, 'ladder-prioritized-seed=0-rung=1')
   found = checkpoint.load_checkpoint(references_path(plan.workdir, 'ladder-prioritized-seed=0-rung=1') / 'reference')
-  assert found.info.known_digits == 4
+  assert found.info.known_digits == 2
   np.testing.assert_array_equal(found.params['wte']['embedding'], params['wte']['embedding'])
 
 
@@ -79,11 +99,11 @@ def test_results_and_page(plan):
     finish(plan, PRIORITIZED, seed, 0.6 - 0.4 * seed)  # the second seed ends here
     finish(plan, STANDARD, seed, 0.1)
   kept = {ladder.climb(plan, STUDY, PRIORITIZED, 1)[0][1].name: [
-      {'digits': 1, 'accuracy': 1.0}, {'digits': 3, 'accuracy': 0.5}, {'digits': 4, 'accuracy': 0.0}]}
+      {'digits': 1, 'accuracy': 0.75}, {'digits': 2, 'accuracy': 0.0}]}
   found = ladder.ladder_results(plan, STUDY, kept)
   assert found['num_missing'] == 3  # one of the prioritized goes on, and those without a penalty are not begun
-  assert found['arms']['prioritized']['reached'][0] == pytest.approx((5 + 4) / 2)
-  assert found['arms']['standard']['reached'][0] == 3
+  assert found['arms']['prioritized']['reached'][0] == pytest.approx((3 + 2) / 2)
+  assert found['arms']['standard']['reached'][0] == 1
   assert found['arms']['prioritized']['retained'][0] == 0.75
   assert found['arms']['standard']['retained'] is None
   (row,) = found['contrasts']
@@ -97,6 +117,6 @@ def test_results_and_page(plan):
   home = ladder_page.write_ladder(STUDY, plan, found)
   text = (home / 'README.md').read_text()
   assert '3 climbs are not at their end' in text
-  assert '4: 90 5: 60; 4: 90 5: 20' in text
+  assert '2: 90 3: 60; 2: 90 3: 20' in text
   assert (home / 'climbs.png').read_bytes().startswith(b'\x89PNG')
   json.loads((home / 'results.json').read_text())
