@@ -68,7 +68,7 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
         steps = [row['step'] for row in runs[0]]
         handles[short], = axis.plot(steps, mean, linewidth=1.6, color=f'C{places[short]}')
         axis.fill_between(steps, low, high, color=f'C{places[short]}', alpha=0.18, linewidth=0)
-      _dress(axis, name, f'{condition}: {label}' if condition else label)
+      _dress(axis, name, f'{condition}\n{label}' if condition else label)
   if panels and len(groups) > 1:
     figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4), fontsize=9)
   figure.suptitle(title, fontsize=11)

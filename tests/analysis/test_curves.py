@@ -27,7 +27,7 @@ def test_groups_of_a_condition_have_panels_of_their_own_and_the_same_colours(tmp
   plot_study(groups, tmp_path / 'x.png', 'title', conditions={'a, few': 'few', 'b, few': 'few', 'b, many': 'many'})
   axes = figures[0].axes
   assert [axis.get_title() for axis in axes] == [
-      'few: accuracy of the rollouts', 'many: accuracy of the rollouts', 'accuracy of the rollouts']
+      'few\naccuracy of the rollouts', 'many\naccuracy of the rollouts', 'accuracy of the rollouts']
   colours = [[line.get_color() for line in axis.get_lines()] for axis in axes]
   assert colours == [['C0', 'C1'], ['C1'], ['C2']]
   assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ['a', 'b', 'other']
