@@ -125,7 +125,7 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
     for seed in plan.seeds(study):
       top = ladder.top(ladder.climb(plan, study, arm, seed))
       home = top and advance.run_path(plan.workdir, top.name)
-      if top and (home.is_dir() or advance.levels_path(plan.workdir, top.name).is_file()):
+      if top and (home.is_dir() or advance.reading_path(plan.workdir, top.name, 'levels').is_file()):
         load = functools.partial(checkpoint.load_checkpoint, home)
         kept[top.name] = advance.accuracy_by_digits(
             load, 1, top.known_digits + plan.base.extra_digits - 1, plan.workdir, PROBLEMS.value, top.name)
@@ -137,14 +137,15 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
 
 
 def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
-  """Returns how often the references of a study are sure and wrong, on generations of its first one; read once."""
-  file = plan.workdir / 'references' / f'{study.name}.json'
-  if not file.is_file():
-    arm = next(arm for arm in study.arms if arm.ensemble)
-    own, *others = (reference_of(catalog.reference_name(changes), plan) for changes in (arm.pretraining, *arm.ensemble))
+  """Returns how often the references of a study are sure and wrong, on generations of its first one; read once for
+  each number of seeds."""
+  arm, num_problems = next(arm for arm in study.arms if arm.ensemble), len(plan.seeds(study)) * GENERATIONS
+  names = [catalog.reference_name(changes) for changes in (arm.pretraining, *arm.ensemble)]
+  file = advance.reading_path(plan.workdir, names[0], 'overconfidence')
+  if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:
+    own, *others = (reference_of(name, plan) for name in names)
     readings = [read_tokens(own, other, digits=[own.info.known_digits + plan.base.extra_digits], responses='sampled',
-                            num_problems=len(plan.seeds(study)) * GENERATIONS, seed=plan.base.seed)
-                for other in (own, *others)]
+                            num_problems=num_problems, seed=plan.base.seed) for other in (own, *others)]
     files.write_json(file, overconfidence(readings))
   return json.loads(file.read_text())
 
@@ -155,7 +156,7 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
   for name in names:
     load = functools.partial(reference_of, name, plan)
     levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
-    file = plan.workdir / 'references' / f'{name or "base"}.certainty.json'
+    file = advance.reading_path(plan.workdir, name, 'certainty')
     if not file.is_file() or json.loads(file.read_text())['sets'] != num_sets:
       known = load().info.known_digits
       tokens = read_tokens(load(), digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,

@@ -1,7 +1,7 @@
 """From a list of configs to records: runs that share a program advance together, are tested, and leave their records.
 
     WORKDIR/runs/NAME.json          a finished run
-    WORKDIR/references/NAME.json    what the same test says of a reference
+    WORKDIR/references/NAME.json    what the same test says of a reference; what else was read of it is NAME.KIND.json
     WORKDIR/working/                parameters of runs and references, and what is under way; records do without it
 """
 
@@ -41,9 +41,10 @@ def run_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
   return workdir / 'working' / 'runs' / name
 
 
-def levels_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  """Returns where the accuracy of a model by number of digits is kept."""
-  return workdir / 'references' / f'{name or "base"}.levels.json'
+def reading_path(workdir: pathlib.Path, name: str, kind: str) -> pathlib.Path:
+  """Returns where what was read of a model, `base` if it has no name, is kept: its `levels` (accuracy by number of
+  digits), its `certainty` or its `overconfidence`."""
+  return workdir / 'references' / f'{name or "base"}.{kind}.json'
 
 
 def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir: pathlib.Path, most: int,
@@ -177,7 +178,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
     num_problems: in a cell.
     name: of the model, `base` if empty.
   """
-  path = levels_path(workdir, name)
+  path = reading_path(workdir, name, 'levels')
   if path.is_file():
     return json.loads(path.read_text())
   policy = load()

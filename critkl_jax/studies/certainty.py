@@ -84,8 +84,8 @@ def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float 
     seed: of the resampling.
 
   Returns:
-    `critical_tokens`, their number; the share of them as `(value, low, high)` of each of the `references`, and
-    `together`, of the mean of their distributions.
+    `generations` and `critical_tokens`, their numbers; the share of critical tokens as `(value, low, high)` of each of
+    the `references`, and `together`, of the mean of their distributions.
   """
   first = readings[0]
   critical = first['critical/oracle'] & first['on_path']
@@ -103,8 +103,8 @@ def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float 
     resampled = (times @ where.sum(1)) / np.maximum(times @ critical.sum(1), 1)
     return (float(where.sum() / max(critical.sum(), 1)), *map(float, np.quantile(resampled, edges)))
 
-  return {'critical_tokens': int(critical.sum()), 'references': [share(one) for one in sure],
-          'together': share(together)}
+  return {'generations': len(critical), 'critical_tokens': int(critical.sum()),
+          'references': [share(one) for one in sure], 'together': share(together)}
 
 
 def generation_gaps(certainty: np.ndarray, critical: np.ndarray, other: np.ndarray) -> np.ndarray:

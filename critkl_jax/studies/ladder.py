@@ -112,9 +112,10 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of
     each label its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
     `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
-    `digits`, `accuracy` and `accuracy_known`; `contrasts`, with the paired `difference` in digits.
+    `digits`, `accuracy` and `accuracy_known`; `contrasts`, each with `seeds` and the paired `difference` in digits, and
+    `rungs`, for each that some seed took in both arms its `digits`, those `seeds` and the `difference` in accuracy.
   """
-  arms, reached, commits, seconds = {}, {}, set(), 0.0
+  arms, reached, rewards, commits, seconds = {}, {}, {}, set(), 0.0
   for arm in study.arms:
     climbs, retained = {}, []
     for seed in plan.seeds(study):
@@ -127,6 +128,8 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
                        'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name} for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       reached.setdefault(arm.label, {})[seed] = max(tops, default=first)
+      for row, one in zip(climbs[seed], records):
+        rewards.setdefault(row['digits'], {})[arm.label, seed] = one.longer['greedy']
       known = [row['accuracy'] for row in kept.get(top(rungs).name, []) if row['digits'] <= first]
       retained += [float(np.mean(known))] if known else []
       commits |= {one.about['commit'] for one in records}
@@ -140,7 +143,19 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     seeds = [seed for seed in reached.get(one, {}) if seed in reached.get(two, {})]
     if seeds:
       pair = [np.array([reached[label][seed] for seed in seeds], float) for label in (one, two)]
-      contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair)})
+      contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair),
+                        'rungs': _compare_rungs(one, two, seeds, rewards)})
   return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
           'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)),
           'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
+
+
+def _compare_rungs(one, two, seeds, rewards):
+  """Returns how the accuracy of two arms differs on each rung that some of the seeds took in both."""
+  rows = []
+  for digits, own in sorted(rewards.items()):
+    shared = [seed for seed in seeds if (one, seed) in own and (two, seed) in own]
+    if shared:
+      pair = [np.array([own[label, seed] for seed in shared], float) for label in (one, two)]
+      rows.append({'digits': digits, 'seeds': shared, 'difference': paired_statistics(*pair)['difference']})
+  return rows

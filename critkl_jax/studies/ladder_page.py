@@ -49,6 +49,14 @@ def _plot_climbs(results, path):
   figure.savefig(path, dpi=130)
 
 
+def _rungs_lines(results):
+  rows = [[row['arm'], row['against'], str(one['digits']), str(len(one['seeds'])),
+           interval_text(one['difference'], '+.1f', 100)] for row in results['contrasts'] for one in row['rungs']]
+  return ['Greedy accuracy on the new digits of a rung, where both climbs of a seed took it; from the second rung on '
+          'each starts from what its own penalty left:', '',
+          *table(['arm', 'minus', 'digits', 'pairs', 'difference (points)'], rows), ''] if rows else []
+
+
 def _ladder_page(results):
   rows = []
   for label, arm in results['arms'].items():
@@ -68,6 +76,6 @@ def _ladder_page(results):
       results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',
-               'digits: accuracy (%) of each rung, climb by climb'], rows), '', *picture,
+               'digits: accuracy (%) of each rung, climb by climb'], rows), '', *picture, *_rungs_lines(results),
       '## How it was made', '',
       f'Commit {", ".join(results["commits"])}; {results["seconds"] / 60:.0f} minutes of runs.', ''])

@@ -108,6 +108,9 @@ def test_results_and_page(plan):
   assert found['arms']['standard']['retained'] is None
   (row,) = found['contrasts']
   assert (row['arm'], row['against'], row['difference'][0]) == ('prioritized', 'standard', 1.5)
+  (rung,) = row['rungs']  # of the second one the standard climbs know nothing
+  assert (rung['digits'], rung['seeds']) == (2, [0, 1])
+  assert rung['difference'][0] == pytest.approx(0.8)
   assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few to say
       '**prioritized** is not shown to climb higher than **standard**: +1.50 [-')
   assert ladder_page.ladder_verdict(row | {'difference': (1.5, 0.5, 2.5)}) == (
@@ -118,5 +121,6 @@ def test_results_and_page(plan):
   text = (home / 'README.md').read_text()
   assert '3 climbs are not at their end' in text
   assert '2: 90 3: 60; 2: 90 3: 20' in text
+  assert '| prioritized | standard | 2 | 2 | +80.0 [' in text
   assert (home / 'climbs.png').read_bytes().startswith(b'\x89PNG')
   json.loads((home / 'results.json').read_text())
