@@ -89,17 +89,17 @@ def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
 
 
 def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
-  """Returns the configs of the runs and rungs that can be made now."""
+  """Returns the configs of the runs that can be made now, those of ladders among them."""
   found = plan.missing(studies)
   for study in studies:
     if study.reads == 'ladder':
-      found += ladder.missing_rungs(plan, study)
+      found += ladder.missing_runs(plan, study)
   return list({run_name(config, plan.base): config for config in found}.values())
 
 
 @functools.cache
 def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
-  """Returns a reference of the studies by its name, pre-trained first if it is not there; rungs of ladders are."""
+  """Returns a reference of the studies by its name, pre-trained first if it is not there; those of ladders are."""
   return find_reference(PRESET.value, name, catalog.all_references().get(name, {}), plan.workdir)
 
 
@@ -202,7 +202,7 @@ def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
   lines = [f'{"study":<26}{"runs":>6}{"missing":>9}{"minutes":>9}  counterpart']
   for study in studies:
     number = len(study.arms) * len(plan.seeds(study)) or 1
-    missing = len(ladder.missing_rungs(plan, study)) if study.reads == 'ladder' else plan.number_missing(study)
+    missing = len(ladder.missing_runs(plan, study)) if study.reads == 'ladder' else plan.number_missing(study)
     minutes = '?' if seconds is None and missing else f'{missing * (seconds or 0) / 60:.0f}'
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
   together = all_missing(plan, studies)

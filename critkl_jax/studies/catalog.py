@@ -61,7 +61,7 @@ class Study:
       certainty, or `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
     note: what a reader must know of the arms.
     reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
-    rungs: of a ladder, at most.
+    rungs: of a ladder, at most; each is tried as long as it helps.
   """
 
   name: str

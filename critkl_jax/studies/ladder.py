@@ -1,7 +1,8 @@
 """The ladder: a policy that has learned N + k digits is the reference from which N + 2k are learned, and so on.
 
-A rung is a run. Its result becomes the reference of the next one if it answers at least half of the problems that were
-new to it; else the climb ends there.
+A rung is a number of digits, and a run is a try at it; the result of each run is the reference of the next one. If it
+answers at least half of the problems that are new on its rung, the next run is on the next rung; else on the same one,
+as long as tries gain something. The climb ends with the first one that does not.
 """
 
 import itertools
@@ -19,24 +20,30 @@ from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
 from critkl_jax.studies.references import references_path
 
-LEAST = 0.5  # greedy accuracy on N + k from which on the climb goes on
+LEAST = 0.5  # greedy accuracy on N + k with which a rung is reached
+GAIN = 0.05  # by which a try has to better the one before it on its rung, or nothing, for another one
 
 
 def climb(plan: Plan, study: Study, arm: Arm, seed: int) -> list[tuple[FinetuneConfig, Record | None]]:
-  """Returns the rungs of one climb from the lowest on, each with its record; the last one may be still to be run."""
-  rungs, name = [], reference_name(arm.pretraining)
-  for number in range(1, study.rungs + 1):
+  """Returns the runs of one climb from the first on, each with its record; the last one may be still to be made."""
+  runs, name, rung, tries, before = [], reference_name(arm.pretraining), 1, 0, 0.0
+  while rung <= study.rungs:
     config = arm_config(plan.base, arm, seed, reference=name)
     record = plan.find(config)
-    rungs.append((config, record))
-    if record is None or accuracy(record) < LEAST:
+    runs.append((config, record))
+    if record is None or (not reached(record) and accuracy(record) < before + GAIN):
       break
-    name = f'{study.name}-{arm.label.replace(" ", "_")}-seed={seed}-rung={number}'
-  return rungs
+    name = f'{study.name}-{arm.label.replace(" ", "_")}-seed={seed}-rung={rung}'
+    if reached(record):
+      rung, tries, before = rung + 1, 0, 0.0
+    else:
+      tries, before = tries + 1, accuracy(record)
+      name += f'-try={tries}'
+  return runs
 
 
-def missing_rungs(plan: Plan, study: Study) -> list[FinetuneConfig]:
-  """Returns the config of the rung that each climb that is not at its end has to run now.
+def missing_runs(plan: Plan, study: Study) -> list[FinetuneConfig]:
+  """Returns the config of the run that each climb that is not at its end has to make now.
 
   That is its next one, or the highest one below it from whose reference it can be run: records do without parameters,
   and what is to be climbed from is made again where these are gone.
@@ -59,27 +66,27 @@ def _has_reference(plan, name):
   return checkpoint.latest(references_path(plan.workdir, name) / 'reference') is not None
 
 
-def top(rungs: list[tuple[FinetuneConfig, Record | None]]) -> Record | None:
-  """Returns the highest rung of a climb that was reached, or the lowest that was tried; None if none was."""
-  records = [record for _, record in rungs if record is not None]
-  return next((one for one in reversed(records) if accuracy(one) >= LEAST), records[0] if records else None)
+def top(runs: list[tuple[FinetuneConfig, Record | None]]) -> Record | None:
+  """Returns the run that reached the highest rung of a climb, its first if none did; None if none was made."""
+  records = [record for _, record in runs if record is not None]
+  return next((one for one in reversed(records) if reached(one)), records[0] if records else None)
 
 
 def promote(plan: Plan, study: Study, name: str) -> None:
-  """Leaves the result of a finished rung as the reference of the next one, which knows k digits more.
+  """Leaves the result of a finished run as the reference of the next; it knows k digits more if it reached its rung.
 
   Args:
     plan: knows the runs.
     study: the ladder.
-    name: of the reference that is needed; if it is no rung's, nothing is done.
+    name: of the reference that is needed; if it is of no climb, nothing is done.
 
   Raises:
-    CheckpointError: if the parameters of a finished rung are gone.
+    CheckpointError: if the parameters of a finished run are gone.
   """
   for seed in plan.seeds(study):
     for arm in study.arms:
-      rungs = climb(plan, study, arm, seed)
-      for (_, record), (config, _) in itertools.pairwise(rungs):
+      runs = climb(plan, study, arm, seed)
+      for (_, record), (config, _) in itertools.pairwise(runs):
         if config.reference == name:
           _promote(plan, record, references_path(plan.workdir, name) / 'reference')
 
@@ -89,15 +96,21 @@ def _promote(plan, record, home):
     return
   source = run_path(plan.workdir, record.name)
   if not source.is_dir():
-    raise CheckpointError(f'{source}: the parameters of a rung are gone; it has to be run again.')
+    raise CheckpointError(f'{source}: the parameters of a run are gone; it has to be run again.')
   own = checkpoint.load_checkpoint(source)
-  info = CheckpointInfo(own.info.model, own.info.known_digits + plan.base.extra_digits, own.info.training)
+  known = record.known_digits + (plan.base.extra_digits if reached(record) else 0)
+  info = CheckpointInfo(own.info.model, known, own.info.training)
   checkpoint.save_params(home, own.params, info, own.step)
 
 
 def accuracy(record: Record) -> float:
-  """Returns the greedy accuracy of a rung on the digits that were new to it."""
+  """Returns the greedy accuracy of a run on the digits of its rung."""
   return float(record.longer['greedy'].mean())
+
+
+def reached(record: Record) -> bool:
+  """Returns whether a run reached its rung."""
+  return accuracy(record) >= LEAST
 
 
 def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -112,46 +125,47 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of
     each label its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
     `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
-    `digits`, `accuracy` and `accuracy_known`; `contrasts`, each with `seeds` and the paired `difference` in digits, and
-    `rungs`, for each that some seed took in both arms its `digits`, those `seeds` and the `difference` in accuracy.
+    `digits`, `accuracy` and `accuracy_known`, one for each run; `contrasts`, each with `seeds` and the paired
+    `difference` in digits, and `rungs`, for each that some seed tried in both arms its `digits`, those `seeds` and the
+    `difference` in accuracy of the last tries.
   """
-  arms, reached, rewards, commits, seconds = {}, {}, {}, set(), 0.0
+  arms, highest, rewards, commits, seconds = {}, {}, {}, set(), 0.0
   for arm in study.arms:
     climbs, retained = {}, []
     for seed in plan.seeds(study):
-      rungs = climb(plan, study, arm, seed)
-      records = [record for _, record in rungs if record is not None]
+      runs = climb(plan, study, arm, seed)
+      records = [record for _, record in runs if record is not None]
       if not records:
         continue
       first = records[0].known_digits
       climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
                        'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name} for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
-      reached.setdefault(arm.label, {})[seed] = max(tops, default=first)
-      for row, one in zip(climbs[seed], records):
+      highest.setdefault(arm.label, {})[seed] = max(tops, default=first)
+      for row, one in zip(climbs[seed], records):  # the last try of a rung stays
         rewards.setdefault(row['digits'], {})[arm.label, seed] = one.longer['greedy']
-      known = [row['accuracy'] for row in kept.get(top(rungs).name, []) if row['digits'] <= first]
+      known = [row['accuracy'] for row in kept.get(top(runs).name, []) if row['digits'] <= first]
       retained += [float(np.mean(known))] if known else []
       commits |= {one.about['commit'] for one in records}
       seconds += sum(one.about['seconds'] + one.about['test_seconds'] for one in records)
     if climbs:
       arms[arm.label] = {'seeds': list(climbs), 'climbs': climbs,
-                         'reached': seed_statistics(np.array(list(reached[arm.label].values()), float))['mean'],
+                         'reached': seed_statistics(np.array(list(highest[arm.label].values()), float))['mean'],
                          'retained': seed_statistics(np.array(retained))['mean'] if retained else None}
   contrasts = []
   for one, two in study.contrasts:
-    seeds = [seed for seed in reached.get(one, {}) if seed in reached.get(two, {})]
+    seeds = [seed for seed in highest.get(one, {}) if seed in highest.get(two, {})]
     if seeds:
-      pair = [np.array([reached[label][seed] for seed in seeds], float) for label in (one, two)]
+      pair = [np.array([highest[label][seed] for seed in seeds], float) for label in (one, two)]
       contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair),
                         'rungs': _compare_rungs(one, two, seeds, rewards)})
   return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
-          'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_rungs(plan, study)),
+          'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_runs(plan, study)),
           'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
 
 
 def _compare_rungs(one, two, seeds, rewards):
-  """Returns how the accuracy of two arms differs on each rung that some of the seeds took in both."""
+  """Returns how the accuracy of two arms differs on each rung that some of the seeds tried in both."""
   rows = []
   for digits, own in sorted(rewards.items()):
     shared = [seed for seed in seeds if (one, seed) in own and (two, seed) in own]

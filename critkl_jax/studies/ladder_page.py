@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, table, write_files
+from critkl_jax.studies.ladder import GAIN
 from critkl_jax.studies.plan import Plan
 
 
@@ -15,7 +16,7 @@ def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.P
   home = plan.workdir / 'studies' / study.name
   home.mkdir(parents=True, exist_ok=True)
   rows = [{'arm': label, 'seed': seed, **row} for label, arm in results['arms'].items()
-          for seed, rungs in arm['climbs'].items() for row in rungs]
+          for seed, runs in arm['climbs'].items() for row in runs]
   write_files(home, results, rows)
   if rows:
     _plot_climbs(results, home / 'climbs.png')
@@ -38,8 +39,8 @@ def _plot_climbs(results, path):
   for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the new digits of a rung'),
                             (right, 'accuracy_known', "on those its reference knew")):
     for number, (label, arm) in enumerate(results['arms'].items()):
-      for i, rungs in enumerate(arm['climbs'].values()):
-        axis.plot([row['digits'] for row in rungs], [row[name] for row in rungs], marker='o', markersize=4,
+      for i, runs in enumerate(arm['climbs'].values()):
+        axis.plot([row['digits'] for row in runs], [row[name] for row in runs], marker='o', markersize=4,
                   color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel('digits of the rung')
@@ -52,7 +53,7 @@ def _plot_climbs(results, path):
 def _rungs_lines(results):
   rows = [[row['arm'], row['against'], str(one['digits']), str(len(one['seeds'])),
            interval_text(one['difference'], '+.1f', 100)] for row in results['contrasts'] for one in row['rungs']]
-  return ['Greedy accuracy on the new digits of a rung, where both climbs of a seed took it; from the second rung on '
+  return ['Greedy accuracy of the last tries at a rung, where both climbs of a seed tried it; from the second rung on '
           'each starts from what its own penalty left:', '',
           *table(['arm', 'minus', 'digits', 'pairs', 'difference (points)'], rows), ''] if rows else []
 
@@ -61,8 +62,8 @@ def _ladder_page(results):
   rows = []
   for label, arm in results['arms'].items():
     reached, kept = arm['reached'], arm['retained']
-    climbs = '; '.join(' '.join(f'{row["digits"]}: {100 * row["accuracy"]:.0f}' for row in rungs)
-                       for rungs in arm['climbs'].values())
+    climbs = '; '.join(' '.join(f'{row["digits"]}: {100 * row["accuracy"]:.0f}' for row in runs)
+                       for runs in arm['climbs'].values())
     rows.append([label, str(len(arm['seeds'])), interval_text(reached, '.2f'),
                  interval_text(kept, '.1f', 100), climbs])
   picture = ['![climbs](climbs.png)', ''] if rows else []
@@ -70,12 +71,14 @@ def _ladder_page(results):
       results['num_missing']) else []
   return '\n'.join([
       f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
-      'A rung is a run of fine-tuning; its result is the reference of the next one if it answers at least half of the '
-      f'problems that were new to it; {results["rungs"]} rungs are the most. What is still known is that of the '
-      "highest rung reached. Intervals are 95 % bootstrap over seeds, widened by Student's quantile.", '',
+      f'A rung is {results["extra_digits"]} more digits, and a run is a try at it; the result of each run is the '
+      'reference of the next. A rung is reached with at least half of its problems answered (greedy); else it is tried '
+      f'again, until a try gains less than {100 * GAIN:.0f} points: there the climb ends, or after {results["rungs"]} '
+      'rungs. What is still known is that of the run that reached the highest rung. Intervals are 95 % bootstrap over '
+      "seeds, widened by Student's quantile.", '',
       results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',
-               'digits: accuracy (%) of each rung, climb by climb'], rows), '', *picture, *_rungs_lines(results),
+               'digits: accuracy (%) of each run, climb by climb'], rows), '', *picture, *_rungs_lines(results),
       '## How it was made', '',
       f'Commit {", ".join(results["commits"])}; {results["seconds"] / 60:.0f} minutes of runs.', ''])

@@ -95,8 +95,8 @@ class Plan:
     return any(self.record(study, arm, seed) is not None for seed in self.seeds(study))
 
   def missing(self, studies: Iterable[Study]) -> list[FinetuneConfig]:
-    """Returns the configs of the runs that can be made now, each once, those of one seed side by side; the
-    rungs of ladders are `ladder.missing_rungs`."""
+    """Returns the configs of the runs that can be made now, each once, those of one seed side by side; those of ladders
+    are `ladder.missing_runs`."""
     wanted = {}
     for study in (study for study in studies if study.reads == 'runs'):
       for seed in self.seeds(study):

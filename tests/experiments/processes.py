@@ -10,10 +10,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(binary, *flags, devices=1):
+  flags_of_xla = ['--xla_backend_optimization_level=0']  # they compile for longer than they run
+  if devices:
+    flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
       [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, env=os.environ | {
-          'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}' if devices else ''})
+      stderr=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags_of_xla)})
 
 
 def finish(process):

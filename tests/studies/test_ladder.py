@@ -29,11 +29,11 @@ def plan(tmp_path):
 
 
 def finish(plan, arm, seed, accuracy):
-  """Gives the next rung of a climb a record."""
-  config, record = ladder.climb(plan, STUDY, arm, seed)[-1]
+  """Gives the next run of a climb a record."""
+  *below, (config, record) = ladder.climb(plan, STUDY, arm, seed)
   assert record is None
   rewards = np.arange(100) < 100 * accuracy
-  number = len(ladder.climb(plan, STUDY, arm, seed))
+  number = 1 + sum(ladder.reached(record) for _, record in below)
   test = {'N': {'greedy': np.ones(100, bool)}, 'N+1': {'greedy': rewards}}
   about = {'seconds': 60.0, 'test_seconds': 0.0, 'commit': 'abc'}
   record = Record(run_name(config, BASE), config, number, [], test, about)
@@ -50,7 +50,7 @@ def keep_params(plan, record):
 def test_what_is_climbed_from_is_made_again_where_its_parameters_are_gone(plan):
   first, second = finish(plan, PRIORITIZED, 0, 0.9), finish(plan, PRIORITIZED, 0, 0.8)
   rungs = [config.reference for config, _ in ladder.climb(plan, STUDY, PRIORITIZED, 0)]
-  wanted = lambda: ladder.missing_rungs(plan, STUDY)[0].reference
+  wanted = lambda: ladder.missing_runs(plan, STUDY)[0].reference
   assert wanted() == rungs[0] == ''
   keep_params(plan, first)
   assert wanted() == rungs[1]  # its reference can be made
@@ -62,28 +62,46 @@ def test_what_is_climbed_from_is_made_again_where_its_parameters_are_gone(plan):
 
 
 def test_a_climb_goes_on_from_its_own_result_until_it_fails(plan):
-  assert len(ladder.missing_rungs(plan, STUDY)) == 6
+  assert len(ladder.missing_runs(plan, STUDY)) == 6
   first = finish(plan, PRIORITIZED, 0, 0.9)
   assert first.config.reference == ''
   (_, record), (config, missing) = ladder.climb(plan, STUDY, PRIORITIZED, 0)
   assert record.name == first.name
   assert missing is None
   assert config.reference == 'ladder-prioritized-seed=0-rung=1'
-  finish(plan, PRIORITIZED, 0, 0.49)
+  finish(plan, PRIORITIZED, 0, 0.04)
   assert len(ladder.climb(plan, STUDY, PRIORITIZED, 0)) == 2
-  assert len(ladder.missing_rungs(plan, STUDY)) == 5
+  assert len(ladder.missing_runs(plan, STUDY)) == 5
   for _ in range(STUDY.rungs):
     finish(plan, STANDARD, 1, 0.5)
   assert len(ladder.climb(plan, STUDY, STANDARD, 1)) == STUDY.rungs
-  assert len(ladder.missing_rungs(plan, STUDY)) == 4
+  assert len(ladder.missing_runs(plan, STUDY)) == 4
   names = [config.reference for config, _ in ladder.climb(plan, STUDY, STANDARD, 1)]
   assert len(set(names)) == STUDY.rungs
+
+
+def test_a_rung_is_tried_again_as_long_as_it_helps(plan):
+  references = lambda: [config.reference.removeprefix('ladder-standard-seed=0-')
+                        for config, _ in ladder.climb(plan, STUDY, STANDARD, 0)]
+  for accuracy in (0.9, 0.2, 0.26, 0.5):
+    finish(plan, STANDARD, 0, accuracy)
+  assert references() == ['', 'rung=1', 'rung=2-try=1', 'rung=2-try=2', 'rung=2']
+  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known_digits == 2
+  finish(plan, STANDARD, 0, 0.2)
+  keep_params(plan, finish(plan, STANDARD, 0, 0.3))
+  assert references()[5:] == ['rung=3-try=1', 'rung=3-try=2']
+  ladder.promote(plan, STUDY, 'ladder-standard-seed=0-rung=3-try=2')
+  home = references_path(plan.workdir, 'ladder-standard-seed=0-rung=3-try=2') / 'reference'
+  assert checkpoint.load_checkpoint(home).info.known_digits == 3  # as before: the rung was not reached
+  finish(plan, STANDARD, 0, 0.34)
+  assert len(references()) == 7  # a gain of less than five points
+  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known_digits == 2
 
 
 def test_a_result_becomes_a_reference_that_knows_more(plan):
   record = finish(plan, PRIORITIZED, 0, 0.9)
   ladder.promote(plan, STUDY, '')  # no rung's
-  with pytest.raises(CheckpointError, match='the parameters of a rung are gone'):
+  with pytest.raises(CheckpointError, match='the parameters of a run are gone'):
     ladder.promote(plan, STUDY, 'ladder-prioritized-seed=0-rung=1')
   params = keep_params(plan, record)
   for _ in range(2):  # the second time it is there
@@ -96,8 +114,9 @@ def test_a_result_becomes_a_reference_that_knows_more(plan):
 def test_results_and_page(plan):
   for seed in (0, 1):
     finish(plan, PRIORITIZED, seed, 0.9)
-    finish(plan, PRIORITIZED, seed, 0.6 - 0.4 * seed)  # the second seed ends here
-    finish(plan, STANDARD, seed, 0.1)
+    finish(plan, PRIORITIZED, seed, 0.6 - 0.4 * seed)
+    finish(plan, STANDARD, seed, 0.02)
+  finish(plan, PRIORITIZED, 1, 0.22)  # the second seed ends here
   kept = {ladder.climb(plan, STUDY, PRIORITIZED, 1)[0][1].name: [
       {'digits': 1, 'accuracy': 0.75}, {'digits': 2, 'accuracy': 0.0}]}
   found = ladder.ladder_results(plan, STUDY, kept)
@@ -110,7 +129,7 @@ def test_results_and_page(plan):
   assert (row['arm'], row['against'], row['difference'][0]) == ('prioritized', 'standard', 1.5)
   (rung,) = row['rungs']  # of the second one the standard climbs know nothing
   assert (rung['digits'], rung['seeds']) == (2, [0, 1])
-  assert rung['difference'][0] == pytest.approx(0.8)
+  assert rung['difference'][0] == pytest.approx(0.88)
   assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few to say
       '**prioritized** is not shown to climb higher than **standard**: +1.50 [-')
   assert ladder_page.ladder_verdict(row | {'difference': (1.5, 0.5, 2.5)}) == (
@@ -120,7 +139,7 @@ def test_results_and_page(plan):
   home = ladder_page.write_ladder(STUDY, plan, found)
   text = (home / 'README.md').read_text()
   assert '3 climbs are not at their end' in text
-  assert '2: 90 3: 60; 2: 90 3: 20' in text
-  assert '| prioritized | standard | 2 | 2 | +80.0 [' in text
+  assert '2: 90 3: 60; 2: 90 3: 20 3: 22' in text
+  assert '| prioritized | standard | 2 | 2 | +88.0 [' in text
   assert (home / 'climbs.png').read_bytes().startswith(b'\x89PNG')
   json.loads((home / 'results.json').read_text())
