@@ -10,7 +10,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(binary, *flags, devices=1):
-  flags_of_xla = ['--xla_backend_optimization_level=0']  # they compile for longer than they run
+  flags_of_xla = []
+  if binary not in ('analyze', 'compare_checkpoints'):
+    flags_of_xla.append('--xla_backend_optimization_level=0')  # they compile for longer than they run
   if devices:
     flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
