@@ -151,7 +151,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     if climbs:
       arms[arm.label] = {'seeds': list(climbs), 'climbs': climbs,
                          'reached': seed_statistics(np.array(list(highest[arm.label].values()), float))['mean'],
-                         'retained': seed_statistics(np.array(retained))['mean'] if retained else None}
+                         'retained': _share(retained) if retained else None}
   contrasts = []
   for one, two in study.contrasts:
     seeds = [seed for seed in highest.get(one, {}) if seed in highest.get(two, {})]
@@ -162,6 +162,10 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
   return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
           'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_runs(plan, study)),
           'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
+
+
+def _share(values):
+  return tuple(float(np.clip(x, 0, 1)) for x in seed_statistics(np.array(values))['mean'])
 
 
 def _compare_rungs(one, two, seeds, rewards):

@@ -4,10 +4,11 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, table, write_files
-from critkl_jax.studies.ladder import GAIN
+from critkl_jax.studies.ladder import GAIN, LEAST
 from critkl_jax.studies.plan import Plan
 
 
@@ -29,22 +30,26 @@ def ladder_verdict(row: dict[str, Any]) -> str:
   _, low, high = row['difference']
   said = 'higher than' if low > 0 else 'less high than' if high < 0 else 'not shown to climb higher than'
   verb = 'is' if said.startswith('not') else 'climbs'
+  last = row['rungs'][-1]
   return (f'**{row["arm"]}** {verb} {said} **{row["against"]}**: {interval_text(row["difference"], "+.2f")} digits, '
-          f'{len(row["seeds"])} pairs.')
+          f'{len(row["seeds"])} pairs; on {last["digits"]} digits, the most that both tried, '
+          f'{interval_text(last["difference"], "+.1f", 100)} points, {len(last["seeds"])} pairs.')
 
 
 def _plot_climbs(results, path):
   figure = Figure(figsize=(9, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2, sharey=True)
-  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the new digits of a rung'),
-                            (right, 'accuracy_known', "on those its reference knew")):
+  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the digits of the rung (%), try by try'),
+                            (right, 'accuracy_known', 'on one step fewer (%)')):
     for number, (label, arm) in enumerate(results['arms'].items()):
       for i, runs in enumerate(arm['climbs'].values()):
-        axis.plot([row['digits'] for row in runs], [row[name] for row in runs], marker='o', markersize=4,
+        axis.plot([row['digits'] for row in runs], [100 * row[name] for row in runs], marker='o', markersize=4,
                   color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel('digits of the rung')
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
+  left.axhline(100 * LEAST, color='#9aa7b4', linestyle='--', linewidth=1, label='a rung is reached')
   left.legend(fontsize=8)
   figure.suptitle(results['study'], fontsize=11)
   figure.savefig(path, dpi=130)

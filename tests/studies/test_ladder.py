@@ -14,6 +14,7 @@ from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, ladder, ladder_page
 from critkl_jax.studies.advance import record_path, run_path
+from critkl_jax.studies.files import interval_text
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, run_name, write_record
 from critkl_jax.studies.references import references_path
@@ -133,7 +134,8 @@ def test_results_and_page(plan):
   assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few to say
       '**prioritized** is not shown to climb higher than **standard**: +1.50 [-')
   assert ladder_page.ladder_verdict(row | {'difference': (1.5, 0.5, 2.5)}) == (
-      '**prioritized** climbs higher than **standard**: +1.50 [+0.50, +2.50] digits, 2 pairs.')
+      '**prioritized** climbs higher than **standard**: +1.50 [+0.50, +2.50] digits, 2 pairs; on 2 digits, the most '
+      f'that both tried, {interval_text(rung["difference"], "+.1f", 100)} points, 2 pairs.')
   assert ladder_page.ladder_verdict(row | {'difference': (0.5, -0.5, 1.0)}).startswith(
       '**prioritized** is not shown to climb higher than **standard**')
   home = ladder_page.write_ladder(STUDY, plan, found)
