@@ -71,7 +71,7 @@ class Study:
   contrasts: tuple[tuple[str, str], ...] = ()
   panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_seeds: int = OTHER_SEEDS
-  judged: tuple[str, ...] = ('greedy',)
+  judged: tuple[str, ...] = ('greedy', 'area')
   beside: str = ''
   note: str = ''
   reads: str = 'runs'
@@ -186,13 +186,13 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _penalties('prioritized_vs_standard', 'figures 4 and 7',
                'Does the prioritized penalty let the policy learn what the standard one does not?', [_THREE],
                _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'},
-               num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
+               num_seeds=CORE_SEEDS),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
            (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, matches=PRIORITIZED),
             Arm(UNIFORM_PENALTY, {'kl': 'standard'}, matches=PRIORITIZED, by='penalty'), _STANDARD, _NONE),
            PRIORITIZED, _ACCURACY | _CRITICAL | _WEIGHT, ((UNIFORM_WEIGHT, STANDARD), (UNIFORM_PENALTY, STANDARD)),
-           num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
+           num_seeds=CORE_SEEDS),
     _penalties('drift', "the third experiment of the paper's summary",
                'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
                _DRIFT | {'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
@@ -201,7 +201,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
            further=((ORACLE, RANDOM), (UNCRITICAL, HALF), *((label, STANDARD) for label in (
-               ORACLE, THRESHOLD, HALF, UNCRITICAL, RANDOM))), num_seeds=CORE_SEEDS, judged=('greedy', 'area'),
+               ORACLE, THRESHOLD, HALF, UNCRITICAL, RANDOM))), num_seeds=CORE_SEEDS,
            note='The threshold is a certainty of 0.9 where none is named. Masks lift different amounts of the penalty, '
                 'see what is paid for a nat of KL. The oracle knows critical tokens up to the first error of a '
                 'response; with k = 1 they are on the first line of the scratchpad alone.'),
@@ -209,9 +209,10 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
                'probe_kl_other': _DRIFT['probe_kl_other']}, further=tuple(
                    (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
-           num_seeds=CORE_SEEDS, judged=('greedy', 'area')),
+           num_seeds=CORE_SEEDS),
     _study('weightings', 'follow-up work', 'Do other measures of certainty, and rules of later papers, do better?',
            _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           _each_against(_WEIGHTINGS[1:], STANDARD),
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
                 "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),
     _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
@@ -220,10 +221,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
     _penalties('pretraining_levels', 'tables 1, 4 and 5, figures 2 and 3',
                'What does a reference know beyond its N digits, and what does reinforcement make of it?', _LEVELS,
-               _ACCURACY | _CRITICAL, judged=('greedy', 'area'), beside='levels',
-               note=_SHIPPED),
+               _ACCURACY | _CRITICAL, beside='levels', note=_SHIPPED),
     _penalties('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
-               _SIZES, _ACCURACY | _CRITICAL, judged=('greedy', 'area'), note=_SHIPPED),
+               _SIZES, _ACCURACY | _CRITICAL, note=_SHIPPED),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
