@@ -176,7 +176,7 @@ def report(study: catalog.Study, plan: Plan) -> None:
   results = study_results(study, plan, records)
   if study.beside == 'levels':
     results |= read_levels(study, plan, names)
-  if study.beside == 'overconfidence' and names:
+  if study.beside == 'overconfidence' and any(plan.has_runs(study, arm) for arm in study.arms if arm.ensemble):
     results['overconfidence'] = read_overconfidence(study, plan)
   home = page.write_study(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
