@@ -76,7 +76,7 @@ def _ladder_page(results):
       results['num_missing']) else []
   return '\n'.join([
       f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
-      f'A rung is {results["extra_digits"]} more digits, and a run is a try at it; the result of each run is the '
+      f'Rungs are k = {results["extra_digits"]} digits apart, and a run is a try at one; the result of each run is the '
       'reference of the next. A rung is reached with at least half of its problems answered (greedy); else it is tried '
       f'again, until a try gains less than {100 * GAIN:.0f} points: there the climb ends, or after {results["rungs"]} '
       'rungs. What is still known is that of the run that reached the highest rung. Intervals are 95 % bootstrap over '
