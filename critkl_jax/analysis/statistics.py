@@ -1,5 +1,7 @@
 """Intervals of what a study finds, paired by seed and problem."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.stats
 
@@ -95,6 +97,11 @@ def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: floa
   return _with_intervals(figures, _matrix(values) - _matrix(baseline), confidence, num_resamples, seed)
 
 
+def clip_interval(value: Sequence[float], low: float, high: float) -> tuple[float, float, float]:
+  """Returns `(value, low, high)` within the bounds of what it can be: widened intervals may pass them."""
+  return tuple(float(np.clip(x, low, high)) for x in value)
+
+
 def _matrix(values) -> np.ndarray:
   values = np.asarray(values, np.float64)
   if values.ndim not in (1, 2) or not values.size:
@@ -116,7 +123,7 @@ def _with_intervals(figures, values, confidence, num_resamples, seed):
     value, (low, high) = float(figure(values.mean(1))), np.quantile(figure(resampled), edges)
     found[name] = (value, value + factor * min(low - value, 0.0), value + factor * max(high - value, 0.0))
     if name == 'improvement':
-      found[name] = tuple(min(max(x, 0.0), 1.0) for x in found[name])
+      found[name] = clip_interval(found[name], 0, 1)
   return {name: tuple(map(float, three)) for name, three in found.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from critkl_jax import checkpoint
-from critkl_jax.analysis.statistics import paired_statistics, seed_statistics
+from critkl_jax.analysis.statistics import clip_interval, paired_statistics, seed_statistics
 from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.studies.advance import run_path
@@ -151,7 +151,8 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     if climbs:
       arms[arm.label] = {'seeds': list(climbs), 'climbs': climbs,
                          'reached': seed_statistics(np.array(list(highest[arm.label].values()), float))['mean'],
-                         'retained': _share(retained) if retained else None}
+                         'retained': clip_interval(seed_statistics(np.array(retained))['mean'], 0, 1)
+                         if retained else None}
   contrasts = []
   for one, two in study.contrasts:
     seeds = [seed for seed in highest.get(one, {}) if seed in highest.get(two, {})]
@@ -164,10 +165,6 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
           'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
 
 
-def _share(values):
-  return tuple(float(np.clip(x, 0, 1)) for x in seed_statistics(np.array(values))['mean'])
-
-
 def _compare_rungs(one, two, seeds, rewards):
   """Returns how the accuracy of two arms differs on each rung that some of the seeds tried in both."""
   rows = []
@@ -175,5 +172,6 @@ def _compare_rungs(one, two, seeds, rewards):
     shared = [seed for seed in seeds if (one, seed) in own and (two, seed) in own]
     if shared:
       pair = [np.array([own[label, seed] for seed in shared], float) for label in (one, two)]
-      rows.append({'digits': digits, 'seeds': shared, 'difference': paired_statistics(*pair)['difference']})
+      difference = clip_interval(paired_statistics(*pair)['difference'], -1, 1)
+      rows.append({'digits': digits, 'seeds': shared, 'difference': difference})
   return rows

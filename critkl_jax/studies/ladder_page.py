@@ -39,11 +39,13 @@ def ladder_verdict(row: dict[str, Any]) -> str:
 def _plot_climbs(results, path):
   figure = Figure(figsize=(9, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2, sharey=True)
-  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the digits of the rung (%), try by try'),
+  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the digits of the rung (%), tries side by side'),
                             (right, 'accuracy_known', 'on one step fewer (%)')):
     for number, (label, arm) in enumerate(results['arms'].items()):
       for i, runs in enumerate(arm['climbs'].values()):
-        axis.plot([row['digits'] for row in runs], [100 * row[name] for row in runs], marker='o', markersize=4,
+        tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
+        axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [100 * row[name] for row in runs],
+                  marker='o', markersize=4,
                   color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel('digits of the rung')
@@ -80,7 +82,8 @@ def _ladder_page(results):
       'reference of the next. A rung is reached with at least half of its problems answered (greedy); else it is tried '
       f'again, until a try gains less than {100 * GAIN:.0f} points: there the climb ends, or after {results["rungs"]} '
       'rungs. What is still known is that of the run that reached the highest rung. Intervals are 95 % bootstrap over '
-      "seeds, widened by Student's quantile.", '',
+      "seeds, widened by Student's quantile; where all climbs reach the same there is nothing to resample, and an "
+      'interval without width is no certainty.', '',
       results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',

@@ -6,6 +6,7 @@ import numpy as np
 
 from critkl_jax.analysis.statistics import (
     area_under_curve,
+    clip_interval,
     paired_statistics,
     seed_statistics,
     steps_to_target,
@@ -104,7 +105,7 @@ def _arm(records, figures, reference):
   for name in (name for one in every for name in _seen(one)):
     counts[name] = counts.get(name, 0) + 1
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
-          'gain': paired_statistics(rewards, before),
+          'gain': _within('greedy', paired_statistics(rewards, before), paired=True),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'paid': float(np.mean([one.paid for one in every])),
           'figures': {name: _within(name, seed_statistics(np.stack([one[name] for one in figures.values()])))
@@ -122,11 +123,11 @@ def _changes(study, label):
   return ', '.join(parts) or 'the preset itself'
 
 
-def _within(name, statistics):
-  """Keeps the intervals of shares between 0 and 1."""
-  if not FIGURES[name][1]:
-    return statistics
-  return {kind: tuple(float(np.clip(x, 0, 1)) for x in value) for kind, value in statistics.items()}
+def _within(name, statistics, paired=False):
+  """Keeps the intervals of a figure, or of a difference between two, where they can be: no figure is negative, and
+  shares are at most 1."""
+  most = 1.0 if FIGURES[name][1] else np.inf
+  return {kind: clip_interval(value, -most if paired else 0.0, most) for kind, value in statistics.items()}
 
 
 def _contrast(arm, against, figures):
@@ -134,7 +135,7 @@ def _contrast(arm, against, figures):
   pairs = {name: [np.stack([figures[label][seed][name] for seed in seeds]) for label in (arm, against)]
            for name in FIGURES}
   return {'arm': arm, 'against': against, 'seeds': seeds,
-          'figures': {name: paired_statistics(*pair) for name, pair in pairs.items()}}
+          'figures': {name: _within(name, paired_statistics(*pair), paired=True) for name, pair in pairs.items()}}
 
 
 def _reference(record):

@@ -46,6 +46,13 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   kept = json.loads((tmp_path / 'references' / 'base.certainty.json').read_text())
   assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 64)
 
+  # Two further references and a run are missing, and are not made for a page of what is there.
+  run('reproduce', *flags, '--study=overconfidence', '--minutes=0')
+  assert {path.name for path in (tmp_path / 'working' / 'references').iterdir()} == {'base'}
+  page = (tmp_path / 'studies' / 'overconfidence' / 'README.md').read_text()
+  assert '| certainty of the reference | 1 |' in page
+  assert 'certainty of three references |' not in page
+
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
   assert line.split()[1:3] == ['8', '6']  # of its runs, two are there
   assert "--problems: the records in" in refused('reproduce', *flags, '--problems=7')

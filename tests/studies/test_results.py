@@ -140,6 +140,19 @@ def test_results_say_what_was_put_in(plan):
   assert {run['name'] for run in found['runs']} >= {'seed=7', 'kl=standard-kl_coefficient=0.4-seed=7'}
 
 
+def test_intervals_stay_where_figures_can_be(plan):
+  make(plan, 'prioritized', range(2), greedy=1.0, sampled=1.0)  # of two seeds they are nine times as wide
+  make(plan, 'standard', range(2), greedy=1 / PROBLEMS, sampled=0.0)
+  found = results.study_results(catalog.STUDIES['prioritized_vs_standard'], plan, references())
+  value, low, high = found['contrasts'][0]['figures']['greedy']['difference']
+  assert value == 1 - 1 / PROBLEMS
+  assert low < value < high == 1
+  value, low, high = found['arms']['standard']['figures']['greedy']['mean']
+  assert low == 0 < value < high
+  value, low, high = found['arms']['standard']['gain']['difference']
+  assert -1 <= low < value < high
+
+
 def test_nothing_is_claimed_where_nothing_is_shown(plan):
   for label in ('prioritized', 'standard'):
     make(plan, label, range(3), greedy=0.5, sampled=0.5)
