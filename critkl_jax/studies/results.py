@@ -79,11 +79,11 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   records = plan.records(study)
   figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
   every = [one for own in records.values() for one in own.values()]
-  names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
+  names, most = {arm.label: reference_name(arm.pretraining) for arm in study.arms}, _most(every)
   arms = {label: {'reference': names[label], 'changes': _changes(study, label),
-                  **_arm(own, figures[label], references[names[label]])}
+                  **_arm(own, figures[label], references[names[label]], most)}
           for label, own in records.items() if own}
-  contrasts = [_contrast(arm, against, figures) for arm, against in study.contrasts
+  contrasts = [_contrast(arm, against, figures, most) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
       'study': study.name, 'judged': study.judged, 'note': study.note,
@@ -98,17 +98,17 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
       'seconds': sum(one.about['seconds'] + one.about['test_seconds'] for one in every)}
 
 
-def _arm(records, figures, reference):
+def _arm(records, figures, reference, most):
   every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
   before = np.broadcast_to(np.asarray(reference.longer['greedy'], np.float64), rewards.shape)
   counts: dict[str, int] = {}
   for name in (name for one in every for name in _seen(one)):
     counts[name] = counts.get(name, 0) + 1
   return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
-          'gain': _within('greedy', paired_statistics(rewards, before), paired=True),
+          'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'paid': float(np.mean([one.paid for one in every])),
-          'figures': {name: _within(name, seed_statistics(np.stack([one[name] for one in figures.values()])))
+          'figures': {name: _within(seed_statistics(np.stack([one[name] for one in figures.values()])), 0.0, most[name])
                       for name in FIGURES}}
 
 
@@ -123,19 +123,24 @@ def _changes(study, label):
   return ', '.join(parts) or 'the preset itself'
 
 
-def _within(name, statistics, paired=False):
-  """Keeps the intervals of a figure, or of a difference between two, where they can be: no figure is negative, and
-  shares are at most 1."""
-  most = 1.0 if FIGURES[name][1] else np.inf
-  return {kind: clip_interval(value, -most if paired else 0.0, most) for kind, value in statistics.items()}
+def _most(records):
+  """Returns name -> the most that a figure can be; no figure is negative."""
+  most = {name: 1.0 if share else np.inf for name, (_, share) in FIGURES.items()}
+  return most | {'episodes_to_target': float(max((len(one.metrics) * one.config.episodes for one in records),
+                                                 default=np.inf))}
 
 
-def _contrast(arm, against, figures):
+def _within(statistics, low, high):
+  return {kind: clip_interval(value, low, high) for kind, value in statistics.items()}
+
+
+def _contrast(arm, against, figures, most):
   seeds = [seed for seed in figures[arm] if seed in figures[against]]
   pairs = {name: [np.stack([figures[label][seed][name] for seed in seeds]) for label in (arm, against)]
            for name in FIGURES}
   return {'arm': arm, 'against': against, 'seeds': seeds,
-          'figures': {name: _within(name, paired_statistics(*pair), paired=True) for name, pair in pairs.items()}}
+          'figures': {name: _within(paired_statistics(*pair), -most[name], most[name])
+                      for name, pair in pairs.items()}}
 
 
 def _reference(record):

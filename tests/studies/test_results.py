@@ -151,6 +151,9 @@ def test_intervals_stay_where_figures_can_be(plan):
   assert low == 0 < value < high
   value, low, high = found['arms']['standard']['gain']['difference']
   assert -1 <= low < value < high
+  episodes = 3 * BASE.episodes
+  assert all(0 <= low <= high <= episodes for _, low, high in (
+      arm['figures']['episodes_to_target']['mean'] for arm in found['arms'].values()))
 
 
 def test_nothing_is_claimed_where_nothing_is_shown(plan):
