@@ -45,8 +45,7 @@ def _plot_climbs(results, path):
       for i, runs in enumerate(arm['climbs'].values()):
         tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
         axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [100 * row[name] for row in runs],
-                  marker='o', markersize=4,
-                  color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
+                  marker='o', markersize=4, color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel('digits of the rung')
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -79,7 +79,8 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   records = plan.records(study)
   figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
   every = [one for own in records.values() for one in own.values()]
-  names, most = {arm.label: reference_name(arm.pretraining) for arm in study.arms}, _most(every)
+  names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
+  most = _most(every)
   arms = {label: {'reference': names[label], 'changes': _changes(study, label),
                   **_arm(own, figures[label], references[names[label]], most)}
           for label, own in records.items() if own}
