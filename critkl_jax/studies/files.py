@@ -36,12 +36,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def write_index(workdir: pathlib.Path) -> None:
   """Writes `WORKDIR/README.md`: what each study says, taken from its page."""
-  lines = ['# Studies', '', 'What each asked and found; its page has tables, pictures and how it was made.', '']
+  lines = ['# Studies', '', 'What each asked and found; its page has more figures, pictures and how it was made. Of '
+           'runs these are differences with their 95 % interval, in bold where that leaves out zero, and the number of '
+           'pairs in which they are above it.', '']
   for page in sorted((workdir / 'studies').glob('*/README.md')):
     text = page.read_text().splitlines()
     start = next((i for i, line in enumerate(text) if re.fullmatch(r'## What (it says|the \w+ say)', line)), len(text))
     said = [line for line in text if line.startswith('**Not')]
-    said += itertools.takewhile(lambda line: line.startswith('- '), text[start + 2:])
+    found = itertools.dropwhile(lambda line: not line.startswith(('- ', '| ')), text[start + 1:])
+    said += ['', *itertools.takewhile(bool, found)] if said else itertools.takewhile(bool, found)
     lines += [f'## [{page.parent.name}](studies/{page.parent.name}/README.md)', '', text[2], '', *said, '']
   (workdir / 'README.md').write_text('\n'.join(lines))
 

@@ -77,8 +77,8 @@ def page_of(results: dict[str, Any]) -> str:
               *certainty_lines(results['certainty'], results['extra_digits']), '']
   if 'overconfidence' in results:
     lines += ['## How often references are sure and wrong', '', *overconfidence_lines(results['overconfidence']), '']
-  lines += ['## What the runs say', '', *(f'- {sentence}' for sentence in verdicts(results)), '',
-            *_arms_table(results), '', '![arms](arms.png)', '', *_contrasts_table(results), '',
+  lines += ['## What the runs say', '', *_judged_table(results), '', *_arms_table(results), '',
+            '![arms](arms.png)', '', *_contrasts_table(results), '',
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
             '## Arms', '', *(f'- {label}: {own["changes"]}' for label, own in results['arms'].items()), '',
             '## How it was made', '', _origin(results), '']
@@ -97,6 +97,22 @@ def _verdict(row, name, results):
   more, pairs = row['figures'][name]['improvement'][0], len(row['seeds'])
   return (f'**{row["arm"]}** minus **{row["against"]}**: {_named(name, results)} {said}, '
           f'{_cell(name, row["figures"][name]["difference"], "+")}{unit}; higher in {more * pairs:g} of {pairs} pairs.')
+
+
+def _judged_table(results):
+  rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['judged'])]
+          for row in results['contrasts']]
+  heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['judged']]
+  return ['Differences, and in how many pairs they are above zero, where ties are halves; in bold those whose interval '
+          f'leaves out zero. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
+          *table(['arms', *heads], rows)] if rows else ['No two arms can be compared yet.']
+
+
+def _judged_cell(row, name):
+  found, pairs = row['figures'][name], len(row['seeds'])
+  _, low, high = found['difference']
+  mark = '**' if low > 0 or high < 0 else ''
+  return f'{mark}{_cell(name, found["difference"], "+")}{mark}; {found["improvement"][0] * pairs:g} of {pairs}'
 
 
 def _arms_table(results):
@@ -129,11 +145,10 @@ def _design(results):
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
-          f'problems. Seeds vary fine-tuning alone: {_number_of_references(results)}. '
-          f'{_number_of_contrasts(results)} Learning curves, the area under them and the episodes to '
-          f'{100 * TARGET:.0f} % are of sampled answers, those of the rollouts and of the last test; a run that never '
-          'reaches it counts with all of its episodes. The probability of the right critical token is that before the '
-          'last update.')
+          f'problems. Seeds vary fine-tuning alone: {_number_of_references(results)}. Learning curves, the area under '
+          f'them and the episodes to {100 * TARGET:.0f} % are of sampled answers, those of the rollouts and of the '
+          'last test; a run that never reaches it counts with all of its episodes. The probability of the right '
+          'critical token is that before the last update.')
 
 
 def _number_of_references(results):
@@ -145,11 +160,6 @@ def _seeds(results):
   numbers = [len(arm['seeds']) for arm in results['arms'].values()] or [0]
   low, high = min(numbers), max(numbers)
   return f'seeds of each arm: {low if low == high else f"{low} to {high}"}'
-
-
-def _number_of_contrasts(results):
-  number = len(results['contrasts']) * len(results['judged'])
-  return f'The {number} sentences below are not corrected for their number.' if number > 1 else ''
 
 
 def _signatures(results):
