@@ -79,9 +79,11 @@ class Study:
 
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
-_CRITICAL = {'probe_critical_probability': 'probability of the right critical token'}
-_DRIFT = {'probe_kl_critical': 'KL at critical tokens of right solutions', 'probe_kl_other':
-          'KL at other tokens of right solutions, N+1', 'probe_kl_known': 'KL at tokens of right solutions, N'}
+_CRITICAL = {'critical_right': 'right ones among sampled critical tokens'}
+_EACH_CRITICAL = {f'critical/{operand}_{kind}': f'right {kind}, {operand} operand: probability'
+                  for kind in ('comma', 'digit') for operand in ('first', 'second')}
+_KL_OTHER = {'probe_kl_other': 'KL at other tokens of right solutions, N+1'}
+_DRIFT = _KL_OTHER | {'probe_kl_known': 'KL at tokens of right solutions, N'}
 _WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
 _THREE = _PRIORITIZED, _STANDARD, _NONE = (
     Arm(PRIORITIZED), Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}))
@@ -185,8 +187,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           num_seeds=CORE_SEEDS, reads='tokens'),
     _penalties('prioritized_vs_standard', 'figures 4 and 7',
                'Does the prioritized penalty let the policy learn what the standard one does not?', [_THREE],
-               _ACCURACY | _CRITICAL | {'critical_right': 'right ones among sampled critical tokens'},
-               num_seeds=CORE_SEEDS),
+               _ACCURACY | _CRITICAL | _EACH_CRITICAL, num_seeds=CORE_SEEDS),
     _study('matched_weight', 'a control the paper lacks',
            'Is a gain more than that of a smaller penalty?',
            (_PRIORITIZED, Arm(UNIFORM_WEIGHT, {'kl': 'standard'}, matches=PRIORITIZED),
@@ -195,23 +196,23 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            num_seeds=CORE_SEEDS),
     _penalties('drift', "the third experiment of the paper's summary",
                'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
-               _DRIFT | {'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
+               {'critical/kl': 'KL at critical tokens of right solutions'} | _DRIFT | {
+                   'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
                judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
-           _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OTHER,
            further=((ORACLE, RANDOM), (UNCRITICAL, HALF), *((label, STANDARD) for label in (
                ORACLE, THRESHOLD, HALF, UNCRITICAL, RANDOM))), num_seeds=CORE_SEEDS,
            note='The threshold is a certainty of 0.9 where none is named. Masks lift different amounts of the penalty, '
                 'see what is paid for a nat of KL. The oracle knows critical tokens up to the first error of a '
                 'response; with k = 1 they are on the first line of the scratchpad alone.'),
     _study('exponent', 'figure 6', 'How much does the exponent matter?',
-           (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | {
-               'probe_kl_other': _DRIFT['probe_kl_other']}, further=tuple(
-                   (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
+           (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | _KL_OTHER, further=tuple(
+               (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
            num_seeds=CORE_SEEDS),
     _study('weightings', 'follow-up work', 'Do other measures of certainty, and rules of later papers, do better?',
-           _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | {'probe_kl_other': _DRIFT['probe_kl_other']},
+           _WEIGHTINGS, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OTHER,
            _each_against(_WEIGHTINGS[1:], STANDARD),
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
                 "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),

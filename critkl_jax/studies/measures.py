@@ -17,17 +17,20 @@ from critkl_jax.critical_tokens import on_path
 from critkl_jax.evaluate import draw_problems
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs, token_kl
+from critkl_jax.records import Rollout, Solution
 from critkl_jax.rollout import as_rollout, respond, score
-from critkl_jax.tasks.addition import addition, plus_lengths, plus_task
+from critkl_jax.tasks.addition import addition, critical_kinds, plus_lengths, plus_task
 from critkl_jax.tasks.task import Task
 
 SEED = 1_000_003  # of the problems, which no run trains on but by chance
 PROBE_PROBLEMS = 16  # of each number of digits
+CRITICAL_PROBLEMS = 256  # of N + k digits, read as far as their last critical token: these are few, and seldom alike
 READ_PROBLEMS = 128  # of those tested, whose sampled answers are read token by token
 
 
 def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: int, temperature: float = 1.0,
-               num_problems: int = PROBE_PROBLEMS, seed: int = SEED) -> Callable[[Any], dict[str, chex.Array]]:
+               num_problems: int = PROBE_PROBLEMS, num_critical: int = CRITICAL_PROBLEMS, seed: int = SEED
+               ) -> Callable[[Any], dict[str, chex.Array]]:
   """Makes `params -> metrics`, float32 `[]` each, of what a policy says of right solutions.
 
   Args:
@@ -36,13 +39,15 @@ def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: in
     known_digits: N.
     extra_digits: k.
     temperature: of the policy and of the reference.
-    num_problems: of N and of N + k digits each.
+    num_problems: of N and of N + k digits each, whose solutions are read whole.
+    num_critical: of N + k digits, whose solutions are read as far as their last critical token.
     seed: of the problems.
 
   Returns:
-    The probe. `probe_critical_probability` is that of the right token at the critical tokens of N + k digits (figures 4
-    and 7 of arXiv 2502.06533); `probe_kl_critical`, `probe_kl_other` and `probe_kl_known` are exact KL(policy ||
-    reference) in nats a token there, at the other tokens, and at the tokens of N digits, none of which is critical.
+    The probe. `critical/probability` is that of the right token at the critical tokens of N + k digits, and
+    `critical/first_comma` and so on at each kind of them (`addition.critical_kinds`; figures 4 and 7 of arXiv
+    2502.06533); `critical/kl` is exact KL(policy || reference) there, in nats a token. `probe_kl_other` and
+    `probe_kl_known` are that KL at the other tokens, and at the tokens of N digits, none of which is critical.
   """
   longest = known_digits + extra_digits
   task = addition(known_digits, longest, lambda key: plus_lengths(key, known_digits, extra_digits), length_margin=0)
@@ -52,19 +57,36 @@ def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: in
       for n in (longest, known_digits)))
   solutions = jax.vmap(task.solution)(problems)
   rollout = as_rollout(jax.vmap(task.prompt)(problems), solutions)
-  ref_logits = np.asarray(jax.jit(lambda params: score(model, params, rollout)[0] / temperature)(ref_params))
   longer = (jnp.arange(2 * num_problems) < num_problems)[:, None]
-  places = {'critical': solutions.critical & longer, 'other': solutions.mask & ~solutions.critical & longer,
-            'known': solutions.mask & ~longer}
+  places = {'other': solutions.mask & ~solutions.critical & longer, 'known': solutions.mask & ~longer}
+  begun, begun_solutions = begin_solutions(task, draw_problems(
+      jax.random.fold_in(key, longest), num_critical, 'plus', longest, known_digits, longest))
+  kinds = jax.vmap(critical_kinds)(begun_solutions)
+
+  def logits_of(params, rollout):
+    return score(model, params, rollout)[0] / temperature
+
+  ref_logits, begun_ref_logits = (np.asarray(jax.jit(logits_of)(ref_params, some)) for some in (rollout, begun))
 
   def probe(params):
-    logits = score(model, params, rollout)[0] / temperature
-    kl = token_kl(logits, ref_logits)
-    metrics = {f'probe_kl_{name}': _mean(kl, where) for name, where in places.items()}
-    probability = jnp.exp(action_log_probs(logits, solutions.tokens))
-    return metrics | {'probe_critical_probability': _mean(probability, places['critical'])}
+    kl = token_kl(logits_of(params, rollout), ref_logits)
+    logits = logits_of(params, begun)
+    right = jnp.exp(action_log_probs(logits, begun.actions))
+    return {**{f'probe_kl_{name}': _mean(kl, where) for name, where in places.items()},
+            'critical/kl': _mean(token_kl(logits, begun_ref_logits), begun_solutions.critical),
+            'critical/probability': _mean(right, begun_solutions.critical),
+            **{f'critical/{kind}': _mean(right, where) for kind, where in kinds.items()}}
 
   return probe
+
+
+def begin_solutions(task: Task, problems: Any) -> tuple[Rollout, Solution]:
+  """Returns the right solutions of problems `[B]` as far as their last critical token, as a rollout and as they are,
+  `[B, T]`; one token if there is no critical one."""
+  solutions = jax.vmap(task.solution)(problems)
+  length = int(np.max(np.flatnonzero(np.asarray(solutions.critical).any(0)), initial=0)) + 1
+  solutions = jax.tree.map(lambda x: x[:, :length], solutions)
+  return as_rollout(jax.vmap(task.prompt)(problems), solutions), solutions
 
 
 def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
@@ -84,27 +106,38 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
   Returns:
     `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards
     `greedy` and `sampled`, NumPy bool `[B]`, and of sampled answers `format_errors`, the share that is not well
-    formed, and `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at critical tokens up to
-    the first error and at all others; NaN where there are none.
+    formed, and of the first 128 of them `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at
+    critical tokens up to the first error and at all others; NaN where there are none. For `N+k` also
+    `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens of each
+    problem's solution.
   """
   task, longest = plus_task(known_digits, extra_digits), known_digits + extra_digits
   answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}
   read = population.map_members(_answer(model, task, temperature, greedy=False, read=True), mesh)
+  right = population.map_members(_right_probability(model, temperature), mesh)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   problems = {name: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known_digits, longest)
               for name, n in (('N', known_digits), (f'N+{extra_digits}', longest))}
-  problems, answer_key = sharding.replicate((problems, answer_key), mesh)
+  begun = begin_solutions(task, problems[f'N+{extra_digits}'])
+  problems, begun, answer_key = sharding.replicate((problems, begun, answer_key), mesh)
   batch_size = min(batch_size, num_problems)
+
+  def batches(drawn):
+    for start in range(0, num_problems, batch_size):
+      own = (start + np.arange(batch_size)) % num_problems
+      yield start, jax.tree.map(lambda x, own=own: x[own], drawn)
 
   def answers(params, ref_params, drawn, greedy):
     parts = []
-    for start in range(0, num_problems, batch_size):
-      own = (start + np.arange(batch_size)) % num_problems
-      batch, key = jax.tree.map(lambda x, own=own: x[own], drawn), jax.random.fold_in(answer_key, start)
+    for start, batch in batches(drawn):
       some = read if not greedy and start < READ_PROBLEMS else answer[greedy]
-      parts.append(jax.device_get(some(params, ref_params, batch, key)))
+      parts.append(jax.device_get(some(params, ref_params, batch, jax.random.fold_in(answer_key, start))))
     return {name: np.concatenate([part[name] for part in parts if name in part], 1)[:, :num_problems]
             for name in parts[0]}
+
+  def probabilities(params):
+    parts = [jax.device_get(right(params, *batch)) for _, batch in batches(begun)]
+    return np.concatenate(parts, 1)[:, :num_problems].astype(np.float64)
 
   def test(params: Any, ref_params: Any) -> list[dict[str, dict[str, Any]]]:
     members = [{} for _ in range(jax.tree.leaves(params)[0].shape[0])]
@@ -118,6 +151,8 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
                           'format_errors': float(1 - own['formed'].mean()),
                           **{f'kl_{place}': float(np.divide(own[f'kl_{place}'].sum(), own[f'number_{place}'].sum()))
                              for place in ('critical', 'other')}}
+    for member, probability in zip(members, probabilities(params)):
+      member[f'N+{extra_digits}']['critical_probability'] = probability
     return members
 
   return test
@@ -140,6 +175,17 @@ def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: boo
     return found
 
   return answer
+
+
+def _right_probability(model: GPT2, temperature: float) -> Callable:
+  """Makes `(params, rollout, solutions) -> [B]`: the mean probability of the right token at critical ones."""
+
+  def right(params, rollout, solutions):
+    logits = score(model, params, rollout)[0] / temperature
+    probability = jnp.exp(action_log_probs(logits, rollout.actions))
+    return jax.vmap(_mean)(probability, solutions.critical)
+
+  return right
 
 
 def _mean(values, where):

@@ -49,7 +49,7 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.plot([low, high], [place, place], color='#2a6f97', linewidth=2)
       axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
       before = results['references'][results['arms'][label]['reference']][name]
-      axis.plot([before[0] if isinstance(before, tuple) else before], [place], '|', color='#1c2733', markersize=9)
+      axis.plot([before[0]], [place], '|', color='#1c2733', markersize=9)
     axis.set_title(f'{_named(name, results)} (%)', fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(lambda x, _: f'{100 * x:g}')

@@ -25,8 +25,8 @@ class Record:
     config: what it was trained with; None of a reference.
     known_digits: N of its reference.
     metrics: rows of `make_train_step`'s metrics, with the probe's, an iteration each; of a reference none.
-    test: of `measures.make_test`: for `N` and `N+k` a dict of rewards (`greedy`, `sampled`, NumPy bool `[B]`) and
-      numbers.
+    test: of `measures.make_test`: for `N` and `N+k` a dict of rewards (`greedy`, `sampled`, NumPy bool `[B]`), of
+      numbers, and for `N+k` of `critical_probability`, NumPy float64 `[B]`.
     about: how it came about: `seconds` of training and `test_seconds` (a member's share of the program's time),
       `commit`, `device`, `versions`.
   """
@@ -75,12 +75,11 @@ def _text(value):
 
 
 def write_record(path: pathlib.Path, record: Record) -> None:
-  """Writes a record as JSON, numbers with six digits, rewards as text of 0 and 1."""
+  """Writes a record as JSON: numbers with six digits, rewards as text of 0 and 1, probabilities with four decimals."""
   values = {
       'name': record.name, 'known_digits': record.known_digits, 'about': record.about,
       'config': None if record.config is None else dataclasses.asdict(record.config),
-      'test': {digits: {name: _bits(x) if isinstance(x, np.ndarray) else _number(x) for name, x in own.items()}
-               for digits, own in record.test.items()},
+      'test': {digits: {name: _plain(x) for name, x in own.items()} for digits, own in record.test.items()},
       'metrics': {name: [_number(row.get(name)) for row in record.metrics] for name in _names(record.metrics)}}
   path.parent.mkdir(parents=True, exist_ok=True)
   unfinished = path.with_name(f'{path.name}.unfinished')
@@ -99,8 +98,7 @@ def read_record(path: pathlib.Path) -> Record:
     config = None if values['config'] is None else from_dict(FinetuneConfig, values['config'])
     columns = values['metrics']
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    test = {digits: {name: np.array([bit == '1' for bit in x]) if isinstance(x, str) else math.nan if x is None else x
-                     for name, x in own.items()} for digits, own in values['test'].items()}
+    test = {digits: {name: _array(x) for name, x in own.items()} for digits, own in values['test'].items()}
     return Record(values['name'], config, values['known_digits'], rows, test, values['about'])
   except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
     raise RecordError(f'{path}: not a record of a run ({error}); remove it, and the run is made again.') from error
@@ -110,8 +108,20 @@ def _names(rows):
   return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _bits(values):
-  return ''.join('1' if value else '0' for value in values)
+def _plain(value):
+  if not isinstance(value, np.ndarray):
+    return _number(value)
+  if value.dtype == bool:
+    return ''.join('1' if one else '0' for one in value)
+  return ' '.join(f'{one:.4f}' for one in value)
+
+
+def _array(value):
+  if isinstance(value, str) and set(value) <= {'0', '1'}:
+    return np.array([bit == '1' for bit in value])
+  if isinstance(value, str):
+    return np.array(value.split(), np.float64)
+  return math.nan if value is None else value
 
 
 def _number(value):

@@ -31,23 +31,22 @@ FIGURES = {
     'kl_known': ('KL at tokens of N', False),
     'format_errors': ('format errors, N+k', True),
 }
-_REWARDS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled'), 'greedy_known': ('N', 'greedy'),
-            'sampled_known': ('N', 'sampled')}
+_OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled'), 'greedy_known': ('N', 'greedy'),
+                'sampled_known': ('N', 'sampled'), 'critical_probability': ('longer', 'critical_probability')}
 
 
 def run_figures(record: Record) -> dict[str, np.ndarray]:
-  """Returns the figures of a run: rewards `[B]` of those that are accuracies, `[]` of the others.
+  """Returns the figures of a run: `[B]`, of each problem, of accuracies and probabilities, `[]` of the others.
 
   The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end; a run that
   never reaches the target counts with all of its episodes.
   """
   test, config = {'N': record.test['N'], 'longer': record.longer}, record.config
-  figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _REWARDS.items()}
+  figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _OF_PROBLEMS.items()}
   accuracy = np.append(record.column('accuracy'), test['longer']['sampled'].mean())
   episodes = np.arange(accuracy.size) * float(config.episodes)
   reached = float(steps_to_target(episodes, accuracy, TARGET))
   numbers = {'area': float(area_under_curve(episodes, accuracy)), 'episodes_to_target': min(reached, episodes[-1]),
-             'critical_probability': record.column('probe_critical_probability')[-1],
              'kl_critical': test['longer']['kl_critical'], 'kl_other': test['longer']['kl_other'],
              'kl_known': test['N']['kl_other'], 'format_errors': test['longer']['format_errors']}
   return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
@@ -147,9 +146,8 @@ def _contrast(arm, against, figures, most):
 def _reference(record):
   test = {'N': record.test['N'], 'longer': record.longer}
   found = {name: seed_statistics(np.asarray(test[digits][kind], np.float64)[None])['mean']
-           for name, (digits, kind) in _REWARDS.items()}
-  return found | {'critical_probability': float(record.column('probe_critical_probability')[0]),
-                  'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
+           for name, (digits, kind) in _OF_PROBLEMS.items()}
+  return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 
 
 def _row(label, seed, record, figures):

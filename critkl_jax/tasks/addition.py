@@ -150,6 +150,15 @@ def render_solution(problem: Problem, known_digits: int, length: int) -> Solutio
   return compact(pieces, length)
 
 
+def critical_kinds(solution: Solution) -> dict[str, chex.Array]:
+  """Returns bool `[T]` of each kind of critical token: `first_comma` (does the first operand go on?), `first_digit`
+  (how does it?), and those of the second operand."""
+  bracket, comma = TOKENIZER.encode('],')
+  lists = jnp.cumsum(solution.tokens == bracket) % 3  # a line has three: both operands and the digits of the sum
+  return {f'{name}_{kind}': solution.critical & (lists == number) & ((solution.tokens == comma) == (kind == 'comma'))
+          for number, name in enumerate(('first', 'second')) for kind in ('comma', 'digit')}
+
+
 def render_result(problem: Problem) -> Tokens:
   """Returns the result line, digits with one blank between and a line break at the end, as `Tokens` `[2 (M + 1)]`."""
   sums, carries = add(problem)

@@ -26,7 +26,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert {len(one.test[digits][kind]) for digits in ('N', 'N+1') for kind in ('greedy', 'sampled')} == {6}
   # The policy of the first iteration is the reference: KL 0, and the same probabilities in all runs.
   assert all(abs(record.column('probe_kl_other')[0]) < 1e-6 for record in records.values())
-  assert len({float(record.column('probe_critical_probability')[0]) for record in records.values()}) == 1
+  assert len({float(record.column('critical/probability')[0]) for record in records.values()}) == 1
   policy = checkpoint.load_checkpoint(tmp_path / 'working' / 'runs' / 'seed=0')
   assert (policy.step, policy.info.known_digits, policy.info.training) == (2, 1, one.config)
   assert (tmp_path / 'working' / 'runs' / 'seed=0' / 'reference').resolve() == (
@@ -36,7 +36,8 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   index = (tmp_path / 'README.md').read_text()
   assert '## [drift](studies/drift/README.md)' in index
   assert '## [certainty_gap](studies/certainty_gap/README.md)' in index
-  assert '- **prioritized** minus **standard**: KL at other tokens, N+1 ' in index
+  assert '| arms | KL at critical tokens, N+1 | KL at other tokens, N+1 | ' in index
+  assert '\n| prioritized minus standard | ' in index
   results = json.loads((tmp_path / 'studies' / 'drift' / 'results.json').read_text())
   assert results['num_missing'] == 0
   assert not list((tmp_path / 'working' / 'groups').iterdir())

@@ -15,7 +15,8 @@ BASE = FINETUNE_PRESETS['smoke']
 def record(config=BASE, **changes):
   values = {'name': run_name(config, BASE), 'config': config, 'known_digits': 1,
             'metrics': [{'step': 1, 'accuracy': 0.25, 'kl_critical': math.nan}, {'step': 2, 'accuracy': 1 / 3}],
-            'test': {'N': {'greedy': np.array([True, False, True]), 'format_errors': 0.5, 'kl_critical': math.nan}},
+            'test': {'N': {'greedy': np.array([True, False, True]), 'format_errors': 0.5, 'kl_critical': math.nan,
+                           'critical_probability': np.array([1.0, 0.12345, math.nan])}},
             'about': {'seconds': 1.5, 'commit': 'abc', 'signatures': ['drift']}}
   return Record(**(values | changes))
 
@@ -27,6 +28,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
   assert (found.name, found.config, found.known_digits, found.about) == (
       'seed=0', BASE, 1, record().about)
   np.testing.assert_array_equal(found.test['N']['greedy'], [True, False, True])
+  np.testing.assert_allclose(found.test['N']['critical_probability'], [1, 0.1234, math.nan], atol=1e-4)
   assert found.test['N']['format_errors'] == 0.5
   assert math.isnan(found.test['N']['kl_critical'])
   np.testing.assert_allclose(found.column('accuracy'), [0.25, 0.333333])

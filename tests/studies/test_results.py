@@ -25,11 +25,12 @@ def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4):
   rng = np.random.default_rng(config.seed)
   rewards = lambda p: rng.permutation(PROBLEMS) < p * PROBLEMS
   own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0, 'kl_critical': 0.1,
-         'kl_other': 0.01}
-  known = own | {'greedy': rewards(1.0), 'kl_critical': float('nan')}
+         'kl_other': 0.01, 'critical_probability': np.full(PROBLEMS, 0.94)}
+  known = {name: value for name, value in own.items() if name != 'critical_probability'}
+  known |= {'greedy': rewards(1.0), 'kl_critical': float('nan')}
   metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weighted_kl': paid * 0.01,
               'weight': weight, 'weight_critical': weight - lifted * (i + 1),
-              'probe_critical_probability': 0.9 + 0.02 * i} for i, a in enumerate((0.25, 0.75, 0.75))]
+              'critical/first_comma': 0.9 + 0.02 * i} for i, a in enumerate((0.25, 0.75, 0.75))]
   about = {'seconds': 10.0, 'test_seconds': 5.0, 'commit': 'abc', 'device': 'cpu'}
   return Record(run_name(config, BASE), config, 1, metrics, {'N': known, 'N+1': own}, about)
 
@@ -48,7 +49,7 @@ def make(plan, label, seeds, **values):
 
 
 def references():
-  return {'': Record('base', None, 1, [{'probe_critical_probability': 0.9}], made_up(BASE, 0.5, 0.5).test, {})}
+  return {'': Record('base', None, 1, [], made_up(BASE, 0.5, 0.5).test, {})}
 
 
 def test_what_is_missing_and_what_follows_from_it(plan):

@@ -93,6 +93,17 @@ def test_lengths_are_those_of_the_paper():
     assert abs(addition.solution_length(digits) - characters) < 12
 
 
+def test_kinds_of_critical_tokens():
+  problem = addition.make_problem(12345, 6789, 5)
+  solution = addition.render_solution(problem, known_digits=2, length=addition.solution_length(5))
+  kinds = addition.critical_kinds(solution)
+  found = {name: TOKENIZER.decode(solution.tokens, where) for name, where in kinds.items()}
+  # the lists of both operands on three lines: 1,2,3,4,5 and 6,7,8,9; 1,2,3,4 and 6,7,8; 1,2,3 and 6,7
+  assert found == {'first_comma': ',,,' + ',,' + ',', 'first_digit': '345' + '34' + '3',
+                   'second_comma': ',,' + ',', 'second_digit': '89' + '8'}
+  np.testing.assert_array_equal(sum(where.astype(int) for where in kinds.values()), solution.critical)
+
+
 def test_critical_tokens_are_the_comma_and_the_digit_after_the_known_ones():
   solution = addition.render_solution(addition.make_problem(123456, 98765, 6), 4, 600)
   assert TOKENIZER.decode(solution.tokens, solution.critical) == ',5,6,5' + ',5'
