@@ -7,12 +7,12 @@ import numpy as np
 MEANING = {
     'drift': 'the policy leaves the reference: KL beyond its bound, or answers that lose their form',
     'no_exploration': 'the probability of the right tokens does not rise at critical tokens',
-    'blind_detector': 'the penalty is not lifted at critical tokens more than elsewhere, as if by chance',
+    'blind_detector': 'the penalty is not lifted at critical tokens more than elsewhere',
 }
 KL_BOUND = 0.5  # nats a token; the policies of the paper's task learn it within 0.05
 FORMAT_ERRORS = 0.1  # share of responses, beyond that at the start
 EXPLORATION = 0.2  # share of the way to certainty at critical tokens
-START, NEARLY_RIGHT = 2, 0.99  # iterations that count as the start; share of right critical tokens that is enough
+START, NEARLY_RIGHT = 2, 0.99  # iterations that count as the start; probability of right tokens that is enough
 PATIENCE = 6  # iterations before it is said that nothing moved
 
 
@@ -20,8 +20,9 @@ def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
   """Returns which signatures the metrics of a run show so far.
 
   `drift`: KL above `KL_BOUND` or not a number in the last iteration, or `FORMAT_ERRORS` more format errors than at the
-  start. `no_exploration`: of what the policy lacked at critical tokens in the first `START` iterations, less than
-  `EXPLORATION` is gained in the last quarter, and it is not `NEARLY_RIGHT` there; from `PATIENCE` iterations on.
+  start. `no_exploration`: at critical tokens the policy is `unmoved` from the first `START` iterations to the last
+  quarter; from `PATIENCE` iterations on. The probability of the right tokens is the probe's if there is one
+  (`critical/probability`), else the share of right ones among those sampled, which is noisier.
   `blind_detector`: over the iterations, the mean weight at critical tokens is not below the mean weight by two standard
   errors; a penalty that weighs all tokens alike has no detector and does not show it.
 
@@ -35,16 +36,21 @@ def signatures(rows: Sequence[dict[str, float]]) -> dict[str, bool]:
     return {}
   kl, errors = _column(rows, 'kl'), _column(rows, 'format_errors')
   found = {'drift': bool(not kl[-1] <= KL_BOUND or errors[-1] > errors[0] + FORMAT_ERRORS)}  # NaN is drift too
-  right = _column(rows, 'critical_right')
+  right = _column(rows, 'critical/probability' if 'critical/probability' in rows[-1] else 'critical_right')
   right = right[~np.isnan(right)]
   if len(rows) >= PATIENCE and right.size:
-    first, last = right[:START].mean(), right[-max(right.size // 4, 1):].mean()
-    found['no_exploration'] = bool(last < NEARLY_RIGHT and last - first < EXPLORATION * (1 - first))
+    found['no_exploration'] = unmoved(right[:START].mean(), right[-max(right.size // 4, 1):].mean())
   lifted = _column(rows, 'weight') - _column(rows, 'weight_critical')
   lifted = lifted[~np.isnan(lifted)]
   if lifted.size > 2 and np.any(np.abs(lifted) > 1e-3):  # less is rounding: all tokens weigh alike
     found['blind_detector'] = bool(lifted.mean() < 2 * lifted.std(ddof=1) / np.sqrt(lifted.size))
   return found
+
+
+def unmoved(first: float, last: float) -> bool:
+  """Returns whether the probability of the right critical token is not `NEARLY_RIGHT` in the end, and less than
+  `EXPLORATION` of what it lacked at first was gained."""
+  return bool(last < NEARLY_RIGHT and last - first < EXPLORATION * (1 - first))
 
 
 def _column(rows, name):

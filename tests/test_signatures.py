@@ -35,6 +35,8 @@ def test_no_exploration():
   assert seen(run(right=[0.9, 0.91, 0.9, 0.89, 0.9, 0.9, 0.91, 0.9])) == {'no_exploration'}
   assert seen(run(right=[0.9, 0.9, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5])) == {'no_exploration'}
   assert 'no_exploration' not in signatures(run(right=[0.9] * 8)[:PATIENCE - 1])  # too early to say
+  probed = [row | {'critical/probability': 0.9 + 0.01 * i} for i, row in enumerate(run(right=[0.9] * 8))]
+  assert not signatures(probed)['no_exploration']  # the probe knows better than a few samples
   rows = run(right=[0.9] * 8)
   del rows[3]['critical_right']
   rows[4]['critical_right'] = None

@@ -85,16 +85,29 @@ def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: floa
 
   Returns:
     `(value, low, high)` of `difference`, the mean difference; `iqm_difference`, its interquartile mean over seeds; and
-    `improvement`, the probability that a run is better than the other of its seed, ties counting half.
+    `improvement`, the probability that a run is better than the other of its seed, ties counting half, with
+    `share_interval`.
 
   Raises:
     ValueError: if the shapes differ or there is no value.
   """
   if np.shape(values) != np.shape(baseline):
     raise ValueError(f'baseline: expected {np.shape(values)} as values, got {np.shape(baseline)}.')
-  figures = {'difference': lambda x: x.mean(-1), 'iqm_difference': lambda x: interquartile_mean(x, x.ndim - 1),
-             'improvement': lambda x: ((x > 0) + 0.5 * (x == 0)).mean(-1)}
-  return _with_intervals(figures, _matrix(values) - _matrix(baseline), confidence, num_resamples, seed)
+  differences = _matrix(values) - _matrix(baseline)
+  found = _with_intervals({'difference': lambda x: x.mean(-1),
+                           'iqm_difference': lambda x: interquartile_mean(x, x.ndim - 1)},
+                          differences, confidence, num_resamples, seed)
+  means = differences.mean(1)
+  return found | {'improvement': share_interval(np.sum(means > 0) + 0.5 * np.sum(means == 0), len(means), confidence)}
+
+
+def share_interval(count: float, number: int, confidence: float = 0.95) -> tuple[float, float, float]:
+  """Returns the share of `count` in `number` and its exact interval (Clopper and Pearson 1934), which has a width where
+  all are alike, too: four of four leave anything from 0.40 on."""
+  edge = (1 - confidence) / 2
+  low = 0.0 if count == 0 else scipy.special.betaincinv(count, number - count + 1, edge)
+  high = 1.0 if count == number else scipy.special.betaincinv(count + 1, number - count, 1 - edge)
+  return float(count / number), float(low), float(high)
 
 
 def clip_interval(value: Sequence[float], low: float, high: float) -> tuple[float, float, float]:
@@ -122,8 +135,6 @@ def _with_intervals(figures, values, confidence, num_resamples, seed):
   for name, figure in figures.items():
     value, (low, high) = float(figure(values.mean(1))), np.quantile(figure(resampled), edges)
     found[name] = (value, value + factor * min(low - value, 0.0), value + factor * max(high - value, 0.0))
-    if name == 'improvement':
-      found[name] = clip_interval(found[name], 0, 1)
   return {name: tuple(map(float, three)) for name, three in found.items()}
 
 
@@ -143,6 +154,14 @@ def area_under_curve(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
   if steps.size == 1:
     return values[..., 0]
   return np.sum((values[..., 1:] + values[..., :-1]) / 2 * np.diff(steps), -1) / (steps[-1] - steps[0])
+
+
+def moving_average(values: np.ndarray, width: int) -> np.ndarray:
+  """Returns curves `[..., T]` each of whose points is the mean of `width` (odd) around it, of fewer at the ends."""
+  values = np.asarray(values, np.float64)
+  count = values.shape[-1]
+  around = np.abs(np.arange(count)[:, None] - np.arange(count)) <= width // 2
+  return values @ (around / around.sum(1, keepdims=True)).T
 
 
 def steps_to_target(steps: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:

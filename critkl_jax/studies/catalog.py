@@ -142,6 +142,10 @@ _ESTIMATORS = tuple(
     _PRIORITIZED if (kind, place) == ('k2', 'loss') else
     Arm(f'{kind} in the {place}', {'kl_estimator': kind, 'kl_placement': place})
     for place in ('loss', 'reward') for kind in ('exact', 'k1', 'k2', 'k3'))
+# What the paper's table and its code set, but for sizes: learning rate, KL coefficient, episodes and minibatches are
+# those of the preset.
+_PAPER = {'algorithm': 'a2c', 'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp',
+          'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
 # With lambda 0.95 a reward at the end is nothing some 300 tokens earlier, where critical tokens are, unless the critic
 # knows it already: here it is 1, and the advantages are whitened; the paper's is in `released_code`.
 _GAE = {'advantage': 'gae', 'gae_lambda': 1.0, 'whiten_advantages': True, 'value_head': 'mlp'}
@@ -153,11 +157,8 @@ _ALGORITHMS = (
     Arm('PPO, GAE and critic', {**_GAE, 'algorithm': 'ppo'}),
     Arm('A2C, GAE and critic', {**_GAE, 'algorithm': 'a2c'}),
     Arm('A2C, group-relative', {**_GROUP, 'algorithm': 'a2c'}),
+    Arm("A2C, the paper's", _PAPER),
 )
-# What the paper's table and its code set, but for sizes: learning rate, KL coefficient, episodes and minibatches are
-# those of the preset.
-_PAPER = {'algorithm': 'a2c', 'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp',
-          'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
 _RELEASED = {**_PAPER, 'entropy_coefficient': 0.001, 'temperature': 2.0, 'certainty_temperature': 4.0,
              'wrong_reward': -1.0}
 _RELEASED_CODE = (
@@ -219,7 +220,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
-           _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL),
+           _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL,
+           note="The paper's is A2C with GAE, lambda 0.95; all arms have the prioritized penalty. Of the paper's, "
+                '`released_code` has the standard one too.'),
     _penalties('pretraining_levels', 'tables 1, 4 and 5, figures 2 and 3',
                'What does a reference know beyond its N digits, and what does reinforcement make of it?', _LEVELS,
                _ACCURACY | _CRITICAL, beside='levels', note=_SHIPPED),
@@ -239,7 +242,10 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
                judged=('greedy', 'greedy_known', 'kl_other')),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
-                           ('released, prioritized', 'released, standard')), _ACCURACY | _CRITICAL,
+                           ('released, prioritized', 'released, standard'),
+                           ('released, prioritized', "the paper's, prioritized"),
+                           ('released, standard', "the paper's, standard")), _ACCURACY | _CRITICAL,
+          judged=('greedy', 'greedy_known'),
           note='Learning rate, KL coefficient, episodes and minibatches are those of the preset. Arms of the released '
                'code are sampled, tested and read at temperature 2, the others at 1: between them only greedy accuracy '
                'compares. With lambda 0.95 a fresh critic hands next to nothing of the reward to critical tokens.'),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from critkl_jax import runner
+from critkl_jax.signatures import MEANING
 
 
 def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -32,6 +33,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   """Returns the lines of a table in Markdown."""
   return ['| ' + ' | '.join(row) + ' |' for row in (heads, ['---'] * len(heads), *rows)]
+
+
+def signature_lines(found: Sequence[str]) -> list[str]:
+  """Returns the lines of the signatures of failure that were found, and what they mean."""
+  return [*(found or ['None was seen.']), '', *(f'`{name}`: {text}.' for name, text in MEANING.items())]
 
 
 def write_index(workdir: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ from critkl_jax import checkpoint
 from critkl_jax.analysis.statistics import clip_interval, paired_statistics, seed_statistics
 from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.signatures import signatures
 from critkl_jax.studies.advance import run_path
 from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
 from critkl_jax.studies.plan import Plan
@@ -125,9 +126,9 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
     `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of
     each label its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
     `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
-    `digits`, `accuracy` and `accuracy_known`, one for each run; `contrasts`, each with `seeds` and the paired
-    `difference` in digits, and `rungs`, for each that some seed tried in both arms its `digits`, those `seeds` and the
-    `difference` in accuracy of the last tries.
+    `digits`, `accuracy`, `accuracy_known` and the `signatures` of failure, one for each run; `contrasts`, each with
+    `seeds` and the paired `difference` in digits, and `rungs`, for each that some seed tried in both arms its `digits`,
+    those `seeds` and the `difference` in accuracy of the last tries.
   """
   arms, highest, rewards, commits, seconds = {}, {}, {}, set(), 0.0
   for arm in study.arms:
@@ -139,7 +140,9 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
         continue
       first = records[0].known_digits
       climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
-                       'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name} for one in records]
+                       'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name,
+                       'signatures': ' '.join(name for name, seen in signatures(one.metrics).items() if seen)}
+                      for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       highest.setdefault(arm.label, {})[seed] = max(tops, default=first)
       for row, one in zip(climbs[seed], records):  # the last try of a rung stays

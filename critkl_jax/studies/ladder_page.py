@@ -1,5 +1,7 @@
 """The page of a ladder."""
 
+import collections
+import itertools
 import pathlib
 from typing import Any
 
@@ -7,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.studies.catalog import Study
-from critkl_jax.studies.files import interval_text, table, write_files
+from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
 from critkl_jax.studies.plan import Plan
 
@@ -64,6 +66,16 @@ def _rungs_lines(results):
           *table(['arm', 'minus', 'digits', 'pairs', 'difference (points)'], rows), ''] if rows else []
 
 
+def _signatures(results):
+  runs, seen = collections.Counter(), collections.Counter()
+  for label, arm in results['arms'].items():
+    for row in itertools.chain(*arm['climbs'].values()):
+      runs[label, row['digits']] += 1
+      seen.update((label, row['digits'], name) for name in row['signatures'].split())
+  return signature_lines([f'- {label}, {digits} digits: `{name}` in {number} of {runs[label, digits]} runs'
+                          for (label, digits, name), number in sorted(seen.items())])
+
+
 def _ladder_page(results):
   rows = []
   for label, arm in results['arms'].items():
@@ -87,5 +99,5 @@ def _ladder_page(results):
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',
                'digits: accuracy (%) of each run, climb by climb'], rows), '', *picture, *_rungs_lines(results),
-      '## How it was made', '',
+      '## Signatures of failure', '', *_signatures(results), '', '## How it was made', '',
       f'Commit {", ".join(results["commits"])}; {results["seconds"] / 60:.0f} minutes of runs.', ''])

@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.curves import plot_study
-from critkl_jax.signatures import MEANING
 from critkl_jax.studies.catalog import Study
-from critkl_jax.studies.files import table, write_files
+from critkl_jax.studies.files import signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines
-from critkl_jax.studies.results import FIGURES, TARGET
+from critkl_jax.studies.results import FIGURES, SMOOTH, TARGETS
 
 DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
-CONTRASTED = ('greedy', 'sampled', 'greedy_known', 'area', 'episodes_to_target', 'critical_probability', 'kl_critical',
-              'kl_other')
+TARGET_TEXT = ' / '.join(f'{100 * target:.0f}' for target in TARGETS)
+CONTRASTED = ('greedy', 'sampled', 'greedy_known', 'area', 'episodes_to_50', 'episodes_to_80', 'episodes_to_90',
+              'critical_probability', 'kl_critical', 'kl_other')
 
 
 def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Path:
@@ -103,15 +103,16 @@ def _judged_table(results):
   rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['judged'])]
           for row in results['contrasts']]
   heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['judged']]
-  return ['Differences, and in how many pairs they are above zero, where ties are halves; in bold those whose interval '
-          f'leaves out zero. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
+  return ['Mean differences, and in how many pairs they are above zero, where ties are halves. In bold are those that '
+          'the intervals of their mean and of their interquartile mean tell from zero, in italics those that the first '
+          f'alone does. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
           *table(['arms', *heads], rows)] if rows else ['No two arms can be compared yet.']
 
 
 def _judged_cell(row, name):
   found, pairs = row['figures'][name], len(row['seeds'])
-  _, low, high = found['difference']
-  mark = '**' if low > 0 or high < 0 else ''
+  apart = [low > 0 or high < 0 for _, low, high in (found['difference'], found['iqm_difference'])]
+  mark = '**' if all(apart) else '*' if apart[0] else ''
   return f'{mark}{_cell(name, found["difference"], "+")}{mark}; {found["improvement"][0] * pairs:g} of {pairs}'
 
 
@@ -124,11 +125,11 @@ def _arms_table(results):
   for label, arm in results['arms'].items():
     values = [_cell(name, arm['figures'][name]['iqm']) for name in names]
     rows.append([label, str(len(arm['seeds'])), *values, _cell('greedy', arm['gain']['difference'], '+'),
-                 f'{arm["reached_target"]} of {len(arm["seeds"])}', f'{arm["mean_weight"]:.3f}',
-                 _cell('', arm['paid'])])
+                 f'{" / ".join(map(str, arm["reached"].values()))} of {len(arm["seeds"])}',
+                 f'{arm["mean_weight"]:.3f}', _cell('paid', arm['figures']['paid']['mean'])])
   heads = ['arm (interquartile means)', 'runs', *(_named(name, results) for name in names),
-           'mean gain over the reference (greedy)', f'reached {100 * TARGET:.0f} % of sampled answers',
-           'mean weight', 'paid for a nat of KL']
+           'mean gain over the reference (greedy)', f'runs that reached {TARGET_TEXT} % of sampled answers',
+           'mean weight', 'mean penalty paid for a nat of KL']
   return table(heads, rows)
 
 
@@ -145,10 +146,14 @@ def _design(results):
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
-          f'problems. Seeds vary fine-tuning alone: {_number_of_references(results)}. Learning curves, the area under '
-          f'them and the episodes to {100 * TARGET:.0f} % are of sampled answers, those of the rollouts and of the '
-          'last test; a run that never reaches it counts with all of its episodes. The probability of the right '
-          'critical token is that before the last update.')
+          f'problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary fine-tuning '
+          f'alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes to '
+          f'{TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes '
+          f'averaged over {SMOOTH} points; a run that never gets there counts with all of its episodes. The '
+          "probability of the right critical token is a mean over the test's problems, after right beginnings; KL in "
+          "the tables is that of the policy's own answers to the first 128 of them, up to the first error at critical "
+          'tokens, and KL in the curves that at tokens of right solutions, of 256 other problems at critical tokens '
+          'and of 16 elsewhere. The penalty that is paid for a nat of KL has its coefficient in it.')
 
 
 def _number_of_references(results):
@@ -165,7 +170,7 @@ def _seeds(results):
 def _signatures(results):
   found = [f'- {label}: `{name}` in {number} of {len(arm["seeds"])} runs'
            for label, arm in results['arms'].items() for name, number in arm['signatures'].items()]
-  return [*(found or ['None was seen.']), '', *(f'`{name}`: {text}.' for name, text in MEANING.items())]
+  return signature_lines(found)
 
 
 def _origin(results):

@@ -7,16 +7,18 @@ import numpy as np
 from critkl_jax.analysis.statistics import (
     area_under_curve,
     clip_interval,
+    moving_average,
     paired_statistics,
     seed_statistics,
     steps_to_target,
 )
-from critkl_jax.signatures import signatures
+from critkl_jax.signatures import signatures, unmoved
 from critkl_jax.studies.catalog import Study, reference_name
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
 
-TARGET = 0.9  # accuracy of sampled answers to N + k digits, for the episodes that it takes
+TARGETS = (0.5, 0.8, 0.9)  # accuracies of sampled answers to N + k digits, for the episodes that they take
+SMOOTH = 3  # points of a learning curve that are averaged before it is asked whether it reaches them
 # name -> (what it is, whether it is a share, to be shown in points)
 FIGURES = {
     'greedy': ('greedy accuracy, N+k', True),
@@ -24,12 +26,13 @@ FIGURES = {
     'greedy_known': ('greedy accuracy, N', True),
     'sampled_known': ('sampled accuracy, N', True),
     'area': ('area under the learning curve', True),
-    'episodes_to_target': (f'episodes to {100 * TARGET:.0f} %', False),
+    **{f'episodes_to_{100 * target:.0f}': (f'episodes to {100 * target:.0f} %', False) for target in TARGETS},
     'critical_probability': ('probability of the right critical token', True),
     'kl_critical': ('KL at critical tokens, N+k', False),
     'kl_other': ('KL at other tokens, N+k', False),
     'kl_known': ('KL at tokens of N', False),
     'format_errors': ('format errors, N+k', True),
+    'paid': ('penalty paid for a nat of KL', False),
 }
 _OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled'), 'greedy_known': ('N', 'greedy'),
                 'sampled_known': ('N', 'sampled'), 'critical_probability': ('longer', 'critical_probability')}
@@ -39,23 +42,29 @@ def run_figures(record: Record) -> dict[str, np.ndarray]:
   """Returns the figures of a run: `[B]`, of each problem, of accuracies and probabilities, `[]` of the others.
 
   The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end; a run that
-  never reaches the target counts with all of its episodes.
+  never reaches a target counts with all of its episodes. What is paid has the KL coefficient in it.
   """
   test, config = {'N': record.test['N'], 'longer': record.longer}, record.config
   figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _OF_PROBLEMS.items()}
-  accuracy = np.append(record.column('accuracy'), test['longer']['sampled'].mean())
+  accuracy = _learning_curve(record)
   episodes = np.arange(accuracy.size) * float(config.episodes)
-  reached = float(steps_to_target(episodes, accuracy, TARGET))
-  numbers = {'area': float(area_under_curve(episodes, accuracy)), 'episodes_to_target': min(reached, episodes[-1]),
+  reached = {f'episodes_to_{100 * target:.0f}': min(float(steps_to_target(
+      episodes, moving_average(accuracy, SMOOTH), target)), episodes[-1]) for target in TARGETS}
+  numbers = {'area': float(area_under_curve(episodes, accuracy)), **reached,
+             'paid': 0.0 if config.loss.kl == 'none' else config.loss.kl_coefficient * record.paid,
              'kl_critical': test['longer']['kl_critical'], 'kl_other': test['longer']['kl_other'],
              'kl_known': test['N']['kl_other'], 'format_errors': test['longer']['format_errors']}
   return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
 
 
-def reaches_target(record: Record) -> bool:
-  """Returns whether the learning curve of a run reaches the target."""
-  accuracy = np.append(record.column('accuracy'), record.longer['sampled'].mean())
-  return bool((accuracy >= TARGET).any())
+def _learning_curve(record):
+  return np.append(record.column('accuracy'), record.longer['sampled'].mean())
+
+
+def _reached(records):
+  """Returns how many of the learning curves reach each target."""
+  tops = np.array([moving_average(_learning_curve(one), SMOOTH).max() for one in records])
+  return {f'{100 * target:.0f}': int((tops >= target).sum()) for target in TARGETS}
 
 
 def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> dict[str, Any]:
@@ -70,9 +79,9 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
     `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
     `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
-    (`paired_statistics`), how many runs `reached_target`, `signatures` (name -> number of runs), the `mean_weight` of
-    the penalty, and what is `paid` for a nat of KL; `contrasts`, rows with `arm`, `against`, `seeds` and `figures`
-    (name -> `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
+    (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs), and
+    the `mean_weight` of the penalty; `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name ->
+    `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
     Everything is plain JSON but for NaN, which stands where there is no value.
   """
   records = plan.records(study)
@@ -91,8 +100,8 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
       'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
-      'runs': [_row(label, seed, records[label][seed], figures[label][seed]) for label in records
-               for seed in records[label]],
+      'runs': [_row(label, seed, records[label][seed], figures[label][seed], references[names[label]])
+               for label in records for seed in records[label]],
       'commits': sorted({one.about['commit'] for one in every}),
       'devices': sorted({one.about['device'] for one in every}),
       'seconds': sum(one.about['seconds'] + one.about['test_seconds'] for one in every)}
@@ -102,12 +111,11 @@ def _arm(records, figures, reference, most):
   every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
   before = np.broadcast_to(np.asarray(reference.longer['greedy'], np.float64), rewards.shape)
   counts: dict[str, int] = {}
-  for name in (name for one in every for name in _seen(one)):
+  for name in (name for one in every for name in _seen(one, reference)):
     counts[name] = counts.get(name, 0) + 1
-  return {'seeds': list(records), 'reached_target': sum(map(reaches_target, every)), 'signatures': counts,
+  return {'seeds': list(records), 'reached': _reached(every), 'signatures': counts,
           'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
-          'paid': float(np.mean([one.paid for one in every])),
           'figures': {name: _within(seed_statistics(np.stack([one[name] for one in figures.values()])), 0.0, most[name])
                       for name in FIGURES}}
 
@@ -126,8 +134,8 @@ def _changes(study, label):
 def _most(records):
   """Returns name -> the most that a figure can be; no figure is negative."""
   most = {name: 1.0 if share else np.inf for name, (_, share) in FIGURES.items()}
-  return most | {'episodes_to_target': float(max((len(one.metrics) * one.config.episodes for one in records),
-                                                 default=np.inf))}
+  episodes = float(max((len(one.metrics) * one.config.episodes for one in records), default=np.inf))
+  return most | {name: episodes for name in FIGURES if name.startswith('episodes_to_')}
 
 
 def _within(statistics, low, high):
@@ -150,12 +158,15 @@ def _reference(record):
   return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 
 
-def _row(label, seed, record, figures):
+def _row(label, seed, record, figures, reference):
   return {'name': record.name, 'arm': label, 'seed': seed, **{name: float(x.mean()) for name, x in figures.items()},
-          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(_seen(record)),
+          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(_seen(record, reference)),
           'seconds': record.about['seconds'], 'test_seconds': record.about['test_seconds'],
           'commit': record.about['commit']}
 
 
-def _seen(record):
-  return [name for name, seen in signatures(record.metrics).items() if seen]
+def _seen(record, reference):
+  """Names the signatures of a run. Whether it explored is told from the tests, of many problems, of both."""
+  before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
+  found = signatures(record.metrics) | {'no_exploration': unmoved(before, after)}
+  return [name for name, seen in found.items() if seen]

@@ -1,10 +1,14 @@
+import math
+
 import numpy as np
 import pytest
 
 from critkl_jax.analysis.statistics import (
     area_under_curve,
     interquartile_mean,
+    moving_average,
     paired_statistics,
+    share_interval,
     steps_to_target,
 )
 
@@ -48,6 +52,25 @@ def test_intervals_of_pairs_cover_the_truth():
     _, low, high = paired_statistics(0.2 + rng.normal(size=20), np.zeros(20), num_resamples=400)['difference']
     covered += low <= 0.2 <= high
   assert 178 <= covered <= 198  # the percentile bootstrap of few seeds covers a little less than 95 %
+
+
+def test_shares_have_exact_intervals():
+  value, low, high = share_interval(4, 4)
+  assert (value, high) == (1, 1)
+  assert low ** 4 == pytest.approx(0.025)  # so seldom are all four above zero at that probability
+  value, low, high = share_interval(3, 8)
+  assert value == 3 / 8
+  binomial = [np.array([float(math.comb(8, k)) * p ** k * (1 - p) ** (8 - k) for k in range(9)]) for p in (low, high)]
+  assert binomial[0][3:].sum() == pytest.approx(0.025)
+  assert binomial[1][:4].sum() == pytest.approx(0.025)
+  assert share_interval(0, 4)[1:] == (0, pytest.approx(1 - 0.025 ** 0.25))
+  assert 0 < share_interval(2.5, 4)[1] < 2.5 / 4 < share_interval(2.5, 4)[2] < 1
+
+
+def test_moving_average():
+  np.testing.assert_allclose(moving_average([[0.0, 3.0, 6.0, 0.0], [1.0, 1.0, 1.0, 1.0]], 3),
+                             [[1.5, 3.0, 3.0, 3.0], [1, 1, 1, 1]])
+  np.testing.assert_allclose(moving_average([0.0, 1.0], 1), [0, 1])
 
 
 def test_area_under_curve():

@@ -21,11 +21,11 @@ MATCHED = 'uniform, of equal mean weight'
 PROBLEMS = 64
 
 
-def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4):
+def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4, critical=0.9):
   rng = np.random.default_rng(config.seed)
   rewards = lambda p: rng.permutation(PROBLEMS) < p * PROBLEMS
   own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0, 'kl_critical': 0.1,
-         'kl_other': 0.01, 'critical_probability': np.full(PROBLEMS, 0.94)}
+         'kl_other': 0.01, 'critical_probability': np.full(PROBLEMS, critical)}
   known = {name: value for name, value in own.items() if name != 'critical_probability'}
   known |= {'greedy': rewards(1.0), 'kl_critical': float('nan')}
   metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weighted_kl': paid * 0.01,
@@ -115,7 +115,7 @@ def test_a_group_that_was_stopped_goes_on_whole_if_one_of_its_runs_is_asked_for(
 
 
 def test_results_say_what_was_put_in(plan):
-  make(plan, 'prioritized', range(8), greedy=0.75, sampled=0.9375)
+  make(plan, 'prioritized', range(8), greedy=0.75, sampled=0.9375, critical=0.97)
   make(plan, 'standard', range(8), greedy=0.5, sampled=0.5, weight=1.0, lifted=-0.1, paid=1.25)
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
   found = results.study_results(STUDY, plan, references())
@@ -126,12 +126,17 @@ def test_results_say_what_was_put_in(plan):
   arm = found['arms']['prioritized']
   assert arm['figures']['greedy']['mean'][0] == arm['figures']['greedy']['iqm'][0] == 0.75
   assert arm['figures']['area']['mean'][0] == pytest.approx((0.25 / 2 + 0.75 + 0.75 + 0.9375 / 2) / 3)
-  episodes = BASE.episodes * (2 + (0.9 - 0.75) / (0.9375 - 0.75))
-  assert arm['figures']['episodes_to_target']['mean'][0] == pytest.approx(episodes)
-  assert (arm['reached_target'], found['arms']['standard']['reached_target']) == (8, 0)
+  second, third = (0.25 + 0.75 + 0.75) / 3, (0.75 + 0.75 + 0.9375) / 3  # points of the smoothed curve
+  episodes = BASE.episodes * (1 + (0.8 - second) / (third - second))
+  assert arm['figures']['episodes_to_80']['mean'][0] == pytest.approx(episodes)
+  assert arm['figures']['episodes_to_90']['mean'][0] == 3 * BASE.episodes
+  assert arm['reached'] == {'50': 8, '80': 8, '90': 0}
+  assert found['arms']['standard']['reached'] == {'50': 8, '80': 0, '90': 0}
   assert arm['mean_weight'] == pytest.approx(0.8)
-  assert found['arms']['standard']['paid'] / arm['paid'] == pytest.approx(1.25 / 0.4)
-  assert found['arms']['standard']['signatures'] == {'blind_detector': 8}
+  paid = [found['arms'][label]['figures']['paid']['mean'][0] for label in ('prioritized', 'standard')]
+  assert paid == pytest.approx([0.4 * BASE.loss.kl_coefficient, 1.25 * BASE.loss.kl_coefficient])
+  assert found['arms']['standard']['signatures'] == {'no_exploration': 8, 'blind_detector': 8}
+  assert arm['signatures'] == {}  # 0.97 where the reference has 0.9
   row = next(row for row in found['contrasts'] if row['arm'] == MATCHED)
   assert row['against'] == 'prioritized'
   value, low, high = row['figures']['greedy']['difference']
@@ -154,7 +159,7 @@ def test_intervals_stay_where_figures_can_be(plan):
   assert low == 0 < value < high
   value, low, high = found['arms']['standard']['gain']['difference']
   assert -1 <= low < value < high
-  value, low, high = found['arms']['standard']['figures']['episodes_to_target']['mean']
+  value, low, high = found['arms']['standard']['figures']['episodes_to_80']['mean']
   assert 0 <= low < value < high == 3 * BASE.episodes
 
 
