@@ -145,7 +145,7 @@ def _keep_params(workdir, info, name, params):
 def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
                      name: str = '') -> Record:
   """Returns the record of a reference, `base` if it has no name: loaded, tested, read by the probe, and kept, unless it
-  was before."""
+  was before. It says how the reference was pre-trained, and how long that took if that was under this workdir."""
   name = name or 'base'
   path = workdir / 'references' / f'{name}.json'
   if path.is_file():
@@ -159,7 +159,12 @@ def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workd
   tests = test(stacked, reference.params)
   probe = make_probe(model, reference.params, known, base.extra_digits, base.loss.temperature)
   probed = {key: float(value) for key, value in jax.jit(probe)(reference.params).items()}
-  about = {'test_seconds': round(time.monotonic() - start, 1)} | describe_machine()
+  training = reference.info.training
+  about = {'test_seconds': round(time.monotonic() - start, 1), 'step': reference.step,
+           'pretraining': None if training is None else flat_values(training)} | describe_machine()
+  rows = runner.read_metrics(references_path(workdir, name) / 'metrics.jsonl')
+  if rows:
+    about['pretraining_seconds'] = round(sum(row['seconds'] for row in rows), 1)
   record = Record(name, None, known, [probed], tests[0], about)
   write_record(path, record)
   return record
@@ -180,7 +185,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   """
   path = reading_path(workdir, name, 'levels')
   if path.is_file():
-    return json.loads(path.read_text())
+    return json.loads(path.read_text())['rows']
   policy = load()
   first = first or policy.info.known_digits
   fitting = [n for n in range(first, first + most + 1)
@@ -188,7 +193,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   rows = accuracy_table(GPT2(dataclasses.replace(policy.info.model, remat=False)), policy.params,
                         policy.info.known_digits, fitting, ['identical', 'varying'], num_problems)
   path.parent.mkdir(parents=True, exist_ok=True)
-  runner.write_text(path, json.dumps(rows, indent=1) + '\n')
+  runner.write_text(path, json.dumps({'rows': rows, 'about': describe_machine()}, indent=1) + '\n')
   return rows
 
 

@@ -35,9 +35,10 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
     first one has a negentropy below `THRESHOLD` (`unsure`), None if there are none; and of each of the `kinds` of
     certainty: `gap`, critical minus elsewhere, a mean over generations with critical tokens, and its interval over
     sets, None if no generation has any; `gap_deviation` between generations; `lowest_other`; `detector`, the
-    `agreement` of 1 - certainty with the critical tokens, and `of_errors` with the wrong tokens; `entropy_correlation`
-    and `error_correlation`, Spearman's across positions of the mean certainty with the mean entropy and with the mean
-    probability of a wrong token, as `(value, low, high)`.
+    `agreement` of 1 - certainty with the critical tokens, and `of_errors` with the wrong tokens; Spearman's
+    correlations across positions of the mean certainty as `(value, low, high)`: `entropy_correlation` with the mean
+    entropy, `error_correlation` with the share of wrong tokens, `expected_error_correlation` with their mean
+    probability.
   """
   here, critical = tokens['on_path'], tokens['critical/oracle'] & tokens['on_path']
   other, wrong = here & ~critical, here & ~tokens['right']
@@ -58,7 +59,9 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
         'gap_deviation': float(np.concatenate(of_sets).std()) if means.size else None,
         'lowest_other': float(certainty[other].min()),
         'entropy_correlation': correlation(certainty, tokens['ref_entropy'], here, confidence, num_resamples),
-        'error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence, num_resamples)}
+        'error_correlation': correlation(certainty, wrong, here, confidence, num_resamples),
+        'expected_error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence,
+                                                  num_resamples)}
   return result | {'kinds': kinds}
 
 

@@ -80,10 +80,11 @@ def _certainty_page(results):
   rows = [[kind, interval_text(found['gap']), number(found['gap_deviation']), number(found['lowest_other']),
            interval_text(found['detector']['auroc']), interval_text(found['detector']['average_precision']),
            interval_text(found['of_errors']['auroc']), interval_text(found['entropy_correlation']),
-           interval_text(found['error_correlation'])] for kind, found in results['kinds'].items()]
+           interval_text(found['error_correlation']), interval_text(found['expected_error_correlation'])]
+          for kind, found in results['kinds'].items()]
   heads = ['certainty', 'critical minus elsewhere', 'deviation between generations', 'lowest elsewhere',
            'AUROC, critical tokens', 'average precision', 'AUROC, wrong tokens', 'Spearman with entropy',
-           'Spearman with wrong tokens']
+           'Spearman with wrong tokens', 'Spearman with their probability']
   return '\n'.join([
       f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
       f'{results["generations"]} generations in {results["sets"]} sets, sampled from the reference of N = '
@@ -91,7 +92,8 @@ def _certainty_page(results):
       f'{results["critical_tokens"]} critical tokens and {results["other_tokens"]} others that follow right ones. The '
       'interval of the gap is over sets, the others over generations (95 % bootstrap). Correlations are across '
       'positions of the response, of means over generations; negentropy is a function of entropy, so that theirs is -1 '
-      'by definition.', '', '## What it says', '', *(f'- {sentence}' for sentence in certainty_verdicts(results)), '',
+      'by definition, and the probability of a wrong token is read from the same distributions, so that theirs is near '
+      'it.', '', '## What it says', '', *(f'- {sentence}' for sentence in certainty_verdicts(results)), '',
       *table(heads, rows), '', '![generations](generations.png)', '', '![certainty](certainty.png)', '',
       '## How it was made', '',
       f'Commit {results["commit"]} (`+`: with changes not committed), {results["device"]}; {results["seconds"]:.0f} s.',
