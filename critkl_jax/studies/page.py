@@ -12,7 +12,7 @@ from critkl_jax.analysis.curves import plot_study
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
-from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines
+from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
 from critkl_jax.studies.results import FIGURES, SMOOTH, TARGETS
 
 DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
@@ -32,6 +32,8 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
     plot_study({label: [one.metrics for one in own] for label, own in records.items()}, home / 'curves.png',
                _title(results), panels, {arm.label: arm.condition for arm in study.arms})
     plot_arms(results, home / 'arms.png')
+  if results.get('levels'):
+    plot_levels(results['levels'], home / 'levels.png')
   (home / 'README.md').write_text(page_of(results))
   return home
 
@@ -71,7 +73,7 @@ def page_of(results: dict[str, Any]) -> str:
   if not results['arms']:
     return '\n'.join(lines)
   if results.get('levels'):
-    lines += ['## What the references know', '', *levels_lines(results['levels']), '']
+    lines += ['## What the references know', '', *levels_lines(results['levels']), '', '![levels](levels.png)', '']
   if results.get('certainty'):
     lines += ['## Where the references are unsure', '',
               *certainty_lines(results['certainty'], results['extra_digits']), '']
@@ -177,7 +179,7 @@ def _origin(results):
   return (f'Commit {", ".join(results["commits"])} (`+`: with changes not committed), {", ".join(results["devices"])}; '
           f'{results["seconds"] / 60:.0f} minutes of runs, those shared with other studies among them. '
           '`results.json` has every figure with its interval, `results.csv` a row for each run, `../../runs` the runs '
-          'themselves: their configs, metrics and answers.')
+          'themselves: their configs, metrics, and which answers were right.')
 
 
 def _title(results):

@@ -1,7 +1,12 @@
 """What pages of studies say of references: how many digits they know, and where they are sure and unsure."""
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.studies.certainty import PAPER_GAPS
 from critkl_jax.studies.files import interval_text, table
@@ -33,6 +38,28 @@ def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
   heads = ['reference', 'N', *('at N' if k == 0 else f'N+{k}' for k in range(most))]
   return ['Greedy accuracy in percent, operands of identical / of varying length; no entry where the context is too '
           'short.', '', *table(heads, [row + [''] * (len(heads) - len(row)) for row in rows])]
+
+
+def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path) -> None:
+  """Draws the accuracy of each reference by the digits beyond its N, a panel for each distribution of lengths, and the
+  paper's references in grey; arguments as of `levels_lines`."""
+  figure = Figure(figsize=(8.4, 3.4), layout='constrained')
+  for i, (axis, lengths) in enumerate(zip(figure.subplots(1, 2, sharey=True), ('identical', 'varying'))):
+    for n, cells in PAPER_LEVELS.items():
+      shares = [float(cell.split(' / ')[i]) for cell in cells]
+      axis.plot(range(len(shares)), shares, '--', color='#9aa7b4', linewidth=1, label="the paper's" if n == 7 else None)
+      axis.annotate(str(n), (1, shares[1]), fontsize=7, color='#6b7885')
+    for _, rows in sorted((min(row['digits'] for row in rows), rows) for rows in levels.values()):
+      own = [row for row in rows if row['distribution'] == lengths]
+      values = np.array([[row['accuracy'], row['accuracy'] - row['low'], row['high'] - row['accuracy']] for row in own])
+      axis.errorbar([row['digits'] - own[0]['digits'] for row in own], 100 * values[:, 0], 100 * values[:, 1:].T,
+                    marker='o', markersize=4, capsize=3, linewidth=1.5, label=f'N = {own[0]["digits"]}')
+    axis.set_title(f'greedy accuracy (%), operands of {lengths} length', fontsize=10)
+    axis.set_xlabel('digits beyond N')
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+  figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=9)
+  figure.savefig(path, dpi=130)
 
 
 def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra_digits: int) -> list[str]:

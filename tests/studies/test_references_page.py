@@ -29,6 +29,13 @@ def test_levels_stand_by_n_above_the_papers():
   assert {len(row) for row in found.values()} == {6}
 
 
+def test_levels_are_drawn(tmp_path):
+  levels = {name: [row | {'distribution': lengths} for digits in (n, n + 1) for lengths, row in zip(
+      ('identical', 'varying'), level(digits, (0.5, 0.6)))] for name, n in (('', 5), ('known_digits=6', 6))}
+  references_page.plot_levels(levels, tmp_path / 'levels.png')
+  assert (tmp_path / 'levels.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_certainty_stands_above_the_papers(tmp_path):
   detector = {'auroc': (0.9, 0.8, 0.95)}
   one = {'known_digits': 5, 'generations': 256, 'critical_tokens': 600, 'certain_and_wrong': 0.015,
