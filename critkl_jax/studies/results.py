@@ -1,5 +1,7 @@
 """What the runs of a study say: figures of each run, of each arm, and of the contrasts between arms, with intervals."""
 
+import collections
+import itertools
 from typing import Any
 
 import numpy as np
@@ -89,8 +91,10 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   every = [one for own in records.values() for one in own.values()]
   names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
   most = _most(every)
+  seen = {label: {seed: _seen(one, references[names[label]], plan.base) for seed, one in own.items()}
+          for label, own in records.items()}
   arms = {label: {'reference': names[label], 'changes': _changes(study, label),
-                  **_arm(own, figures[label], references[names[label]], most)}
+                  **_arm(own, figures[label], references[names[label]], seen[label], most)}
           for label, own in records.items() if own}
   contrasts = [_contrast(arm, against, figures, most) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
@@ -100,19 +104,17 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
       'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
-      'runs': [_row(label, seed, records[label][seed], figures[label][seed], references[names[label]])
+      'runs': [_row(label, seed, records[label][seed], figures[label][seed], seen[label][seed])
                for label in records for seed in records[label]],
       'commits': sorted({one.about['commit'] for one in every}),
       'devices': sorted({one.about['device'] for one in every}),
       'seconds': sum(one.about['seconds'] + one.about['test_seconds'] for one in every)}
 
 
-def _arm(records, figures, reference, most):
+def _arm(records, figures, reference, seen, most):
   every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
   before = np.broadcast_to(np.asarray(reference.longer['greedy'], np.float64), rewards.shape)
-  counts: dict[str, int] = {}
-  for name in (name for one in every for name in _seen(one, reference)):
-    counts[name] = counts.get(name, 0) + 1
+  counts = dict(collections.Counter(itertools.chain(*seen.values())))
   return {'seeds': list(records), 'reached': _reached(every), 'signatures': counts,
           'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
@@ -158,15 +160,18 @@ def _reference(record):
   return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 
 
-def _row(label, seed, record, figures, reference):
+def _row(label, seed, record, figures, seen):
   return {'name': record.name, 'arm': label, 'seed': seed, **{name: float(x.mean()) for name, x in figures.items()},
-          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(_seen(record, reference)),
+          'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(seen),
           'seconds': record.about['seconds'], 'test_seconds': record.about['test_seconds'],
           'commit': record.about['commit']}
 
 
-def _seen(record, reference):
-  """Names the signatures of a run. Whether it explored is told from the tests, of many problems, of both."""
-  before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
-  found = signatures(record.metrics) | {'no_exploration': unmoved(before, after)}
+def _seen(record, reference, base):
+  """Names the signatures of a run. Whether it explored is told from the tests, which are of many problems, where its
+  temperature is that of the reference's test."""
+  found = signatures(record.metrics)
+  if record.config.loss.temperature == base.loss.temperature:
+    before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
+    found['no_exploration'] = unmoved(before, after)
   return [name for name, seen in found.items() if seen]
