@@ -143,10 +143,13 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   names = [catalog.reference_name(changes) for changes in (arm.pretraining, *arm.ensemble)]
   file = advance.reading_path(plan.workdir, names[0], 'overconfidence')
   if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:
-    own, *others = (reference_of(name, plan) for name in names)
-    readings = [read_tokens(own, other, digits=[own.info.known_digits + plan.base.extra_digits], responses='sampled',
-                            num_problems=num_problems, seed=plan.base.seed) for other in (own, *others)]
-    files.write_json(file, overconfidence(readings))
+    several = [reference_of(name, plan) for name in names]
+    digits = [several[0].info.known_digits + plan.base.extra_digits]
+    readings = [read_tokens(several[0], one, digits=digits, responses='sampled', num_problems=num_problems,
+                            seed=plan.base.seed) for one in several]
+    about = advance.describe_machine() | {'references': [advance.describe_reference(one, plan.workdir, name)
+                                                         for name, one in zip(names, several)]}
+    files.write_json(file, overconfidence(readings) | {'about': about})
   return json.loads(file.read_text())
 
 

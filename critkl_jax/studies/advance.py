@@ -159,15 +159,19 @@ def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workd
   tests = test(stacked, reference.params)
   probe = make_probe(model, reference.params, known, base.extra_digits, base.loss.temperature)
   probed = {key: float(value) for key, value in jax.jit(probe)(reference.params).items()}
-  training = reference.info.training
-  about = {'test_seconds': round(time.monotonic() - start, 1), 'step': reference.step,
-           'pretraining': None if training is None else flat_values(training)} | describe_machine()
-  rows = runner.read_metrics(references_path(workdir, name) / 'metrics.jsonl')
-  if rows:
-    about['pretraining_seconds'] = round(sum(row['seconds'] for row in rows), 1)
+  about = {'test_seconds': round(time.monotonic() - start, 1), **describe_reference(reference, workdir, name),
+           **describe_machine()}
   record = Record(name, None, known, [probed], tests[0], about)
   write_record(path, record)
   return record
+
+
+def describe_reference(reference: Checkpoint, workdir: pathlib.Path, name: str) -> dict[str, Any]:
+  """Returns how a reference was pre-trained, its `step`, and the seconds, if it was pre-trained under the workdir."""
+  training = reference.info.training
+  rows = runner.read_metrics(references_path(workdir, name) / 'metrics.jsonl')
+  return {'step': reference.step, 'pretraining': None if training is None else flat_values(training),
+          **({'pretraining_seconds': round(sum(row['seconds'] for row in rows), 1)} if rows else {})}
 
 
 def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, workdir: pathlib.Path, num_problems: int,
