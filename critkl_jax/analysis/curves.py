@@ -64,6 +64,9 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
     for number, (name, label) in enumerate(panels.items(), start=1):
       axis = figure.add_subplot(len(alike), len(panels), place * len(panels) + number)
       for short, runs in own.items():
+        runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
+        if not runs:
+          continue
         mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
         steps = [row['step'] for row in runs[0]]
         handles[short], = axis.plot(steps, mean, linewidth=1.6, color=f'C{places[short]}')

@@ -86,7 +86,7 @@ def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: floa
   Returns:
     `(value, low, high)` of `difference`, the mean difference; `iqm_difference`, its interquartile mean over seeds; and
     `improvement`, the probability that a run is better than the other of its seed, ties counting half, with
-    `share_interval`.
+    `share_interval` over seeds. All are NaN if a value is.
 
   Raises:
     ValueError: if the shapes differ or there is no value.
@@ -98,12 +98,15 @@ def paired_statistics(values: np.ndarray, baseline: np.ndarray, confidence: floa
                            'iqm_difference': lambda x: interquartile_mean(x, x.ndim - 1)},
                           differences, confidence, num_resamples, seed)
   means = differences.mean(1)
-  return found | {'improvement': share_interval(np.sum(means > 0) + 0.5 * np.sum(means == 0), len(means), confidence)}
+  better = np.sum(means > 0) + 0.5 * np.sum(means == 0)
+  return found | {'improvement': (np.nan,) * 3 if np.isnan(means).any() else
+                  share_interval(better, len(means), confidence)}
 
 
 def share_interval(count: float, number: int, confidence: float = 0.95) -> tuple[float, float, float]:
-  """Returns the share of `count` in `number` and its exact interval (Clopper and Pearson 1934), which has a width where
-  all are alike, too: four of four leave anything from 0.40 on."""
+  """Returns the share of `count` in `number` and its interval (Clopper and Pearson 1934), which has a width where all
+  are alike, too: four of four leave anything from 0.40 on. It is exact for whole counts; between them, with halves for
+  ties, it interpolates, and covers more."""
   edge = (1 - confidence) / 2
   low = 0.0 if count == 0 else scipy.special.betaincinv(count, number - count + 1, edge)
   high = 1.0 if count == number else scipy.special.betaincinv(count + 1, number - count, 1 - edge)
@@ -156,12 +159,12 @@ def area_under_curve(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
   return np.sum((values[..., 1:] + values[..., :-1]) / 2 * np.diff(steps), -1) / (steps[-1] - steps[0])
 
 
-def moving_average(values: np.ndarray, width: int) -> np.ndarray:
-  """Returns curves `[..., T]` each of whose points is the mean of `width` (odd) around it, of fewer at the ends."""
+def smooth(values: np.ndarray) -> np.ndarray:
+  """Returns curves `[..., T]` each of whose points is the mean of three around it, but for the first and the last,
+  which stay as they are."""
   values = np.asarray(values, np.float64)
-  count = values.shape[-1]
-  around = np.abs(np.arange(count)[:, None] - np.arange(count)) <= width // 2
-  return values @ (around / around.sum(1, keepdims=True)).T
+  inner = (values[..., :-2] + values[..., 1:-1] + values[..., 2:]) / 3
+  return np.concatenate([values[..., :1], inner, values[..., max(values.shape[-1] - 1, 1):]], -1)
 
 
 def steps_to_target(steps: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:

@@ -144,8 +144,8 @@ def _keep_params(workdir, info, name, params):
 
 def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
                      name: str = '') -> Record:
-  """Returns the record of a reference, `base` if it has no name: loaded, tested, read by the probe, and kept, unless it
-  was before. It says how the reference was pre-trained, and how long that took if that was under this workdir."""
+  """Returns the record of a reference, `base` if it has no name: loaded, tested and kept, unless it was before. It says
+  how the reference was pre-trained, and how long that took if that was under this workdir."""
   name = name or 'base'
   path = workdir / 'references' / f'{name}.json'
   if path.is_file():
@@ -157,11 +157,9 @@ def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workd
   stacked = jax.tree.map(lambda x: x[None], reference.params)
   test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature)
   tests = test(stacked, reference.params)
-  probe = make_probe(model, reference.params, known, base.extra_digits, base.loss.temperature)
-  probed = {key: float(value) for key, value in jax.jit(probe)(reference.params).items()}
   about = {'test_seconds': round(time.monotonic() - start, 1), **describe_reference(reference, workdir, name),
            **describe_machine()}
-  record = Record(name, None, known, [probed], tests[0], about)
+  record = Record(name, None, known, [], tests[0], about)
   write_record(path, record)
   return record
 

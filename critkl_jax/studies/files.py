@@ -13,6 +13,9 @@ from typing import Any
 from critkl_jax import runner
 from critkl_jax.signatures import MEANING
 
+TOLD_APART = ('in bold where the intervals of mean and interquartile mean both leave out zero, in italics where the '
+              'first alone does')
+
 
 def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
   """Writes results.json, and results.csv, a row for each run."""
@@ -43,8 +46,8 @@ def signature_lines(found: Sequence[str]) -> list[str]:
 def write_index(workdir: pathlib.Path) -> None:
   """Writes `WORKDIR/README.md`: what each study says, taken from its page."""
   lines = ['# Studies', '', 'What each asked and found; its page has more figures, pictures and how it was made. Of '
-           'runs these are differences with their 95 % interval, in bold where that leaves out zero, and the number of '
-           'pairs in which they are above it.', '']
+           f'runs these are mean differences with their 95 % interval, {TOLD_APART}, and the number of pairs in which '
+           'they are above zero.', '']
   for page in sorted((workdir / 'studies').glob('*/README.md')):
     text = page.read_text().splitlines()
     start = next((i for i, line in enumerate(text) if re.fullmatch(r'## What (it says|the \w+ say)', line)), len(text))

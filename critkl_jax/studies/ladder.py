@@ -14,12 +14,12 @@ from critkl_jax import checkpoint
 from critkl_jax.analysis.statistics import clip_interval, paired_statistics, seed_statistics
 from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.config import FinetuneConfig
-from critkl_jax.signatures import signatures
 from critkl_jax.studies.advance import run_path
 from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
 from critkl_jax.studies.references import references_path
+from critkl_jax.studies.results import run_signatures
 
 LEAST = 0.5  # greedy accuracy on N + k with which a rung is reached
 GAIN = 0.05  # by which a try has to better the one before it on its rung, or nothing, for another one
@@ -141,7 +141,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       first = records[0].known_digits
       climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
                        'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name,
-                       'signatures': ' '.join(name for name, seen in signatures(one.metrics).items() if seen)}
+                       'signatures': ' '.join(run_signatures(one, None))}
                       for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       highest.setdefault(arm.label, {})[seed] = max(tops, default=first)

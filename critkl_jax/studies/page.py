@@ -10,10 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.studies.catalog import Study
-from critkl_jax.studies.files import signature_lines, table, write_files
+from critkl_jax.studies.files import TOLD_APART, signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
-from critkl_jax.studies.results import FIGURES, SMOOTH, TARGETS
+from critkl_jax.studies.results import FIGURES, TARGETS
 
 DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
 TARGET_TEXT = ' / '.join(f'{100 * target:.0f}' for target in TARGETS)
@@ -51,7 +51,8 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
       axis.plot([low, high], [place, place], color='#2a6f97', linewidth=2)
       axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
       before = results['references'][results['arms'][label]['reference']][name]
-      axis.plot([before[0]], [place], '|', color='#1c2733', markersize=9)
+      if name.startswith('greedy') or results['arms'][label]['compares_with_reference']:
+        axis.plot([before[0]], [place], '|', color='#1c2733', markersize=9)
     axis.set_title(f'{_named(name, results)} (%)', fontsize=10)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(lambda x, _: f'{100 * x:g}')
@@ -93,8 +94,9 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def _verdict(row, name, results):
-  _, low, high = row['figures'][name]['difference']
-  said = 'is higher' if low > 0 else 'is lower' if high < 0 else 'is not shown to differ'
+  told_apart, value = _told_apart(row['figures'][name], len(row['seeds'])), row['figures'][name]['difference'][0]
+  said = 'is not shown to differ' if not told_apart else ('is higher' if value > 0 else 'is lower') + (
+      ' by the mean, not by the interquartile mean' if told_apart == 1 else '')
   unit = ' points' if FIGURES[name][1] else ''
   more, pairs = row['figures'][name]['improvement'][0], len(row['seeds'])
   return (f'**{row["arm"]}** minus **{row["against"]}**: {_named(name, results)} {said}, '
@@ -105,17 +107,22 @@ def _judged_table(results):
   rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['judged'])]
           for row in results['contrasts']]
   heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['judged']]
-  return ['Mean differences, and in how many pairs they are above zero, where ties are halves. In bold are those that '
-          'the intervals of their mean and of their interquartile mean tell from zero, in italics those that the first '
-          f'alone does. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
-          *table(['arms', *heads], rows)] if rows else ['No two arms can be compared yet.']
+  return [f'Mean differences, {TOLD_APART}, and in how many pairs they are above zero, where ties are halves. There '
+          f'are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
+          *table(['arms', *heads], rows)] if rows else ['- No two arms can be compared yet.']
 
 
 def _judged_cell(row, name):
   found, pairs = row['figures'][name], len(row['seeds'])
+  text, mark = _cell(name, found['difference'], '+'), {2: '**', 1: '*', 0: ''}[_told_apart(found, pairs)]
+  return f'{mark}{text}{mark}; {found["improvement"][0] * pairs:g} of {pairs}' if text != 'none' else text
+
+
+def _told_apart(found, pairs):
+  """Returns 2 where the intervals of mean and interquartile mean both leave out zero, 1 where that of the mean alone
+  does, else 0, as where there is a single pair, whose interval has no width."""
   apart = [low > 0 or high < 0 for _, low, high in (found['difference'], found['iqm_difference'])]
-  mark = '**' if all(apart) else '*' if apart[0] else ''
-  return f'{mark}{_cell(name, found["difference"], "+")}{mark}; {found["improvement"][0] * pairs:g} of {pairs}'
+  return 0 if pairs == 1 or not apart[0] else 1 + apart[1]
 
 
 def _arms_table(results):
@@ -150,12 +157,14 @@ def _design(results):
           "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
           f'problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary fine-tuning '
           f'alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes to '
-          f'{TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes '
-          f'averaged over {SMOOTH} points; a run that never gets there counts with all of its episodes. The '
+          f'{TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes with '
+          "the reference's test as the first point and, but for both ends, averaged over three; a run that never gets "
+          'there counts with all of its episodes. The '
           "probability of the right critical token is a mean over the test's problems, after right beginnings; KL in "
           "the tables is that of the policy's own answers to the first 128 of them, up to the first error at critical "
-          'tokens, and KL in the curves that at tokens of right solutions, of 256 other problems at critical tokens '
-          'and of 16 elsewhere. The penalty that is paid for a nat of KL has its coefficient in it.')
+          'tokens, and KL in curves of right solutions is of 16 other problems, at critical tokens of 256. The '
+          'penalty that is paid for a nat of KL has its coefficient in it. Probabilities of improvement are shares of '
+          'pairs, with the interval of Clopper and Pearson over seeds.')
 
 
 def _number_of_references(results):

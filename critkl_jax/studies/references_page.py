@@ -49,7 +49,7 @@ def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib
       shares = [float(cell.split(' / ')[i]) for cell in cells]
       axis.plot(range(len(shares)), shares, '--', color='#9aa7b4', linewidth=1, label="the paper's" if n == 7 else None)
       axis.annotate(str(n), (1, shares[1]), fontsize=7, color='#6b7885')
-    for _, rows in sorted((min(row['digits'] for row in rows), rows) for rows in levels.values()):
+    for rows in sorted(levels.values(), key=lambda rows: min(row['digits'] for row in rows)):
       own = [row for row in rows if row['distribution'] == lengths]
       values = np.array([[row['accuracy'], row['accuracy'] - row['low'], row['high'] - row['accuracy']] for row in own])
       axis.errorbar([row['digits'] - own[0]['digits'] for row in own], 100 * values[:, 0], 100 * values[:, 1:].T,

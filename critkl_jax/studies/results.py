@@ -9,18 +9,18 @@ import numpy as np
 from critkl_jax.analysis.statistics import (
     area_under_curve,
     clip_interval,
-    moving_average,
     paired_statistics,
     seed_statistics,
+    smooth,
     steps_to_target,
 )
+from critkl_jax.config import FinetuneConfig
 from critkl_jax.signatures import signatures, unmoved
 from critkl_jax.studies.catalog import Study, reference_name
 from critkl_jax.studies.plan import Plan
-from critkl_jax.studies.records import Record
+from critkl_jax.studies.records import Record, RecordError
 
 TARGETS = (0.5, 0.8, 0.9)  # accuracies of sampled answers to N + k digits, for the episodes that they take
-SMOOTH = 3  # points of a learning curve that are averaged before it is asked whether it reaches them
 # name -> (what it is, whether it is a share, to be shown in points)
 FIGURES = {
     'greedy': ('greedy accuracy, N+k', True),
@@ -40,18 +40,25 @@ _OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled')
                 'sampled_known': ('N', 'sampled'), 'critical_probability': ('longer', 'critical_probability')}
 
 
-def run_figures(record: Record) -> dict[str, np.ndarray]:
+def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
   """Returns the figures of a run: `[B]`, of each problem, of accuracies and probabilities, `[]` of the others.
 
-  The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end; a run that
+  The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end. Targets are
+  sought in the smoothed one, which begins with the sampled answers of the reference's test, if `comparable`; a run that
   never reaches a target counts with all of its episodes. What is paid has the KL coefficient in it.
+
+  Raises:
+    RecordError: if one of the records is of an older version, without the figures of the test.
   """
+  for one in (record, reference):
+    if 'critical_probability' not in one.longer:
+      raise RecordError(f'{one.name}: its record is of an older version; remove it, and it is made again.')
   test, config = {'N': record.test['N'], 'longer': record.longer}, record.config
   figures = {name: np.asarray(test[digits][kind], np.float64) for name, (digits, kind) in _OF_PROBLEMS.items()}
   accuracy = _learning_curve(record)
   episodes = np.arange(accuracy.size) * float(config.episodes)
   reached = {f'episodes_to_{100 * target:.0f}': min(float(steps_to_target(
-      episodes, moving_average(accuracy, SMOOTH), target)), episodes[-1]) for target in TARGETS}
+      episodes, _smooth_curve(record, reference), target)), episodes[-1]) for target in TARGETS}
   numbers = {'area': float(area_under_curve(episodes, accuracy)), **reached,
              'paid': 0.0 if config.loss.kl == 'none' else config.loss.kl_coefficient * record.paid,
              'kl_critical': test['longer']['kl_critical'], 'kl_other': test['longer']['kl_other'],
@@ -59,13 +66,38 @@ def run_figures(record: Record) -> dict[str, np.ndarray]:
   return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
 
 
+def run_signatures(record: Record, reference: Record | None) -> list[str]:
+  """Names the signatures of failure of a run. Whether it explored is told from many problems, of the tests if the
+  reference's is `comparable`, or of the probe; without either it is not said."""
+  found = signatures(record.metrics)
+  if reference is not None and comparable(record, reference):
+    before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
+    found['no_exploration'] = unmoved(before, after)
+  elif np.isnan(record.column('critical/probability')).all():
+    found.pop('no_exploration', None)
+  return [name for name, seen in found.items() if seen]
+
+
+def comparable(record: Record, other: Record) -> bool:
+  """Returns whether what was sampled or read of two runs compares: whether that was at one temperature."""
+  configs = [FinetuneConfig() if one.config is None else one.config for one in (record, other)]
+  return configs[0].loss.temperature == configs[1].loss.temperature
+
+
 def _learning_curve(record):
   return np.append(record.column('accuracy'), record.longer['sampled'].mean())
 
 
-def _reached(records):
+def _smooth_curve(record, reference):
+  curve = _learning_curve(record)
+  if comparable(record, reference):
+    curve[0] = reference.longer['sampled'].mean()
+  return smooth(curve)
+
+
+def _reached(records, reference):
   """Returns how many of the learning curves reach each target."""
-  tops = np.array([moving_average(_learning_curve(one), SMOOTH).max() for one in records])
+  tops = np.array([_smooth_curve(one, reference).max() for one in records])
   return {f'{100 * target:.0f}': int((tops >= target).sum()) for target in TARGETS}
 
 
@@ -81,22 +113,24 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
     `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
     `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
-    (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs), and
-    the `mean_weight` of the penalty; `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name ->
-    `paired_statistics`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
+    (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs),
+    whether what is sampled of it `compares_with_reference`, and the `mean_weight` of the penalty; `contrasts`, rows
+    with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`,
+    `devices` and `seconds`, the runs' times summed.
     Everything is plain JSON but for NaN, which stands where there is no value.
   """
   records = plan.records(study)
-  figures = {label: {seed: run_figures(one) for seed, one in own.items()} for label, own in records.items()}
-  every = [one for own in records.values() for one in own.values()]
   names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
+  figures = {label: {seed: run_figures(one, references[names[label]]) for seed, one in own.items()}
+             for label, own in records.items()}
+  every = [one for own in records.values() for one in own.values()]
   most = _most(every)
-  seen = {label: {seed: _seen(one, references[names[label]], plan.base) for seed, one in own.items()}
+  seen = {label: {seed: run_signatures(one, references[names[label]]) for seed, one in own.items()}
           for label, own in records.items()}
   arms = {label: {'reference': names[label], 'changes': _changes(study, label),
                   **_arm(own, figures[label], references[names[label]], seen[label], most)}
           for label, own in records.items() if own}
-  contrasts = [_contrast(arm, against, figures, most) for arm, against in study.contrasts
+  contrasts = [_contrast(arm, against, records, figures, most) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
       'study': study.name, 'judged': study.judged, 'note': study.note,
@@ -115,7 +149,8 @@ def _arm(records, figures, reference, seen, most):
   every, rewards = list(records.values()), np.stack([one['greedy'] for one in figures.values()])
   before = np.broadcast_to(np.asarray(reference.longer['greedy'], np.float64), rewards.shape)
   counts = dict(collections.Counter(itertools.chain(*seen.values())))
-  return {'seeds': list(records), 'reached': _reached(every), 'signatures': counts,
+  return {'seeds': list(records), 'reached': _reached(every, reference), 'signatures': counts,
+          'compares_with_reference': comparable(every[0], reference),
           'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'figures': {name: _within(seed_statistics(np.stack([one[name] for one in figures.values()])), 0.0, most[name])
@@ -144,10 +179,13 @@ def _within(statistics, low, high):
   return {kind: clip_interval(value, low, high) for kind, value in statistics.items()}
 
 
-def _contrast(arm, against, figures, most):
+def _contrast(arm, against, records, figures, most):
   seeds = [seed for seed in figures[arm] if seed in figures[against]]
   pairs = {name: [np.stack([figures[label][seed][name] for seed in seeds]) for label in (arm, against)]
            for name in FIGURES}
+  if not comparable(*(records[label][seeds[0]] for label in (arm, against))):
+    for name in FIGURES.keys() - {'greedy', 'greedy_known'}:
+      pairs[name] = [np.full_like(values, np.nan) for values in pairs[name]]
   return {'arm': arm, 'against': against, 'seeds': seeds,
           'figures': {name: _within(paired_statistics(*pair), -most[name], most[name])
                       for name, pair in pairs.items()}}
@@ -167,11 +205,3 @@ def _row(label, seed, record, figures, seen):
           'commit': record.about['commit']}
 
 
-def _seen(record, reference, base):
-  """Names the signatures of a run. Whether it explored is told from the tests, which are of many problems, where its
-  temperature is that of the reference's test."""
-  found = signatures(record.metrics)
-  if record.config.loss.temperature == base.loss.temperature:
-    before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
-    found['no_exploration'] = unmoved(before, after)
-  return [name for name, seen in found.items() if seen]

@@ -6,9 +6,9 @@ import pytest
 from critkl_jax.analysis.statistics import (
     area_under_curve,
     interquartile_mean,
-    moving_average,
     paired_statistics,
     share_interval,
+    smooth,
     steps_to_target,
 )
 
@@ -67,10 +67,15 @@ def test_shares_have_exact_intervals():
   assert 0 < share_interval(2.5, 4)[1] < 2.5 / 4 < share_interval(2.5, 4)[2] < 1
 
 
-def test_moving_average():
-  np.testing.assert_allclose(moving_average([[0.0, 3.0, 6.0, 0.0], [1.0, 1.0, 1.0, 1.0]], 3),
-                             [[1.5, 3.0, 3.0, 3.0], [1, 1, 1, 1]])
-  np.testing.assert_allclose(moving_average([0.0, 1.0], 1), [0, 1])
+def test_smooth_curves_keep_their_ends():
+  np.testing.assert_allclose(smooth([[0.0, 3.0, 6.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), [[0, 3, 3, 0], [1, 1, 1, 1]])
+  for short in ([0.5], [0.0, 1.0]):
+    np.testing.assert_allclose(smooth(short), short)
+
+
+def test_a_pair_without_a_value_leaves_all_figures_without_one():
+  found = paired_statistics(np.array([0.5, np.nan, 0.7]), np.array([0.4, 0.4, 0.4]))
+  assert np.isnan([*found.values()]).all()
 
 
 def test_area_under_curve():

@@ -18,13 +18,13 @@ def init(seed):
   return MODEL.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))['params']
 
 
-def right_probabilities(params, problems, task):
+def right_probabilities(params, problems, task, temperature=1.0):
   """Returns the probability of each token of the right solutions, of a pass over the whole of them."""
   prompts, solutions = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
   found = []
   for i in range(len(solutions.tokens)):
     text = jnp.concatenate([prompts.tokens[i][prompts.mask[i]], solutions.tokens[i][solutions.mask[i]]])
-    logits = MODEL.apply({'params': params}, text[None]).logits[0]
+    logits = MODEL.apply({'params': params}, text[None]).logits[0] / temperature
     of_next = jax.nn.softmax(logits[:-1])[jnp.arange(len(text) - 1), text[1:]]
     own = np.full(solutions.tokens.shape[1], np.nan)
     own[np.asarray(solutions.mask[i])] = of_next[int(prompts.mask[i].sum()) - 1:]
@@ -34,12 +34,12 @@ def right_probabilities(params, problems, task):
 
 def test_the_test_reads_the_right_tokens_at_critical_ones():
   task, several = plus_task(N, 1), [init(seed) for seed in (0, 1)]
-  test = measures.make_test(MODEL, N, 1, 6, population.members_mesh(1), batch_size=4)
+  test = measures.make_test(MODEL, N, 1, 6, population.members_mesh(1), temperature=2.0, batch_size=4)
   found = test(jax.tree.map(lambda *x: jnp.stack(x), *several), several[0])
   problem_key, _ = jax.random.split(jax.random.key(measures.SEED))
   problems = draw_problems(jax.random.fold_in(problem_key, N + 1), 6, 'plus', N + 1, N, N + 1)
   for params, own in zip(several, found):
-    probabilities, solutions = right_probabilities(params, problems, task)
+    probabilities, solutions = right_probabilities(params, problems, task, temperature=2.0)
     expected = [row[critical].mean() for row, critical in zip(probabilities, np.asarray(solutions.critical))]
     np.testing.assert_allclose(own['N+1']['critical_probability'], expected, rtol=1e-4)
     assert 'critical_probability' not in own['N']
@@ -47,10 +47,10 @@ def test_the_test_reads_the_right_tokens_at_critical_ones():
 
 def test_the_probe_tells_kinds_of_critical_tokens_apart():
   params, reference = init(1), init(0)
-  probe = measures.make_probe(MODEL, reference, N, 1, num_problems=2, num_critical=12)
+  probe = measures.make_probe(MODEL, reference, N, 1, temperature=0.1, num_problems=2, num_critical=12)
   found = {name: float(value) for name, value in jax.jit(probe)(params).items()}
   problems = draw_problems(jax.random.fold_in(jax.random.key(measures.SEED), N + 1), 12, 'plus', N + 1, N, N + 1)
-  probabilities, solutions = right_probabilities(params, problems, plus_task(N, 1))
+  probabilities, solutions = right_probabilities(params, problems, plus_task(N, 1), temperature=0.1)
   critical = np.asarray(solutions.critical)
   assert found['critical/probability'] == pytest.approx(probabilities[critical].mean(), rel=1e-4)
   comma = critical & (np.asarray(solutions.tokens) == TOKENIZER.encode(',')[0])

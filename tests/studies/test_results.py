@@ -1,6 +1,7 @@
 """Studies over records that were made up: what they say must be what was put in."""
 
 import json
+import math
 import re
 
 import jax
@@ -13,7 +14,7 @@ from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, page, results
 from critkl_jax.studies.advance import next_group, record_path
 from critkl_jax.studies.plan import Plan
-from critkl_jax.studies.records import Record, RecordError, run_name, write_record
+from critkl_jax.studies.records import Record, RecordError, read_record, run_name, write_record
 
 BASE = FINETUNE_PRESETS['smoke']
 STUDY = catalog.STUDIES['matched_weight']
@@ -21,10 +22,11 @@ MATCHED = 'uniform, of equal mean weight'
 PROBLEMS = 64
 
 
-def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4, critical=0.9):
+def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4, critical=0.9, kl_critical=0.1):
   rng = np.random.default_rng(config.seed)
   rewards = lambda p: rng.permutation(PROBLEMS) < p * PROBLEMS
-  own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0, 'kl_critical': 0.1,
+  own = {'greedy': rewards(greedy), 'sampled': rewards(sampled), 'format_errors': 0.0,
+         'kl_critical': kl_critical,
          'kl_other': 0.01, 'critical_probability': np.full(PROBLEMS, critical)}
   known = {name: value for name, value in own.items() if name != 'critical_probability'}
   known |= {'greedy': rewards(1.0), 'kl_critical': float('nan')}
@@ -126,11 +128,14 @@ def test_results_say_what_was_put_in(plan):
   arm = found['arms']['prioritized']
   assert arm['figures']['greedy']['mean'][0] == arm['figures']['greedy']['iqm'][0] == 0.75
   assert arm['figures']['area']['mean'][0] == pytest.approx((0.25 / 2 + 0.75 + 0.75 + 0.9375 / 2) / 3)
-  second, third = (0.25 + 0.75 + 0.75) / 3, (0.75 + 0.75 + 0.9375) / 3  # points of the smoothed curve
-  episodes = BASE.episodes * (1 + (0.8 - second) / (third - second))
-  assert arm['figures']['episodes_to_80']['mean'][0] == pytest.approx(episodes)
-  assert arm['figures']['episodes_to_90']['mean'][0] == 3 * BASE.episodes
-  assert arm['reached'] == {'50': 8, '80': 8, '90': 0}
+  # points of the smoothed curve: the reference's test, two means of three, the run's own test
+  curve = [0.5, (0.5 + 0.75 + 0.75) / 3, (0.75 + 0.75 + 0.9375) / 3, 0.9375]
+  assert arm['figures']['episodes_to_50']['mean'][0] == 0
+  assert arm['figures']['episodes_to_80']['mean'][0] == pytest.approx(
+      BASE.episodes * (1 + (0.8 - curve[1]) / (curve[2] - curve[1])))
+  assert arm['figures']['episodes_to_90']['mean'][0] == pytest.approx(
+      BASE.episodes * (2 + (0.9 - curve[2]) / (curve[3] - curve[2])))
+  assert arm['reached'] == {'50': 8, '80': 8, '90': 8}
   assert found['arms']['standard']['reached'] == {'50': 8, '80': 0, '90': 0}
   assert arm['mean_weight'] == pytest.approx(0.8)
   paid = [found['arms'][label]['figures']['paid']['mean'][0] for label in ('prioritized', 'standard')]
@@ -161,6 +166,65 @@ def test_intervals_stay_where_figures_can_be(plan):
   assert -1 <= low < value < high
   value, low, high = found['arms']['standard']['figures']['episodes_to_80']['mean']
   assert 0 <= low < value < high == 3 * BASE.episodes
+
+
+def test_other_temperatures_do_not_compare(plan):
+  study = catalog.STUDIES['released_code']
+  for arm in study.arms:
+    for seed in range(2):
+      record = made_up(plan.config(study, arm, seed), greedy=0.5, sampled=0.25, critical=0.5)
+      write_record(record_path(plan.workdir, record.name), record)
+  found = results.study_results(study, plan, references())
+  within, across = found['contrasts'][1], found['contrasts'][2]
+  assert (within['arm'], across['against']) == ('released, prioritized', "the paper's, prioritized")
+  assert within['figures']['area']['difference'][0] == 0
+  assert math.isnan(across['figures']['area']['difference'][0])
+  assert across['figures']['greedy']['difference'][0] == 0
+  arms = found['arms']
+  assert arms["the paper's, standard"]['signatures']['no_exploration'] == 2  # 0.5 where the reference has 0.9
+  assert 'no_exploration' not in arms['released, standard']['signatures']  # nobody knows what the reference has there
+  assert arms["the paper's, standard"]['figures']['episodes_to_50']['mean'][0] == 0  # the reference has a half
+  assert arms['released, standard']['figures']['episodes_to_50']['mean'][0] > 0
+  assert '| none |' in page.page_of(found)
+
+
+def test_a_run_without_critical_tokens_leaves_no_comparison(plan):
+  make(plan, 'prioritized', [0], greedy=0.5, sampled=0.5)
+  make(plan, 'prioritized', [1], greedy=0.5, sampled=0.5, kl_critical=float('nan'))
+  make(plan, 'standard', range(2), greedy=0.5, sampled=0.5)
+  study = catalog.STUDIES['drift']
+  found = results.study_results(study, plan, references())
+  assert all(math.isnan(x) for values in found['contrasts'][0]['figures']['kl_critical'].values() for x in values)
+  assert '| prioritized minus standard | none | ' in page.page_of(found)
+
+
+def test_marks_say_which_means_tell_arms_apart(plan):
+  def marked(values):
+    for seed, value in enumerate(values):
+      make(plan, 'prioritized', [seed], greedy=value, sampled=0.5)
+      make(plan, 'standard', [seed], greedy=0.0, sampled=0.5)
+    found = results.study_results(catalog.STUDIES['prioritized_vs_standard'], plan, references())
+    row = next(line for line in page.page_of(found).splitlines() if line.startswith('| prioritized minus standard | '))
+    return row.split(' | ')[1], page.verdicts(found)[0]
+
+  assert marked([0.5])[0].startswith('+50.0 [')  # of one pair, whose interval tells of problems alone
+  cell, sentence = marked([0.5, 0.5, 0.5, 0.5])
+  assert cell.startswith('**+50.0 [')
+  assert 'is higher, +50.0' in sentence
+  cell, sentence = marked([0.0, 0.0, 0.0, 0.0])
+  assert cell.startswith('+0.0 [')
+  cell, sentence = marked([0.12, 0.22, 0.4, 0.5])
+  assert cell.startswith('*+')
+  assert not cell.startswith('**')
+  assert 'is higher by the mean, not by the interquartile mean, ' in sentence
+
+
+def test_records_of_an_older_version_are_named(plan):
+  make(plan, 'prioritized', [0], greedy=0.5, sampled=0.5)
+  old = read_record(record_path(plan.workdir, 'seed=0'))
+  del old.longer['critical_probability']
+  with pytest.raises(RecordError, match='seed=0: its record is of an older version; remove it'):
+    results.run_figures(old, references()[''])
 
 
 def test_nothing_is_claimed_where_nothing_is_shown(plan):
