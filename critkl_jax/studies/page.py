@@ -81,7 +81,7 @@ def page_of(results: dict[str, Any]) -> str:
   if 'overconfidence' in results:
     lines += ['## How often references are sure and wrong', '', *overconfidence_lines(results['overconfidence']), '']
   lines += ['## What the runs say', '', *_judged_table(results), '', *_arms_table(results), '',
-            '![arms](arms.png)', '', *_contrasts_table(results), '',
+            '![arms](arms.png)', '', *_contrasts_table(results), '', *_kinds_table(results),
             '![curves](curves.png)', '', '## Signatures of failure', '', *_signatures(results), '',
             '## Arms', '', *(f'- {label}: {own["changes"]}' for label, own in results['arms'].items()), '',
             '## How it was made', '', _origin(results), '']
@@ -140,6 +140,18 @@ def _arms_table(results):
            'mean gain over the reference (greedy)', f'runs that reached {TARGET_TEXT} % of sampled answers',
            'mean weight', 'mean penalty paid for a nat of KL']
   return table(heads, rows)
+
+
+def _kinds_table(results):
+  arms = {label: arm['critical_kinds'] for label, arm in results['arms'].items() if arm['critical_kinds']}
+  if not arms:
+    return []
+  rows = [[label, *('; '.join((_cell('greedy', own['start'][0]), *(_cell('greedy', own[place]) for place in (
+      'after_one', 'before_last')))) for own in kinds.values())] for label, kinds in arms.items()]
+  heads = [{'probability': 'all'}.get(kind, kind.replace('_', ' ')) for kind in next(iter(arms.values()))]
+  return ['Probability (%) of the right token at each kind of critical token (does the list of the first or second '
+          'operand go on, with a comma, and with which digit?), at the start; after one iteration; before the last '
+          'update. Means over seeds, of 256 problems.', '', *table(['arm', *heads], rows), '']
 
 
 def _contrasts_table(results):

@@ -66,6 +66,18 @@ def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
   return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
 
 
+def _kinds(records):
+  """Returns the probability of the right token at each kind of critical token, at the `start`, `after_one` iteration
+  and `before_last` update, where all of the records have it."""
+  found = {}
+  for kind in ('first_comma', 'first_digit', 'second_comma', 'second_digit', 'probability'):
+    columns = np.array([one.column(f'critical/{kind}') for one in records])
+    if columns.shape[1] > 1 and not np.isnan(columns).any():
+      found[kind] = {place: _within(seed_statistics(columns[:, i]), 0.0, 1.0)['mean']
+                     for place, i in (('start', 0), ('after_one', 1), ('before_last', -1))}
+  return found
+
+
 def run_signatures(record: Record, reference: Record | None) -> list[str]:
   """Names the signatures of failure of a run. Whether it explored is told from many problems, of the tests if the
   reference's is `comparable`, or of the probe; without either it is not said."""
@@ -114,9 +126,9 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
     `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
     (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs),
-    whether what is sampled of it `compares_with_reference`, and the `mean_weight` of the penalty; `contrasts`, rows
-    with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for each; `commits`,
-    `devices` and `seconds`, the runs' times summed.
+    whether what is sampled of it `compares_with_reference`, `critical_kinds`, and the `mean_weight` of the penalty;
+    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for
+    each; `commits`, `devices` and `seconds`, the runs' times summed.
     Everything is plain JSON but for NaN, which stands where there is no value.
   """
   records = plan.records(study)
@@ -153,6 +165,7 @@ def _arm(records, figures, reference, seen, most):
           'compares_with_reference': comparable(every[0], reference),
           'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
+          'critical_kinds': _kinds(every),
           'figures': {name: _within(seed_statistics(np.stack([one[name] for one in figures.values()])), 0.0, most[name])
                       for name in FIGURES}}
 

@@ -32,7 +32,8 @@ def made_up(config, greedy, sampled, weight=0.8, lifted=0.1, paid=0.4, critical=
   known |= {'greedy': rewards(1.0), 'kl_critical': float('nan')}
   metrics = [{'step': i + 1, 'accuracy': a, 'kl': 0.01, 'weighted_kl': paid * 0.01,
               'weight': weight, 'weight_critical': weight - lifted * (i + 1),
-              'critical/first_comma': 0.9 + 0.02 * i} for i, a in enumerate((0.25, 0.75, 0.75))]
+              'critical/first_comma': 0.9 + 0.02 * i, 'critical/probability': 0.5}
+             for i, a in enumerate((0.25, 0.75, 0.75))]
   about = {'seconds': 10.0, 'test_seconds': 5.0, 'commit': 'abc', 'device': 'cpu'}
   return Record(run_name(config, BASE), config, 1, metrics, {'N': known, 'N+1': own}, about)
 
@@ -247,6 +248,8 @@ def test_pages_show_every_figure_and_what_is_missing(plan):
   assert '**Not complete: 28 runs are missing.**' in text
   assert re.search(r'\n\| uniform, of equal mean weight minus prioritized \| \*\*-50\.0 \[[^|]*\*\*; 0 of 4 \| ', text)
   assert '- standard: `blind_detector` in 4 of 4 runs' in text
+  assert '| arm | first comma | all |' in text
+  assert '\n| standard | 90.0; 92.0 [92.0, 92.0]; 94.0 [94.0, 94.0] | 50.0; 50.0 [' in text
   assert 'nan' not in text.lower()
   for name in ('arms.png', 'curves.png'):
     assert f']({name})' in text
