@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.statistics import curve_band
 
+WIDEST = 4  # panels in a row
 PANELS = {
     'accuracy': 'accuracy of the rollouts',
     'kl': 'KL from the reference (nats a token)',
@@ -48,7 +49,7 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
     path: file to write.
     title: stands above the panels.
     panels: as in `plot_learning_curves`.
-    conditions: label -> the condition of a group: each has a row of panels of its own; all in one row if None. Labels
+    conditions: label -> the condition of a group: each has panels of its own; all have the same if None. Labels
       that end in `, CONDITION` are shown without it, and those that are equal then have the same colour.
   """
   rows = [row for runs in groups.values() for run in runs for row in run]
@@ -59,10 +60,12 @@ def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: st
     short = group.removesuffix(f', {condition}')
     alike.setdefault(condition, {})[short] = groups[group]
     places.setdefault(short, len(places))
-  figure = Figure(figsize=(4.2 * max(len(panels), 1), 0.6 + 3.0 * len(alike)), layout='constrained')
+  deep = 1 if len(panels) <= WIDEST else 2  # rows of a condition
+  wide = max(-(-len(panels) // deep), 1)
+  figure = Figure(figsize=(4.2 * wide, 0.6 + 3.0 * deep * len(alike)), layout='constrained')
   for place, (condition, own) in enumerate(alike.items()):
     for number, (name, label) in enumerate(panels.items(), start=1):
-      axis = figure.add_subplot(len(alike), len(panels), place * len(panels) + number)
+      axis = figure.add_subplot(deep * len(alike), wide, place * deep * wide + number)
       for short, runs in own.items():
         runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
         if not runs:

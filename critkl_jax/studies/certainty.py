@@ -134,7 +134,11 @@ def position_means(values: np.ndarray, here: np.ndarray, weight: np.ndarray | No
 def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confidence: float = 0.95,
                 num_resamples: int = 500, seed: int = 0) -> tuple[float, float, float]:
   """Returns Spearman's correlation, across positions, of two means over responses, with the percentile bootstrap
-  interval over responses; arguments as in `position_means`."""
+  interval over responses; arguments as in `position_means`.
+
+  Resamples add noise of their own to the means, and noise weakens a correlation: their interval is moved by as much as
+  their median lies beside the correlation.
+  """
   rng = np.random.default_rng(seed)
   times = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), num_resamples)
 
@@ -145,7 +149,9 @@ def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confid
       return np.nan
     return float(scipy.stats.spearmanr(means[0][kept], means[1][kept]).statistic)
 
-  edges = [(1 - confidence) / 2, (1 + confidence) / 2]
-  resampled = np.array([one(row) for row in times])
-  return (one(None), *map(float, np.quantile(resampled[~np.isnan(resampled)], edges) if np.isfinite(resampled).any()
-                          else (np.nan, np.nan)))
+  edges = [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
+  value, resampled = one(None), np.array([one(row) for row in times])
+  if np.isnan(value) or np.isnan(resampled).all():
+    return value, np.nan, np.nan
+  low, middle, high = np.nanquantile(resampled, edges)
+  return clip_interval((value, value + low - middle, value + high - middle), -1, 1)
