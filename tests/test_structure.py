@@ -22,7 +22,7 @@ ORDER = [
     'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
     'analysis.charts', 'analysis.comparison', 'analysis.page',
     *(f'studies.{name}' for name in (
-        'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'ladder', 'certainty', 'results', 'files',
+        'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'certainty', 'results', 'ladder', 'files',
         'references_page', 'page', 'certainty_page', 'ladder_page')),
 ]
 
