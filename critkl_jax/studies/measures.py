@@ -122,21 +122,16 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
   problems, begun, answer_key = sharding.replicate((problems, begun, answer_key), mesh)
   batch_size = min(batch_size, num_problems)
 
-  def batches(drawn):
-    for start in range(0, num_problems, batch_size):
-      own = (start + np.arange(batch_size)) % num_problems
-      yield start, jax.tree.map(lambda x, own=own: x[own], drawn)
-
   def answers(params, ref_params, drawn, greedy):
     parts = []
-    for start, batch in batches(drawn):
+    for start, batch in _batches(drawn, num_problems, batch_size):
       some = read if not greedy and start < READ_PROBLEMS else answer[greedy]
       parts.append(jax.device_get(some(params, ref_params, batch, jax.random.fold_in(answer_key, start))))
     return {name: np.concatenate([part[name] for part in parts if name in part], 1)[:, :num_problems]
             for name in parts[0]}
 
   def probabilities(params):
-    parts = [jax.device_get(right(params, *batch)) for _, batch in batches(begun)]
+    parts = [jax.device_get(right(params, *batch)) for _, batch in _batches(begun, num_problems, batch_size)]
     return np.concatenate(parts, 1)[:, :num_problems].astype(np.float64)
 
   def test(params: Any, ref_params: Any) -> list[dict[str, dict[str, Any]]]:
@@ -145,17 +140,28 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
     for name, drawn in problems.items():
       found = {kind: answers(params, ref_params, drawn, kind == 'greedy') for kind in ('greedy', 'sampled')}
       for i, member in enumerate(members):
-        own = {key: value[i] for key, value in found['sampled'].items()}
-        with np.errstate(invalid='ignore'):
-          member[name] = {'greedy': found['greedy']['reward'][i] > 0, 'sampled': own['reward'] > 0,
-                          'format_errors': float(1 - own['formed'].mean()),
-                          **{f'kl_{place}': float(np.divide(own[f'kl_{place}'].sum(), own[f'number_{place}'].sum()))
-                             for place in ('critical', 'other')}}
+        member[name] = _of_member(*({key: value[i] for key, value in found[kind].items()}
+                                    for kind in ('greedy', 'sampled')))
     for member, probability in zip(members, probabilities(params)):
       member[f'N+{extra_digits}']['critical_probability'] = probability
     return members
 
   return test
+
+
+def _batches(drawn, number, size):
+  """Yields the first place and the rows of batches of one size, the last filled up from the start."""
+  for start in range(0, number, size):
+    own = (start + np.arange(size)) % number
+    yield start, jax.tree.map(lambda x, own=own: x[own], drawn)
+
+
+def _of_member(greedy, sampled):
+  with np.errstate(invalid='ignore'):
+    return {'greedy': greedy['reward'] > 0, 'sampled': sampled['reward'] > 0,
+            'format_errors': float(1 - sampled['formed'].mean()),
+            **{f'kl_{place}': float(np.divide(sampled[f'kl_{place}'].sum(), sampled[f'number_{place}'].sum()))
+               for place in ('critical', 'other')}}
 
 
 def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: bool = False) -> Callable:

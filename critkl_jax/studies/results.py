@@ -19,6 +19,7 @@ from critkl_jax.signatures import signatures, unmoved
 from critkl_jax.studies.catalog import Study, reference_name
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, RecordError
+from critkl_jax.tasks.addition import CRITICAL_KINDS
 
 TARGETS = (0.5, 0.8, 0.9)  # accuracies of sampled answers to N + k digits, for the episodes that they take
 # name -> (what it is, whether it is a share, to be shown in points)
@@ -70,7 +71,7 @@ def _kinds(records):
   """Returns the probability of the right token at each kind of critical token, at the `start`, `after_one` iteration
   and `before_last` update, where all of the records have it."""
   found = {}
-  for kind in ('first_comma', 'first_digit', 'second_comma', 'second_digit', 'probability'):
+  for kind in (*CRITICAL_KINDS, 'probability'):
     columns = np.array([one.column(f'critical/{kind}') for one in records])
     if columns.shape[1] > 1 and not np.isnan(columns).any():
       found[kind] = {place: _within(seed_statistics(columns[:, i]), 0.0, 1.0)['mean']
@@ -216,5 +217,3 @@ def _row(label, seed, record, figures, seen):
           'mean_weight': float(record.column('weight').mean()), 'signatures': ' '.join(seen),
           'seconds': record.about['seconds'], 'test_seconds': record.about['test_seconds'],
           'commit': record.about['commit']}
-
-

@@ -18,6 +18,7 @@ from critkl_jax.tasks.text import DIGIT_ZERO, END_OF_SCRATCHPAD, TOKENIZER, Piec
 
 LENGTH_MARGIN = 100
 NUM_CRITICAL_LINES = 3  # scratchpad lines in which the released code looks for critical tokens
+CRITICAL_KINDS = ('first_comma', 'first_digit', 'second_comma', 'second_digit')
 
 _END_OF_SCRATCHPAD_IDS = TOKENIZER.encode(END_OF_SCRATCHPAD)
 
@@ -151,12 +152,13 @@ def render_solution(problem: Problem, known_digits: int, length: int) -> Solutio
 
 
 def critical_kinds(solution: Solution) -> dict[str, chex.Array]:
-  """Returns bool `[T]` of each kind of critical token: `first_comma` (does the first operand go on?), `first_digit`
-  (how does it?), and those of the second operand."""
+  """Returns bool `[T]` of each of the `CRITICAL_KINDS` of a solution `[T]`: `first_comma` (does the first operand go
+  on?), `first_digit` (how does it?), and those of the second operand."""
   bracket, comma = TOKENIZER.encode('],')
   lists = jnp.cumsum(solution.tokens == bracket) % 3  # a line has three: both operands and the digits of the sum
-  return {f'{name}_{kind}': solution.critical & (lists == number) & ((solution.tokens == comma) == (kind == 'comma'))
-          for number, name in enumerate(('first', 'second')) for kind in ('comma', 'digit')}
+  first, commas = lists == 0, solution.tokens == comma
+  kinds = first & commas, first & ~commas, (lists == 1) & commas, (lists == 1) & ~commas
+  return {name: solution.critical & kind for name, kind in zip(CRITICAL_KINDS, kinds)}
 
 
 def render_result(problem: Problem) -> Tokens:
