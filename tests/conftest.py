@@ -24,7 +24,7 @@ def pytest_configure(config):
   """Gives all workers, and the binaries that tests start, one cache of compiled programs: many are compiled again."""
   if not hasattr(config, 'workerinput'):
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
-    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     config.add_cleanup(lambda: shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True))
 
 

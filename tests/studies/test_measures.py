@@ -20,12 +20,13 @@ def init(seed):
 
 def right_probabilities(params, problems, task, temperature=1.0):
   """Returns the probability of each token of the right solutions, of a pass over the whole of them."""
-  prompts, solutions = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
+  prompts, solutions = jax.jit(lambda x: (jax.vmap(task.prompt)(x), jax.vmap(task.solution)(x)))(problems)
+  logits_of = jax.jit(lambda text: MODEL.apply({'params': params}, text[None]).logits[0] / temperature)
   found = []
   for i in range(len(solutions.tokens)):
-    text = jnp.concatenate([prompts.tokens[i][prompts.mask[i]], solutions.tokens[i][solutions.mask[i]]])
-    logits = MODEL.apply({'params': params}, text[None]).logits[0] / temperature
-    of_next = jax.nn.softmax(logits[:-1])[jnp.arange(len(text) - 1), text[1:]]
+    text = np.concatenate([prompts.tokens[i][prompts.mask[i]], solutions.tokens[i][solutions.mask[i]]])
+    logits = logits_of(np.pad(text, (0, MODEL.config.context_length - len(text))))  # padding is seen by none before it
+    of_next = jax.nn.softmax(logits)[jnp.arange(len(text) - 1), text[1:]]
     own = np.full(solutions.tokens.shape[1], np.nan)
     own[np.asarray(solutions.mask[i])] = of_next[int(prompts.mask[i].sum()) - 1:]
     found.append(own)
