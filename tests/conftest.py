@@ -6,7 +6,8 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-os.environ['XLA_FLAGS'] += ' --xla_backend_optimization_level=0'  # tests compile for longer than they run
+# Tests compile for longer than they run; without fusion emitters that takes half the time.
+os.environ['XLA_FLAGS'] += ' --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 
 import jax
 import pytest
