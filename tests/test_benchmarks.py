@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from compilation import QUICK
 
 from critkl_jax import GPT2, load_checkpoint, plus_task
 
@@ -113,7 +114,7 @@ def test_timings_are_written(tmp_path, name, flags):
   path = tmp_path / 'found.json'
   done = subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *flags, f'--json={path}'], cwd=ROOT, text=True,
                         capture_output=True, env=os.environ | {
-                            'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'})
+                            'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK})
   assert done.returncode == 0, done.stderr
   found = json.loads(path.read_text())['tiny']
   if name == 'rollout':

@@ -6,14 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+from compilation import QUICK
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def start(binary, *flags, devices=1):
   flags_of_xla = []
   if binary not in ('analyze', 'compare_checkpoints'):
-    # They compile for longer than they run; without fusion emitters that takes half the time.
-    flags_of_xla += ['--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false']
+    flags_of_xla.append(QUICK)
   if devices:
     flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
