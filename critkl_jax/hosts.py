@@ -59,6 +59,12 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+  """Prints a line at once, on the first host only: what a slow phase does, before it begins."""
+  if is_first():
+    print(text, flush=True)
+
+
 def wait_for_all(name: str) -> None:
   """Returns when all processes have called it with this name."""
   if jax.process_count() > 1:

@@ -1,5 +1,6 @@
 """Command-line flags out of config dataclasses, and what all binaries share."""
 
+import inspect
 import os
 import re
 import sys
@@ -147,7 +148,8 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 def _attribute_help(config_class: type, name: str) -> str:
   """Returns what the docstrings of a config, or of a config in it, say of a field."""
   for owner in config_lib.nested_classes(config_class):
-    match = re.search(rf'^    {name}: (.*?)(?=\n    \w+: |\n\n|\Z)', owner.__doc__ or '', re.S | re.M)
+    # `getdoc` strips the indentation; from Python 3.13 on `__doc__` has none either.
+    match = re.search(rf'^  {name}: (.*?)(?=\n  \w+: |\n\n|\Z)', inspect.getdoc(owner) or '', re.S | re.M)
     if match:
       return re.sub(r'\s+', ' ', match.group(1)).strip()
   raise ValueError(f'{config_class.__name__}: no docstring describes the field {name!r}.')
