@@ -24,8 +24,9 @@ from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER
-from experiments.flags import run
-from experiments.tables import summary_tables, text_of
+
+from .flags import run
+from .tables import summary_tables, text_of
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/analysis', 'Directory that takes what is found.')
 CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE)],

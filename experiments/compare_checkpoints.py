@@ -12,7 +12,8 @@ from absl import flags
 from critkl_jax import checkpoint
 from critkl_jax.analysis.charts import plot_comparison
 from critkl_jax.analysis.comparison import compare
-from experiments.flags import run
+
+from .flags import run
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png.')
 PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', lower_bound=1)

@@ -23,8 +23,9 @@ from critkl_jax.footprint import Footprint, footprint, needed_flops, num_paramet
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
-from experiments import targets
-from experiments.flags import define_config, read_config, run
+
+from . import targets
+from .flags import define_config, read_config, run
 
 TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'Kind and number of devices: v4, v5e, v5p or v6e with the shape '
                                'of the slice, or H100:8 for GPUs of one machine.')

@@ -10,8 +10,9 @@ from absl import flags
 
 from critkl_jax import checkpoint, evaluate
 from critkl_jax.gpt2 import GPT2
-from experiments.flags import run
-from experiments.tables import accuracy_rows
+
+from .flags import run
+from .tables import accuracy_rows
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')

@@ -21,9 +21,10 @@ from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_fine
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import make_train_step
-from experiments.flags import define_config, define_devices, read_config, read_mesh, run
-from experiments.reference import keep_reference, load_ensemble, model_and_task, tested_before
-from experiments.tables import before_after_rows
+
+from .flags import define_config, define_devices, read_config, read_mesh, run
+from .reference import keep_reference, load_ensemble, model_and_task, tested_before
+from .tables import before_after_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')

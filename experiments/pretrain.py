@@ -17,8 +17,9 @@ from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
-from experiments.flags import define_config, define_devices, read_config, read_mesh, run
-from experiments.tables import accuracy_rows
+
+from .flags import define_config, define_devices, read_config, read_mesh, run
+from .tables import accuracy_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')

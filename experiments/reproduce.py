@@ -29,7 +29,8 @@ from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
-from experiments.flags import run, take_cores
+
+from .flags import run, take_cores
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/studies', 'Directory of runs and studies; one for each preset.')
 STUDY = flags.DEFINE_list('study', ['core'], 'Names of studies, or core, or all.')

@@ -27,9 +27,10 @@ from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import paired_difference
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
-from experiments.flags import define_config, define_devices, read_config, run, take_cores
-from experiments.reference import keep_reference, load_ensemble, model_and_task, tested_before
-from experiments.tables import study_rows
+
+from .flags import define_config, define_devices, read_config, run, take_cores
+from .reference import keep_reference, load_ensemble, model_and_task, tested_before
+from .tables import study_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
 SEEDS = flags.DEFINE_integer('seeds', 4, 'Number of seeds, from --seed on.', lower_bound=1)
