@@ -16,7 +16,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']),
-    package_data={'critkl_jax': ['checkpoints/**/*', 'analysis/*.html']},
+    package_data={'critkl_jax': ['checkpoints/**/*', 'analysis/page.*']},
     install_requires=[
         'absl-py>=2.1',
         'chex>=0.1.90',

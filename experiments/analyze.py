@@ -2,11 +2,11 @@
 
     python -m experiments.analyze --workdir=runs/analysis --checkpoints=runs/finetune
 
-Writes tokens.csv, summary.json, pictures, and report.html, a page that any browser opens.
+Writes tokens.csv, summary.json, pictures, and report.html, a page that any browser opens. analysis.json records the
+settings and the names of the files: the same command replaces them, another analysis needs another workdir.
 """
 
 import csv
-import dataclasses
 import json
 import pathlib
 import time
@@ -17,11 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, critical_tokens
+from critkl_jax import checkpoint, critical_tokens, hosts, runner
 from critkl_jax.analysis import charts, reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
+from critkl_jax.config import LossConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER
 
@@ -46,36 +47,56 @@ SAMPLES = flags.DEFINE_integer('samples', critical_tokens.SAMPLES, 'Responses sa
 STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Checkpoints of a directory that are read, at most; 0 for none.',
                              lower_bound=0)
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of problems and samples.')
+OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
+RECORD = 'analysis.json'
 COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in reading.CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
 def main() -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
-  start, workdir = time.monotonic(), pathlib.Path(WORKDIR.value)
+  start, workdir, names = time.monotonic(), pathlib.Path(WORKDIR.value), names_of(CHECKPOINTS.value)
+  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
+  pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
+  digits = digits_of(pairs)
+  settings = settings_of(names, digits)
+  check_workdir(workdir, settings, files_of(pairs))
   workdir.mkdir(parents=True, exist_ok=True)
-  pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names_of(CHECKPOINTS.value).items()}
+  read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
+  steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
+  hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
+  summaries = {name: summarize(tokens) for name, tokens in read.items()}
+  tables = summary_tables(summaries)
+  claim_workdir(workdir, settings, files_of(pairs))
+  write_tokens(workdir / 'tokens.csv', read)
+  runs = [as_run(name, *pair, read[name], steps[name], workdir) for name, pair in pairs.items()]
+  write_page(workdir / 'report.html', runs, TOKENIZER.alphabet, about(pairs, digits), tables)
+  for name, (policy, reference) in pairs.items():
+    summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
+  (workdir / 'summary.json').write_text(json.dumps(summaries, indent=2) + '\n')
+  print('', *(f'{run.name}: {run.origin}' for run in runs), text_of(tables), sep='\n')
+  print(f'\n{time.monotonic() - start:.0f} s. {workdir} holds summary.json, tokens.csv and pictures. Open in a browser:'
+        f'\n{workdir / "report.html"}')
+
+
+def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[int]:
+  """Returns the numbers of digits to read, or exits with one line if the checkpoints cannot be read with them."""
   known = {policy.info.known_digits for policy, _ in pairs.values()}
   if len(known) > 1:
     raise SystemExit(f'error: --checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
                      'time.')
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else [*known, *(n + 1 for n in known)]
-    read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
-    steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
-  except checkpoint.CheckpointError:
-    raise
+    if min(digits) < 1:
+      raise ValueError(f'expected numbers of 1 or more, got {digits}.')
+    for policy, _ in pairs.values():
+      task, context = reading.task_of(policy, digits), policy.info.model.context_length
+      if task.prompt_length + task.response_length > context:
+        raise ValueError(f'problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, '
+                         f'and {policy.path} has a context of {context}.')
   except ValueError as error:
     raise SystemExit(f'error: --digits: {error}') from error
-  summaries = {name: summarize(tokens) for name, tokens in read.items()}
-  write_tokens(workdir / 'tokens.csv', read)
-  runs = [as_run(name, *pair, read[name], steps[name], summaries[name], workdir) for name, pair in pairs.items()]
-  write_page(workdir / 'report.html', runs, TOKENIZER.alphabet, about(digits))
-  for name, (policy, reference) in pairs.items():
-    summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
-    print(f'\n{name}: {policy.path}, step {policy.step}{text_of(summary_tables(summaries[name]))}')
-  (workdir / 'summary.json').write_text(json.dumps(summaries, indent=2) + '\n')
-  print(f'\n{time.monotonic() - start:.0f} s. In {workdir}: report.html, tokens.csv, summary.json and pictures.')
+  return digits
 
 
 def names_of(paths: list[str]) -> dict[str, str]:
@@ -89,12 +110,73 @@ def names_of(paths: list[str]) -> dict[str, str]:
   return dict(zip(names if len(set(names)) == len(names) else paths, paths))
 
 
+def settings_of(names: dict[str, str], digits: list[int]) -> dict[str, Any]:
+  """Returns all that decides what an analysis finds, as JSON has it."""
+  own = (PROBLEMS, RESPONSES, THRESHOLD, QUANTILE, COUNTERFACTUAL, SAMPLES, STEPS, SEED)
+  return {'checkpoints': {name: _absolute(path) for name, path in names.items()},
+          'reference': REFERENCE.value and _absolute(REFERENCE.value), 'digits': digits,
+          **{flag.name: flag.value for flag in own}}
+
+
+def files_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[str]:
+  """Returns the names of all files that an analysis writes beside its record."""
+  pictures = [picture_of(name, kind) for name, (policy, _) in pairs.items()
+              for kind in ('certainty', 'positions', *(['steps'] if has_steps(policy) else []))]
+  return ['report.html', 'tokens.csv', 'summary.json', *pictures]
+
+
+def picture_of(name: str, kind: str) -> str:
+  return f'{quote(name, safe="=")}-{kind}.png'
+
+
+def has_steps(policy: Checkpoint) -> bool:
+  """Returns whether several steps of the directory that a checkpoint lies in are to be read."""
+  return STEPS.value > 0 and len(checkpoint.steps_in(policy.path.parent)) > 1
+
+
+def check_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
+  """Exits with one line if the workdir holds another analysis, unless --overwrite is given, or files of anything
+  else that would be overwritten."""
+  earlier = read_record(workdir)
+  foreign = [name for name in files if name not in earlier['files'] and (workdir / name).exists()]
+  if foreign:
+    raise SystemExit(f'error: --workdir: {workdir / foreign[0]} exists and is not of an analysis; give another '
+                     '--workdir.')
+  different = [name for name, value in settings.items() if earlier['settings'].get(name) != value]
+  if earlier['files'] and different and not OVERWRITE.value:
+    raise SystemExit(f'error: --workdir: {workdir} holds another analysis ({", ".join(different)} differ); give '
+                     'another --workdir, or --overwrite to replace it.')
+  if earlier['files']:
+    hosts.say(f'The analysis that {workdir} holds will be replaced')
+
+
+def claim_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
+  """Deletes the files of an earlier analysis, and records the settings and files of this one."""
+  for name in read_record(workdir)['files']:
+    (workdir / pathlib.Path(name).name).unlink(missing_ok=True)
+  runner.write_text(workdir / RECORD, json.dumps({'settings': settings, 'files': files}, indent=2) + '\n')
+
+
+def read_record(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the settings and files of the analysis in a workdir; empty ones if there is none."""
+  path = workdir / RECORD
+  if not path.exists():
+    return {'settings': {}, 'files': []}
+  try:
+    record = json.loads(path.read_text())
+    return {'settings': dict(record['settings']), 'files': list(record['files'])}
+  except (ValueError, KeyError, TypeError) as error:
+    raise SystemExit(f'error: --workdir: {path} does not record an analysis; give another --workdir.') from error
+
+
 def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[int]) -> dict[str, np.ndarray]:
   """Reads the tokens of one checkpoint."""
-  print(f'{name}:', flush=True)
+  hosts.say(f'Reading {len(digits) * PROBLEMS.value} responses of {name} (compiles first; 10 to 60 s on a CPU)')
   task, loss = reading.task_of(policy, digits), reading.loss_of(policy)
   detectors = reading.standard_detectors(task, loss, THRESHOLD.value, QUANTILE.value)
   if COUNTERFACTUAL.value:
+    hosts.say(f'Replacing {COUNTERFACTUAL.value} tokens and the critical ones of each response, with {SAMPLES.value} '
+              'samples each (minutes)')
     detectors['counterfactual'] = critical_tokens.counterfactual(
         GPT2(policy.info.model), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
         num_positions=COUNTERFACTUAL.value, always=critical_tokens.oracle(task), temperature=loss.temperature,
@@ -105,36 +187,70 @@ def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[
 
 def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[int]) -> dict[str, Any] | None:
   """Reads the steps of the directory that a checkpoint lies in, if there are several."""
-  if not STEPS.value or len(checkpoint.steps_in(policy.path.parent)) < 2:
+  if not has_steps(policy):
     return None
-  print(f'{name}, step by step:', flush=True)
+  number = min(STEPS.value, len(checkpoint.steps_in(policy.path.parent)))
+  hosts.say(f'Reading {_several(number, "checkpoint")} of {name} over training (compiles first; 20 to 60 s on a CPU, '
+            'and seconds each)')
   return reading.read_steps(policy.path.parent, reference.path, most=STEPS.value, num_problems=PROBLEMS.value,
                             digits=[min(digits), max(digits)], seed=SEED.value, progress=True)
 
 
-def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, summary, workdir: pathlib.Path) -> Run:
+def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: pathlib.Path) -> Run:
   """Draws the pictures of one checkpoint, and returns what the page shows of it."""
-  prefix = quote(name, safe='=')
-  pictures = {'certainty of the reference': workdir / f'{prefix}-certainty.png',
-              'along the response': workdir / f'{prefix}-positions.png'}
+  pictures = {'certainty of the reference': workdir / picture_of(name, 'certainty'),
+              'along the response': workdir / picture_of(name, 'positions')}
   charts.plot_certainty(tokens, pictures['certainty of the reference'], name)
   charts.plot_positions(tokens, pictures['along the response'], name)
   if steps:
-    charts.plot_steps(steps, workdir / f'{prefix}-steps.png', name)
-  penalty = {name: value for name, value in dataclasses.asdict(reading.loss_of(policy)).items()
-             if name.startswith(('kl', 'certainty'))}
-  origin = f'{policy.path}, step {policy.step}; reference: {reference.path}. '
-  origin += ('Pre-trained; the weight is that of the default penalty.' if policy.info.kind == 'pretrain' else
-             f'Penalty: {", ".join(f"{name}={value}" for name, value in penalty.items())}.')
-  return Run(name=name, origin=origin, tokens=tokens, tables=summary_tables(summary), pictures=pictures, steps=steps)
+    charts.plot_steps(steps, workdir / picture_of(name, 'steps'), name)
+  own = policy.path == reference.path
+  origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_of(reference)}, step {reference.step}"}. '
+            f'{training_of(policy)}')
+  penalty = '' if policy.info.kind == 'pretrain' else reading.loss_of(policy).kl
+  return Run(name=name, origin=origin, tokens=tokens, pictures=pictures, steps=steps, penalty=penalty)
 
 
-def about(digits: list[int]) -> str:
-  """Returns the sentence below the title of the page."""
-  whose = {'greedy': 'Greedy responses', 'sampled': 'Sampled responses', 'solution': 'Right solutions'}[RESPONSES.value]
-  return (f'{whose} to {PROBLEMS.value} problems each of {", ".join(map(str, digits))} digits; certainty below '
-          f'{THRESHOLD.value:g} (threshold), the lowest {100 * QUANTILE.value:g}% of a response (quantile), and the '
-          'critical tokens of the task up to the first wrong token (oracle).')
+def place_of(found: Checkpoint) -> str:
+  """Returns a short name of where a checkpoint lies: the last two directories above its step, or the shipped one."""
+  directory = found.path.resolve().parent
+  if directory == checkpoint.SHIPPED_REFERENCE.resolve():
+    return 'the one that comes with the package'
+  return '/'.join(directory.parts[-2:])
+
+
+def training_of(policy: Checkpoint) -> str:
+  """Returns a sentence that says how the KL penalty of a checkpoint was weighted."""
+  loss, plain = reading.loss_of(policy), LossConfig()
+  if policy.info.kind == 'pretrain':
+    return f'Pre-trained only; weights are those of the default penalty, certainty^{plain.certainty_exponent:g}.'
+  if loss.kl == 'none':
+    return 'Fine-tuned without a KL penalty.'
+  weight = f'certainty^{loss.certainty_exponent:g}' if loss.kl == 'prioritized' else '1 at all tokens'
+  names = ('kl_estimator', 'kl_placement', 'certainty', 'certainty_intercept', 'certainty_temperature', 'kl_gate')
+  special = [f', {name}={getattr(loss, name)}' for name in names if getattr(loss, name) != getattr(plain, name)]
+  return (f'Fine-tuned with the {loss.kl} KL penalty: weight {weight}, coefficient {loss.kl_coefficient:g}'
+          f'{"".join(special)}.')
+
+
+def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> str:
+  """Returns the sentences below the definitions of the page."""
+  whose = {'greedy': 'the most probable token each time', 'sampled': 'tokens sampled as in training',
+           'solution': 'right solutions, not answers of the policy'}[RESPONSES.value]
+  known = next(policy.info.known_digits for policy, _ in pairs.values())
+  lengths = ' or '.join(map(str, digits))
+  return (f'The task: add two numbers and write the steps down, one character a token; pre-training showed numbers of '
+          f'up to {known} digits. Here: {PROBLEMS.value} problems each whose longer number has {lengths} digits '
+          f'({whose}). Two detectors know the certainty only: threshold takes the tokens below {THRESHOLD.value:g}, '
+          f'quantile the lowest {100 * QUANTILE.value:g}% of a response.')
+
+
+def _absolute(path: str) -> str:
+  return str(pathlib.Path(path).resolve())
+
+
+def _several(number: int, noun: str) -> str:
+  return f'{number} {noun}{"s" * (number != 1)}'
 
 
 def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> None:

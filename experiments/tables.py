@@ -1,10 +1,15 @@
 """Tables as the binaries print them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from critkl_jax.analysis.page import Table
-from critkl_jax.analysis.summary import FIGURES
+from critkl_jax.analysis.summary import METRICS
+
+PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
+AGREEMENT = {'precision': 'precision', 'recall': 'recall', 'auroc': 'AUROC', 'average_precision': 'average precision',
+             'base_rate': 'base rate'}
 
 
 def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -41,30 +46,18 @@ def study_rows(rows: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def summary_tables(summary: dict[str, Any]) -> list[Table]:
-  """Returns what `analysis.summary.summarize` found as tables of text."""
-  accuracy = [[number, f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}]',
-               str(row['num_problems'])] for number, row in summary['accuracy'].items()]
-  titles = {'critical': 'critical', 'other': 'others', 'after_error': 'after the first error'}
-  places = [[name, *(_number(summary['places'][place][name]) for place in titles)] for name in ('number', *FIGURES)]
-  gap = summary['certainty_gap']
-  certainty = [['certainty at critical tokens minus elsewhere', 'none' if gap is None else _interval(gap)],
-               ['lowest certainty elsewhere', _number(summary['lowest_other_certainty'])],
-               ['tokens at which the reference is sure of a wrong one', f'{100 * summary["certain_and_wrong"]:.2f}%']]
-  figures = ('precision', 'recall', 'auroc', 'average_precision')
-  detectors = {target: [[name, *('none' if row[figure] is None else _interval(row[figure]) for figure in figures),
-                         _number(row['base_rate'])] for name, row in rows.items()]
-               for target, rows in summary['agreement'].items()}
-  whole = [Table('Accuracy', ('digits', 'accuracy [95% interval]', 'problems'), accuracy)] if accuracy else []
-  return [*whole,
-          Table('Means over tokens', ('', *titles.values()), places),
-          Table('The reference', ('', '[95% interval]'), certainty),
-          *(Table(f'Detectors against {target} [95% interval]', ('', *figures, 'base rate'), rows)
-            for target, rows in detectors.items())]
+def summary_tables(summaries: dict[str, dict[str, Any]]) -> list[Table]:
+  """Formats summaries of checkpoints as tables: a column for each checkpoint where there are several.
+
+  Args:
+    summaries: name of a checkpoint -> what `analysis.summary.summarize` returns of it.
+  """
+  return [*_accuracy_tables(summaries), *_place_tables(summaries), _reference_table(summaries),
+          *_detector_tables(summaries)]
 
 
 def text_of(tables: Sequence[Table]) -> str:
-  """Formats tables for a terminal."""
+  """Formats tables for a terminal, without their notes."""
   lines = []
   for table in tables:
     rows = [list(map(str, row)) for row in (table.columns, *table.rows)]
@@ -74,9 +67,67 @@ def text_of(tables: Sequence[Table]) -> str:
   return '\n'.join(lines)
 
 
+def _accuracy_tables(summaries):
+  digits = list(dict.fromkeys(number for summary in summaries.values() for number in summary['accuracy']))
+  rows = [[number, *(_percent(summary['accuracy'].get(number)) for summary in summaries.values())] for number in digits]
+  return [Table('Accuracy [95% interval] and number of problems', ('digits', *summaries), rows)] if rows else []
+
+
+def _place_tables(summaries):
+  names = {'number': 'tokens'} | METRICS
+  note = 'Critical by the oracle. The right token is known only up to the first wrong one.'
+  if len(summaries) == 1:
+    places, = (summary['places'] for summary in summaries.values())
+    rows = [[name, *(_number(places[place][metric]) for place in PLACES)] for metric, name in names.items()]
+    return [Table('Means over tokens', ('', *PLACES.values()), rows, note)]
+  return [Table(f'Means over tokens: {title}', ('', *summaries), [
+      [name, *(_number(summary['places'][place][metric]) for summary in summaries.values())]
+      for metric, name in names.items()], note) for place, title in PLACES.items()]
+
+
+def _reference_table(summaries):
+  read = {'certainty at critical tokens minus elsewhere [95% interval]': lambda s: _interval(s['certainty_gap']),
+          'lowest certainty elsewhere': lambda s: _number(s['lowest_other_certainty']),
+          'tokens where it gives a wrong one more than 0.9': lambda s: f'{_number(100 * s["certain_and_wrong"])}%'}
+  return Table('The reference', ('', *summaries), [[name, *map(value, summaries.values())]
+                                                   for name, value in read.items()])
+
+
+def _detector_tables(summaries):
+  note = ('Precision: the share of the tokens it calls critical that are. Recall: the share of the critical tokens '
+          'that it finds. AUROC: the chance that it scores a critical token above another one; 0.5 is a guess. Average '
+          'precision of a guess: the base rate, the share of critical tokens.')
+  tables = []
+  for target, detectors in next(iter(summaries.values()))['agreement'].items():
+    found = [summary['agreement'][target] for summary in summaries.values()]
+    if len(found) == 1:
+      columns, rows = AGREEMENT.values(), [[name, *(_interval(found[0][name][metric]) for metric in AGREEMENT)]
+                                           for name in detectors]
+    else:
+      columns, rows = summaries, [[f'{name}: {title}', *(_interval(some[name][metric]) for some in found)]
+                                  for name in detectors for metric, title in AGREEMENT.items()]
+    tables.append(Table(f'Detectors of critical tokens against {target} [95% interval]', ('', *columns), rows,
+                        note))
+  return tables
+
+
 def _number(value: float | None) -> str:
-  return 'none' if value is None else str(value) if isinstance(value, int) else f'{value:.4g}'
+  """Formats a number with three significant digits; near 1 with as many as tell it from 1."""
+  if value is None or isinstance(value, int):
+    return 'none' if value is None else str(value)
+  if 0.9 < value < 1 - 5e-8:
+    return f'{value:.{max(3, -math.floor(math.log10(1 - value)))}f}'
+  return f'{value:.3g}'
 
 
-def _interval(value: Sequence[float]) -> str:
-  return f'{value[0]:.4g} [{value[1]:.4g}, {value[2]:.4g}]'
+def _percent(row: dict[str, float] | None) -> str:
+  if row is None:
+    return 'none'
+  return f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}], {row["num_problems"]}'
+
+
+def _interval(value: float | Sequence[float] | None) -> str:
+  """Formats a number, or one with an interval as `(value, low, high)`."""
+  if value is None or isinstance(value, float):
+    return _number(value)
+  return f'{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]'

@@ -1,4 +1,4 @@
-"""Figures of tokens: accuracy, what is different at critical tokens, and how far detectors agree."""
+"""Metrics over tokens: accuracy, what is different at critical tokens, and how far detectors agree."""
 
 from typing import Any
 
@@ -7,18 +7,26 @@ import numpy as np
 from critkl_jax.analysis.agreement import agreement
 from critkl_jax.evaluate import bootstrap_interval
 
-FIGURES = ('certainty', 'entropy', 'ref_entropy', 'weight', 'kl', 'right_prob', 'ref_right_prob')
+METRICS = {  # of a token -> its name in tables
+    'certainty': 'certainty of the reference',
+    'weight': 'weight of the penalty',
+    'kl': 'KL (nats)',
+    'right_prob': "policy's probability of the right token",
+    'ref_right_prob': "reference's probability of the right token",
+    'entropy': 'entropy of the policy (nats)',
+    'ref_entropy': 'entropy of the reference (nats)',
+}
 
 
 def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
-  """Returns what is to be said of an analysis.
+  """Summarizes the tokens of one checkpoint.
 
   Args:
-    tokens: of `reading.read_tokens`.
+    tokens: arrays of `reading.read_tokens`.
 
   Returns:
     `accuracy`: of each number of digits `accuracy` with `low` and `high` (95% bootstrap) and `num_problems`; empty if
-    right solutions were read. `places`: means of `FIGURES` at the oracle's `critical` tokens, at `other` tokens after
+    right solutions were read. `places`: means of `METRICS` at the oracle's `critical` tokens, at `other` tokens after
     right ones, and at those `after_error`, where the right token is not known; with their `number`. `certainty_gap`:
     certainty at critical tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
     `lowest_other_certainty`. `certain_and_wrong`: the share of tokens after right ones at which the reference gives
@@ -34,7 +42,7 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
   other = here & ~critical
   places = {name: {'number': int(where.sum())} | {
       field: float(tokens[field][where].mean()) if where.any() and not (name == 'after_error' and 'right' in field)
-      else None for field in FIGURES}
+      else None for field in METRICS}
             for name, where in (('critical', critical), ('other', other), ('after_error', tokens['mask'] & ~here))}
   sure = here & (tokens['ref_top_prob'][..., 0] > 0.9) & (tokens['ref_right_prob'] < 0.1)
   detectors = [name.removeprefix('critical/') for name in tokens if name.startswith('critical/')]

@@ -3,19 +3,17 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import BINARY, Browser
 from matplotlib.figure import Figure
 
 from critkl_jax.analysis.page import Run, Table, write_page
 from critkl_jax.tasks.addition import TOKENIZER
 
-BROWSER = shutil.which('chromium') or shutil.which('chromium-browser')
 NASTY = '</script><b>&amp; "quotes" \'single\' <!-- <scratch>'
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+needs_browser = pytest.mark.skipif(BINARY is None, reason="no chromium here: apt-get install chromium")
 
 
 def tokens_of(num_responses, length=80, seed=0):
@@ -57,20 +55,51 @@ def page(tmp_path, num_responses, runs=1, nasty=''):
     if nasty:
       tokens['response'][0] = nasty + 'a' * (int(tokens['mask'][0].sum()) - len(nasty))
       tokens['problem'][0] = nasty
-    shown.append(Run(f'run {i}{nasty}', f'from {nasty}', tokens, [Table(f'T{nasty}', ('a', 'b'), [(nasty, '1')])],
-                     {f'picture {nasty}': tmp_path / 'picture.png'}, steps_of() if i == 0 else None))
-  write_page(tmp_path / 'report.html', shown, TOKENIZER.alphabet, 'about')
+    shown.append(Run(f'run {i}{nasty}', f'from {nasty}', tokens, {f'picture {nasty}': tmp_path / 'picture.png'},
+                     steps_of() if i == 0 else None, ('prioritized', 'standard', '')[i]))
+  table = Table(f'T{nasty}', ('', 'a', 'b'), [(f'row {nasty}', nasty, '1' * 60)], f'note {nasty}')
+  write_page(tmp_path / 'report.html', shown, TOKENIZER.alphabet, 'about', [table])
   return tmp_path / 'report.html'
 
 
-def opened(path, state=''):
-  """Returns the page as the browser has it after its script."""
-  found = subprocess.run(
-      [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=10000', '--dump-dom',
-       f'{path.as_uri()}#{state}'], capture_output=True, text=True, timeout=120, check=True).stdout
-  error = re.search(r'<div id="error"([^>]*)>([^<]*)<', found)
-  assert 'hidden' in error[1], error[2]
-  return re.sub(r'<script.*?</script>', '', found, flags=re.S)
+def shown_order(tokens):
+  """Returns the responses as the page orders them: the longest problems first, among them wrong answers first."""
+  return sorted(range(len(tokens['reward'])), key=lambda i: (-tokens['digits'][i], tokens['reward'][i]))
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with Browser() as found:
+    yield found
+
+
+@pytest.fixture
+def opened(browser):
+  """Opens a page at a state of its address, and returns its elements after its script as text."""
+
+  def opened(path, state='', **size):
+    browser.open(f'{path.as_uri()}#{state}', **size)
+    assert browser.run('document.querySelector("#error").hidden'), browser.run('document.body.innerText')
+    return dom_of(browser)
+
+  return opened
+
+
+def dom_of(browser):
+  return re.sub(r'<script.*?</script>', '', browser.run('document.documentElement.outerHTML'), flags=re.S)
+
+
+def box_of(browser, selector):
+  """Returns the box of an element in the window: left, top, right, bottom."""
+  return browser.run(f'(b => [b.left, b.top, b.right, b.bottom])(document.querySelector({json.dumps(selector)})'
+                     '.getBoundingClientRect())')
+
+
+def middle(browser, number):
+  """Returns the middle of a token, by its number among all that are shown; it is scrolled into the window."""
+  browser.run(f'window.token = document.querySelectorAll("#responses span[data-k]")[{number}]; '
+              'token.scrollIntoView({block: "center"})')
+  return browser.run('(b => [b.left + b.width / 2, b.top + b.height / 2])(token.getBoundingClientRect())')
 
 
 def spans(dom):
@@ -82,22 +111,23 @@ def spans(dom):
 
 @needs_browser
 @pytest.mark.parametrize('num_responses', [1, 500])
-def test_every_response_can_be_seen(tmp_path, num_responses):
+def test_every_response_can_be_seen(opened, tmp_path, num_responses):
   path, tokens = page(tmp_path, num_responses), tokens_of(num_responses)
   assert path.stat().st_size < 20e6
   last = (num_responses - 1) // 20
   for number in {0, last}:
     dom = opened(path, f'page={number}')
-    some = range(20 * number, min(20 * number + 20, num_responses))
-    assert f'{some[0] + 1} to {some[-1] + 1} of {num_responses}' in dom
+    first, end = 20 * number, min(20 * number + 20, num_responses)
+    some = shown_order(tokens)[first:end]
+    assert f'{first + 1} to {end} of {num_responses}' in dom
     text = ''.join(text for _, _, text in spans(dom))
     assert text == ''.join(tokens['response'][i].replace('\n', '\u21b5\n') for i in some)
 
 
 @needs_browser
-def test_filters_and_colours(tmp_path):
+def test_filters_and_colours(opened, tmp_path):
   path, tokens = page(tmp_path, 30), tokens_of(30)
-  wrong = [i for i in range(30) if not tokens['reward'][i]]
+  wrong = [i for i in shown_order(tokens) if not tokens['reward'][i]]
   dom = opened(path, 'wrong=1&detector=1&critical=1')
   assert f'1 to {len(wrong)} of {len(wrong)}' in dom
   shown = spans(dom)
@@ -111,28 +141,31 @@ def test_filters_and_colours(tmp_path):
              for state in ('certainty', 'weight', 'kl', 'right')}
   assert all(len(set(some)) > 3 for some in colours.values())
   assert len({tuple(some) for some in colours.values()}) == 4
-  off_path = ~np.concatenate([tokens['on_path'][i][tokens['mask'][i]] for i in range(20)])
+  off_path = ~np.concatenate([tokens['on_path'][i][tokens['mask'][i]] for i in shown_order(tokens)[:20]])
   assert [b is None for b in colours['right']] == off_path.tolist()
-  low, high = (np.argmin(tokens['weight'][0][tokens['mask'][0]]), np.argmax(tokens['weight'][0][tokens['mask'][0]]))
+  first = shown_order(tokens)[0]
+  weight = tokens['weight'][first][tokens['mask'][first]]
+  low, high = np.argmin(weight), np.argmax(weight)
   red, blue = ([int(n) for n in re.findall(r'\d+', colours['weight'][k])] for k in (low, high))
   assert red[0] > red[2]
   assert blue[2] > blue[0]
 
 
 @needs_browser
-def test_a_token_that_was_clicked_shows_its_alternatives(tmp_path):
+def test_a_token_that_was_clicked_shows_its_alternatives(opened, tmp_path):
   path, tokens = page(tmp_path, 3), tokens_of(3)
   k = int(tokens['mask'][0].sum()) + 4  # of the second response
   assert_tip(opened(path, f'token={k}'), tokens, 1, 4)
 
 
 @needs_browser
-def test_a_token_that_is_pointed_at_shows_its_alternatives(tmp_path):
+def test_a_token_that_is_pointed_at_shows_its_alternatives(browser, opened, tmp_path):
   path, tokens = page(tmp_path, 3), tokens_of(3)
-  script = ('document.querySelectorAll("#responses span[data-k]")[7].dispatchEvent('
-            'new MouseEvent("mousemove", {bubbles: true, clientX: 50, clientY: 60}));')
-  path.write_text(path.read_text().replace('setUp();\n</script>', f'setUp();\n{script}\n</script>'))
-  assert_tip(opened(path), tokens, 0, 7)
+  opened(path)
+  browser.move(*middle(browser, 7))
+  assert_tip(dom_of(browser), tokens, shown_order(tokens)[0], 7)
+  browser.move(5, 5)
+  assert browser.run('document.querySelector("#tip").hidden')
 
 
 def assert_tip(dom, tokens, i, t):
@@ -151,21 +184,21 @@ def assert_tip(dom, tokens, i, t):
 
 
 @needs_browser
-def test_what_is_no_number_breaks_nothing(tmp_path):
+def test_what_is_no_number_breaks_nothing(opened, tmp_path):
   tokens, steps = tokens_of(2), steps_of()
   for name in ('kl', 'right_prob', 'top_prob'):
     tokens[name][:] = np.nan
   tokens['reward'] = np.full(2, np.nan)
   steps['critical_kl'][1] = np.nan
   steps['right_prob'][1] = np.nan
-  write_page(tmp_path / 'nan.html', [Run('nan', '', tokens, [], {}, steps)], TOKENIZER.alphabet, '')
+  write_page(tmp_path / 'nan.html', [Run('nan', '', tokens, {}, steps)], TOKENIZER.alphabet, '')
   dom = opened(tmp_path / 'nan.html', 'colour=kl&step=1&run=x&detector=9')
   assert all(background is None for _, background, _ in spans(dom))
   assert 'right solution' in dom
 
 
 @needs_browser
-def test_steps_can_be_gone_through(tmp_path):
+def test_steps_can_be_gone_through(opened, tmp_path):
   path = page(tmp_path, 2, runs=2)
   first, last = opened(path, 'step=0'), opened(path)
   assert 'id="stepnumber">0<' in first
@@ -179,11 +212,146 @@ def test_steps_can_be_gone_through(tmp_path):
 
 
 @needs_browser
-def test_text_is_text(tmp_path):
+def test_text_is_text(opened, tmp_path):
   dom = opened(page(tmp_path, 5, nasty=NASTY), 'token=0')
   assert '<b>&amp;' not in dom.replace('&amp;amp;', '')
   assert NASTY in ''.join(text for _, _, text in spans(dom))
   assert html.unescape(dom).count(NASTY) >= 4
+
+
+@needs_browser
+def test_definitions_then_responses_then_pictures_then_tables(browser, opened, tmp_path):
+  opened(page(tmp_path, 30))
+  found = browser.run('[...document.querySelectorAll("dt, #responses, #charts, #pictures, #tables")]'
+                      '.map(e => [e.id || e.textContent, e.getBoundingClientRect().top])')
+  assert [name for name, _ in found] == ['Policy and reference', 'Certainty', 'Critical token', 'Weight', 'Oracle',
+                                         'responses', 'charts', 'pictures', 'tables']
+  tops = [top for _, top in found]
+  assert tops == sorted(tops)
+  assert tops[5] < 600  # responses begin in the first window
+  lines = browser.run('[...document.querySelectorAll("dl > div")].map(e => e.getBoundingClientRect().height)')
+  assert max(lines) < 30  # a line each
+
+
+@needs_browser
+def test_the_scale_is_logarithmic_and_of_what_occurs(browser, opened, tmp_path):
+  tokens = tokens_of(4)
+  tokens['certainty'] = 1 - 10 ** (-3.9 * tokens['certainty'])  # 0 to 0.9999
+  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER.alphabet, '')
+  opened(tmp_path / 'log.html')
+  ticks = browser.run('[...document.querySelectorAll("#scale span")].map(e => [e.textContent, parseFloat(e.style.left)])')
+  assert ticks == [['0', 0], ['0.9', 25], ['0.99', 50], ['0.999', 75], ['0.9999', 100]]
+  tokens['certainty'] = 1 - (1 - tokens['certainty']) / 100
+  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER.alphabet, '')
+  opened(tmp_path / 'log.html')
+  ticks = browser.run('[...document.querySelectorAll("#scale span")].map(e => e.textContent)')
+  assert ticks == ['0.99', '0.999', '0.9999', '0.99999', '0.999999']
+  assert len(set(browser.run('[...document.querySelectorAll("#responses span")].map(e => e.style.background)'))) > 30
+
+
+@needs_browser
+@pytest.mark.parametrize('size', [(1280, 900), (390, 800)])
+def test_the_tip_of_a_pinned_token_is_at_its_token(browser, opened, tmp_path, size):
+  path, tokens = page(tmp_path, 60, runs=2), tokens_of(60)
+  last = shown_order(tokens)[19]
+  k = int(tokens['mask'][:last].sum()) + 30
+  opened(path, f'token={k}', width=size[0], height=size[1])
+  token, tip = box_of(browser, '.pinned'), box_of(browser, '#tip')
+  assert 0 <= token[1] < token[3] <= size[1]
+  assert min(abs(tip[1] - token[3]), abs(tip[3] - token[1])) < 12  # below or above it
+  assert tip[0] <= token[0] + 1 <= tip[2]
+  assert 0 <= tip[0] < tip[2] <= size[0]
+  browser.run('new Promise(done => { scrollBy(0, -100); setTimeout(done, 200); })')
+  moved = box_of(browser, '.pinned')
+  assert moved[1] == pytest.approx(token[1] + 100)
+  tip = box_of(browser, '#tip')
+  assert min(abs(tip[1] - moved[3]), abs(tip[3] - moved[1])) < 12
+
+
+@needs_browser
+@pytest.mark.parametrize('runs', [1, 2])
+def test_a_telephone_shows_all(browser, opened, tmp_path, runs):
+  opened(page(tmp_path, 30, runs=runs, nasty='/a/long/path' * 5), 'token=3', width=390, height=800)
+  assert browser.run('document.documentElement.scrollWidth') == 390
+  wide = browser.run("""[...document.querySelectorAll("body *")].filter(e => !e.parentNode.closest(".scroll, svg"))
+    .filter(e => e.getBoundingClientRect().right > 390.5 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth
+            && !e.matches(".scroll, select, .legend *")).map(e => e.outerHTML.slice(0, 80))""")
+  assert wide == []
+  assert browser.run('document.querySelectorAll(".scroll table, .scroll img").length') > 1
+
+
+@needs_browser
+def test_a_tap_opens_and_closes(browser, opened, tmp_path):
+  path, tokens = page(tmp_path, 3), tokens_of(3)
+  opened(path, width=390, height=800)
+  browser.tap(*middle(browser, 7))
+  assert_tip(dom_of(browser), tokens, shown_order(tokens)[0], 7)
+  assert f'token={int(tokens["mask"][0].sum()) + 7}&' in browser.run('location.hash')
+  browser.tap(3, 3)
+  assert browser.run('document.querySelector("#tip").hidden')
+  assert 'token=&' in browser.run('location.hash')
+
+
+@needs_browser
+def test_the_keyboard_reaches_every_token(browser, opened, tmp_path):
+  path, tokens = page(tmp_path, 3), tokens_of(3)
+  opened(path)
+  first = shown_order(tokens)[0]
+  browser.run('document.querySelector("#forth").disabled || document.querySelector("#forth").focus(); '
+              'document.querySelector("#critical").focus()')
+  for _ in range(20):
+    browser.press('Tab')
+    if browser.run('Boolean(document.activeElement.dataset.k)'):
+      break
+  assert_tip(dom_of(browser), tokens, first, 0)
+  for _ in range(5):
+    browser.press('ArrowRight')
+  browser.press('ArrowLeft')
+  assert_tip(dom_of(browser), tokens, first, 4)
+  role, described, label = (browser.run(f'document.activeElement.getAttribute("{name}")')
+                            for name in ('role', 'aria-describedby', 'aria-label'))
+  assert (role, described) == ('button', 'tip')
+  assert label.startswith('token 4: ')
+  browser.press('Enter')
+  browser.move(*middle(browser, 20))
+  assert_tip(dom_of(browser), tokens, first, 4)  # kept
+  browser.press('Escape')
+  assert browser.run('document.querySelector("#tip").hidden')
+  browser.press('End')
+  assert_tip(dom_of(browser), tokens, first, int(tokens['mask'][first].sum()) - 1)
+  browser.press('ArrowUp')
+  before = browser.run('Number(document.activeElement.dataset.k)')
+  assert before < int(tokens['mask'][:first + 1].sum()) - 1
+  browser.press('Tab')  # the next response
+  assert_tip(dom_of(browser), tokens, shown_order(tokens)[1], 0)
+
+
+@needs_browser
+def test_the_same_problem_of_two_runs_stands_side_by_side(browser, opened, tmp_path):
+  path, left, right = page(tmp_path, 30, runs=2), tokens_of(30, seed=0), tokens_of(30, seed=1)
+  opened(path, 'token=3&side=1')
+  rows = browser.run("""[...document.querySelectorAll(".problem")].filter(e => e.querySelector(".answers"))
+    .map(e => [e.querySelector("b").textContent, ...[...e.querySelectorAll("pre")].flatMap(
+      p => [p.textContent, p.getBoundingClientRect().top, p.getBoundingClientRect().left])])""")
+  for (problem, one, top, start, two, other_top, other_start), i in zip(rows, shown_order(left), strict=False):
+    assert problem == left['problem'][i]
+    assert one.replace('\u21b5', '') == left['response'][i]
+    assert two.replace('\u21b5', '') == right['response'][i]
+    assert top == other_top
+    assert other_start > start + 300
+  assert len(rows) == 20
+  alone = opened(path, 'run=1&beside=-1')
+  assert alone.count('role="group"') == 20
+
+
+@needs_browser
+def test_critical_tokens_keep_their_glyphs(browser, opened, tmp_path):
+  opened(page(tmp_path, 3))
+  shadow, outline = browser.run('(s => [s.boxShadow, s.outlineStyle])(getComputedStyle('
+                                'document.querySelector("#responses .critical")))')
+  assert outline == 'none'
+  assert 'inset' not in shadow
+  assert all(float(offset) == 0 for offset in re.findall(r'\) ([-\d.]+)px', shadow))  # nothing left or right of it
 
 
 def test_the_page_needs_no_network_and_no_other_file(tmp_path):
@@ -201,7 +369,7 @@ def test_data_cannot_end_the_script(tmp_path):
 
 
 def test_runs_must_have_been_read_alike(tmp_path):
-  one, two = (Run('a', '', tokens_of(1), [], {}) for _ in range(2))
+  one, two = (Run('a', '', tokens_of(1), {}) for _ in range(2))
   del two.tokens['critical/threshold']
   with pytest.raises(ValueError, match='read with the same detectors'):
     write_page(tmp_path / 'x.html', [one, two], TOKENIZER.alphabet, '')
