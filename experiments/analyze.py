@@ -235,13 +235,14 @@ def training_of(policy: Checkpoint) -> str:
 
 def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> str:
   """Returns the sentences below the definitions of the page."""
-  whose = {'greedy': 'the most probable token each time', 'sampled': 'tokens sampled as in training',
+  whose = {'greedy': 'the answers that the policy gives when it takes the most probable token each time',
+           'sampled': 'answers of the policy, sampled as in training',
            'solution': 'right solutions, not answers of the policy'}[RESPONSES.value]
   known = next(policy.info.known_digits for policy, _ in pairs.values())
   lengths = ' or '.join(map(str, digits))
   return (f'The task: add two numbers and write the steps down, one character a token; pre-training showed numbers of '
-          f'up to {known} digits. Here: {PROBLEMS.value} problems each whose longer number has {lengths} digits '
-          f'({whose}). Two detectors know the certainty only: threshold takes the tokens below {THRESHOLD.value:g}, '
+          f'up to {known} digits. Below: {whose}, to {PROBLEMS.value} problems each whose longer number has {lengths} '
+          f'digits. Two detectors know the certainty only: threshold takes the tokens below {THRESHOLD.value:g}, '
           f'quantile the lowest {100 * QUANTILE.value:g}% of a response.')
 
 

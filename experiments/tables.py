@@ -68,9 +68,10 @@ def text_of(tables: Sequence[Table]) -> str:
 
 
 def _accuracy_tables(summaries):
-  digits = list(dict.fromkeys(number for summary in summaries.values() for number in summary['accuracy']))
-  rows = [[number, *(_percent(summary['accuracy'].get(number)) for summary in summaries.values())] for number in digits]
-  return [Table('Accuracy [95% interval] and number of problems', ('digits', *summaries), rows)] if rows else []
+  shared = next(iter(summaries.values()))['accuracy']  # all are read with the same problems
+  rows = [[f'{digits} digits, {row["num_problems"]} problems',
+           *(_percent(summary['accuracy'][digits]) for summary in summaries.values())] for digits, row in shared.items()]
+  return [Table('Accuracy [95% interval]', ('', *summaries), rows)] if rows else []
 
 
 def _place_tables(summaries):
@@ -82,7 +83,7 @@ def _place_tables(summaries):
     return [Table('Means over tokens', ('', *PLACES.values()), rows, note)]
   return [Table(f'Means over tokens: {title}', ('', *summaries), [
       [name, *(_number(summary['places'][place][metric]) for summary in summaries.values())]
-      for metric, name in names.items()], note) for place, title in PLACES.items()]
+      for metric, name in names.items()], note * (place == 'critical')) for place, title in PLACES.items()]
 
 
 def _reference_table(summaries):
@@ -120,10 +121,8 @@ def _number(value: float | None) -> str:
   return f'{value:.3g}'
 
 
-def _percent(row: dict[str, float] | None) -> str:
-  if row is None:
-    return 'none'
-  return f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}], {row["num_problems"]}'
+def _percent(row: dict[str, float]) -> str:
+  return f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}]'
 
 
 def _interval(value: float | Sequence[float] | None) -> str:

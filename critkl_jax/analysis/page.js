@@ -65,29 +65,29 @@ function mix(share) {
 }
 
 // A scale: the place of a token on its axis (null for none), the range of the axis where it is not that of all tokens,
-// what a tick says, and whether blue is low. Near 1 a linear axis shows nothing: there it is -log10(1 - x).
-const nines = x => -Math.log10(Math.max(1 - x, 1e-7));
+// what a tick says, and whether blue is low. Near 1 a linear axis shows nothing: there it is -log10(1 - x), the number of
+// nines, of which five are enough.
+const nines = x => -Math.log10(Math.max(1 - x, 1e-5));
 const nineText = v => v === 0 ? '0' : '0.' + '9'.repeat(v);
 const scales = {
   certainty: {of: (a, i) => nines(a.certainty[i]), text: nineText},
   weight: {of: (a, i) => a.weight[i] / 65535, range: [0, 1], text: String},
-  kl: {of: (a, i) => isNaN(a.kl[i]) ? null : Math.log10(Math.max(a.kl[i], 1e-6)), text: v => `${number(10 ** v)} nats`, reversed: true},
+  kl: {of: (a, i) => isNaN(a.kl[i]) ? null : Math.log10(Math.max(a.kl[i], 1e-4)), text: v => number(10 ** v), reversed: true},
   right: {of: (a, i) => a.flags[i] & ON_PATH ? Math.min(nines(a.right[i] / 65535), 4) : null, text: nineText},
 };
 
-function rangeOf(scale) {  // whole steps around nearly all tokens of all runs, so that colours mean the same in each
+function rangeOf(scale) {  // whole steps around all tokens of all runs, so that colours mean the same in each
   if (scale.range) return scale.range;
-  const values = [];
+  let least = Infinity, most = -Infinity;
   for (const run of data.runs) {
     const a = unpacked(run);
     for (let i = 0; i < a.flags.length; i++) {
       const value = scale.of(a, i);
-      if (value !== null) values.push(value);
+      if (value !== null) { least = Math.min(least, value); most = Math.max(most, value); }
     }
   }
-  const sorted = Float64Array.from(values).sort(), at = q => sorted.length ? sorted[Math.round(q * (sorted.length - 1))] : 0;
-  const low = Math.floor(at(.002));
-  return scale.range = [low, Math.max(Math.ceil(at(.99)), low + 1)];
+  const low = Number.isFinite(least) ? Math.floor(least) : 0;
+  return scale.range = [low, Math.max(Math.ceil(most - 1e-6), low + 1)];
 }
 
 function painter(scale) {
