@@ -70,7 +70,8 @@ def text_of(tables: Sequence[Table]) -> str:
 def _accuracy_tables(summaries):
   shared = next(iter(summaries.values()))['accuracy']  # all are read with the same problems
   rows = [[f'{digits} digits, {row["num_problems"]} problems',
-           *(_percent(summary['accuracy'][digits]) for summary in summaries.values())] for digits, row in shared.items()]
+           *(_percent(summary['accuracy'][digits]) for summary in summaries.values())]
+          for digits, row in shared.items()]
   return [Table('Accuracy [95% interval]', ('', *summaries), rows)] if rows else []
 
 
