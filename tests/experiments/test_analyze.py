@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from checkpoints import finetuned_workdir
@@ -22,7 +23,14 @@ def workdir(tmp_path_factory):
 def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   said = run('analyze', f'--checkpoints={workdir},{workdir}/checkpoints/2', f'--workdir={tmp_path}', *SMALL,
              '--responses=solution', '--counterfactual=2', '--samples=1')
-  assert 'Detectors against oracle' in said
+  lines = said.splitlines()
+  assert lines[0] == 'Loading 2 checkpoints and the reference of each'
+  assert sum(line.startswith('Reading 4 responses of ') for line in lines) == 2
+  assert sum(line.startswith('Reading 2 checkpoints of ') for line in lines) == 2
+  assert lines[-1] == str(tmp_path / 'report.html')
+  assert 'Detectors of critical tokens against oracle' in said
+  assert re.search(r"^reference's probability of the right token +0?\.?\d+ +\S+$", said, re.M)
+  assert not re.search(r'\b(ref_|right_prob|number\b)', said)
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert len(summary) == 2
   for found in summary.values():
@@ -44,7 +52,18 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
       place['number'] for place in next(iter(summary.values()))['places'].values())
   page = (tmp_path / 'report.html').read_text()
   assert all(name in page for name in summary)
+  assert str(workdir.parent) not in page  # names, no absolute paths
   assert len(list(tmp_path.glob('*.png'))) == 6
+  other = ('analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', '--problems=1', '--steps=0',
+           '--responses=solution')
+  assert 'holds another analysis (checkpoints, problems, counterfactual, samples, steps differ)' in refused(*other)
+  assert (tmp_path / 'report.html').read_text() == page
+  (tmp_path / 'mine.txt').write_text('mine')
+  assert 'will be replaced' in run(*other, '--overwrite')
+  assert sorted(file.name for file in tmp_path.iterdir()) == [
+      'analysis.json', 'mine.txt', 'report.html', 'some-certainty.png', 'some-positions.png', 'summary.json',
+      'tokens.csv']
+  assert 'will be replaced' in run(*other)  # the same analysis needs no leave
 
 
 def test_compare_checkpoints(workdir, tmp_path):
@@ -56,11 +75,25 @@ def test_compare_checkpoints(workdir, tmp_path):
   assert (tmp_path / 'comparison.png').stat().st_size > 1000
 
 
+def test_results_of_something_else_are_not_overwritten(workdir, tmp_path):
+  (tmp_path / 'summary.json').write_text('of a run')
+  assert 'summary.json exists and is not of an analysis' in refused(
+      'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', '--overwrite', *SMALL)
+  (tmp_path / 'summary.json').unlink()
+  (tmp_path / 'analysis.json').write_text('{"settings": 3}')
+  assert 'does not record an analysis' in refused(
+      'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', *SMALL)
+  assert [file.name for file in tmp_path.iterdir()] == ['analysis.json']
+
+
 def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
+  tmp_path = tmp_path / 'new'
   assert 'expected FIRST SECOND and flags' in refused('compare_checkpoints', workdir)
   assert 'no such directory' in refused('analyze', '--checkpoints=/nowhere', f'--workdir={tmp_path}')
   mixed = refused('analyze', f'--checkpoints={workdir},{checkpoint.SHIPPED_REFERENCE}', f'--workdir={tmp_path}')
   assert 'pre-trained on [1, 5] digits' in mixed
   twice = refused('analyze', f'--checkpoints={workdir},{workdir}', f'--workdir={tmp_path}')
   assert 'none of them twice' in twice
-  assert '--digits' in refused('analyze', f'--checkpoints={workdir}', '--digits=9', f'--workdir={tmp_path}', *SMALL)
+  assert '--digits: problems of 9 digits take' in refused(
+      'analyze', f'--checkpoints={workdir}', '--digits=9', f'--workdir={tmp_path}', *SMALL)
+  assert not tmp_path.exists()
