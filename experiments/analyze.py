@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, critical_tokens, hosts, runner
+from critkl_jax import checkpoint, critical_tokens, hosts
 from critkl_jax.analysis import charts, reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
@@ -26,6 +26,7 @@ from critkl_jax.config import LossConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER
 
+from .analysis_record import check_workdir, claim_workdir
 from .flags import run
 from .tables import summary_tables, text_of
 
@@ -48,7 +49,6 @@ STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Checkpoints of a directory
                              lower_bound=0)
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of problems and samples.')
 OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
-RECORD = 'analysis.json'
 COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in reading.CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
@@ -60,7 +60,11 @@ def main() -> None:
   pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
   digits = digits_of(pairs)
   settings = settings_of(names, digits)
-  check_workdir(workdir, settings, files_of(pairs))
+  try:
+    if check_workdir(workdir, settings, files_of(pairs), OVERWRITE.value):
+      hosts.say(f'The analysis that {workdir} holds will be replaced')
+  except ValueError as error:
+    raise SystemExit(f'error: --workdir: {error}') from error
   workdir.mkdir(parents=True, exist_ok=True)
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
@@ -134,44 +138,9 @@ def has_steps(policy: Checkpoint) -> bool:
   return STEPS.value > 0 and len(checkpoint.steps_in(policy.path.parent)) > 1
 
 
-def check_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
-  """Exits with one line if the workdir holds another analysis, unless --overwrite is given, or files of anything
-  else that would be overwritten."""
-  earlier = read_record(workdir)
-  foreign = [name for name in files if name not in earlier['files'] and (workdir / name).exists()]
-  if foreign:
-    raise SystemExit(f'error: --workdir: {workdir / foreign[0]} exists and is not of an analysis; give another '
-                     '--workdir.')
-  different = [name for name, value in settings.items() if earlier['settings'].get(name) != value]
-  if earlier['files'] and different and not OVERWRITE.value:
-    raise SystemExit(f'error: --workdir: {workdir} holds another analysis ({", ".join(different)} differ); give '
-                     'another --workdir, or --overwrite to replace it.')
-  if earlier['files']:
-    hosts.say(f'The analysis that {workdir} holds will be replaced')
-
-
-def claim_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
-  """Deletes the files of an earlier analysis, and records the settings and files of this one."""
-  for name in read_record(workdir)['files']:
-    (workdir / pathlib.Path(name).name).unlink(missing_ok=True)
-  runner.write_text(workdir / RECORD, json.dumps({'settings': settings, 'files': files}, indent=2) + '\n')
-
-
-def read_record(workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the settings and files of the analysis in a workdir; empty ones if there is none."""
-  path = workdir / RECORD
-  if not path.exists():
-    return {'settings': {}, 'files': []}
-  try:
-    record = json.loads(path.read_text())
-    return {'settings': dict(record['settings']), 'files': list(record['files'])}
-  except (ValueError, KeyError, TypeError) as error:
-    raise SystemExit(f'error: --workdir: {path} does not record an analysis; give another --workdir.') from error
-
-
 def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[int]) -> dict[str, np.ndarray]:
   """Reads the tokens of one checkpoint."""
-  hosts.say(f'Reading {len(digits) * PROBLEMS.value} responses of {name} (compiles first; 10 to 60 s on a CPU)')
+  hosts.say(f'Reading {len(digits) * PROBLEMS.value} responses of {name} (30 to 60 s on a CPU, compilation included)')
   task, loss = reading.task_of(policy, digits), reading.loss_of(policy)
   detectors = reading.standard_detectors(task, loss, THRESHOLD.value, QUANTILE.value)
   if COUNTERFACTUAL.value:
@@ -190,8 +159,8 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: lis
   if not has_steps(policy):
     return None
   number = min(STEPS.value, len(checkpoint.steps_in(policy.path.parent)))
-  hosts.say(f'Reading {_several(number, "checkpoint")} of {name} over training (compiles first; 20 to 60 s on a CPU, '
-            'and seconds each)')
+  hosts.say(f'Reading {_several(number, "checkpoint")} of {name} over training (20 s to compile on a CPU, then 5 to '
+            '10 s each)')
   return reading.read_steps(policy.path.parent, reference.path, most=STEPS.value, num_problems=PROBLEMS.value,
                             digits=[min(digits), max(digits)], seed=SEED.value, progress=True)
 

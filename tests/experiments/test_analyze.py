@@ -54,16 +54,11 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   assert all(name in page for name in summary)
   assert str(workdir.parent) not in page  # names, no absolute paths
   assert len(list(tmp_path.glob('*.png'))) == 6
-  other = ('analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', '--problems=1', '--steps=0',
-           '--responses=solution')
-  assert 'holds another analysis (checkpoints, problems, counterfactual, samples, steps differ)' in refused(*other)
+  record = json.loads((tmp_path / 'analysis.json').read_text())
+  assert sorted([*record['files'], 'analysis.json']) == sorted(file.name for file in tmp_path.iterdir())
+  assert 'holds another analysis (checkpoints, problems, responses, counterfactual, samples, steps differ)' in refused(
+      'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}')
   assert (tmp_path / 'report.html').read_text() == page
-  (tmp_path / 'mine.txt').write_text('mine')
-  assert 'will be replaced' in run(*other, '--overwrite')
-  assert sorted(file.name for file in tmp_path.iterdir()) == [
-      'analysis.json', 'mine.txt', 'report.html', 'some-certainty.png', 'some-positions.png', 'summary.json',
-      'tokens.csv']
-  assert 'will be replaced' in run(*other)  # the same analysis needs no leave
 
 
 def test_compare_checkpoints(workdir, tmp_path):
@@ -79,11 +74,7 @@ def test_results_of_something_else_are_not_overwritten(workdir, tmp_path):
   (tmp_path / 'summary.json').write_text('of a run')
   assert 'summary.json exists and is not of an analysis' in refused(
       'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', '--overwrite', *SMALL)
-  (tmp_path / 'summary.json').unlink()
-  (tmp_path / 'analysis.json').write_text('{"settings": 3}')
-  assert 'does not record an analysis' in refused(
-      'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', *SMALL)
-  assert [file.name for file in tmp_path.iterdir()] == ['analysis.json']
+  assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [('summary.json', 'of a run')]
 
 
 def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
