@@ -106,14 +106,16 @@ def started(words):
 # Parses command lines given as {module: [flags, ...]}, and prints what is wrong with them and the flags there are.
 PARSER = """
 import importlib, json, sys
-from absl import flags
+from absl import app, flags, logging
+absl = set(flags.FLAGS)
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from experiments.flags import read_config
 
 POSITIONAL = {'experiments.compare_checkpoints': 2}
 PRESETS = {'experiments.pretrain': PRETRAIN_PRESETS, 'experiments.finetune': FINETUNE_PRESETS,
            'experiments.sweep': FINETUNE_PRESETS, 'experiments.compile_only': FINETUNE_PRESETS}
-wrong, names = [], {'help'}
+wrong, shared = [], set(flags.FLAGS) - absl
+names = {'help'} | shared
 for module, lines in json.load(sys.stdin).items():
   before = set(flags.FLAGS)
   try:
@@ -126,7 +128,7 @@ for module, lines in json.load(sys.stdin).items():
   names |= own
   for line in lines:
     flags.FLAGS.unparse_flags()
-    for name in own:
+    for name in own | shared:
       flags.FLAGS[name].unparse()
     try:
       rest = flags.FLAGS([module, *line])[1:]
@@ -267,6 +269,25 @@ def test_links_lead_somewhere_and_lines_are_short(page):
     assert not anchor or anchor in anchors_of(where), target
   loose = re.sub(r'^(\||!\[|```).*$', '', text, flags=re.M)  # rows of tables and pictures are one line
   assert [line for line in loose.splitlines() if len(line) > 120] == []
+
+
+def rows_of_metrics():
+  """Returns the rows of the tables of metrics."""
+  rows = re.findall(r'^\| (`.*) \|$', (ROOT / 'docs' / 'metrics.md').read_text(), re.M)
+  return [re.split(r'(?<!\\) \| ', row) for row in rows if not row.startswith('`metrics.jsonl`')]
+
+
+def test_every_metric_of_a_run_is_described():
+  described = {name for row in rows_of_metrics() for name in re.findall(r'`([\w/]+)`', row[0])}
+  records = [json.loads(path.read_text()) for path in ROOT.glob('docs/results/tiny/runs/*.json')]
+  measured = {name for record in records for name in record['metrics']} - {'step'}
+  assert len(measured) > 20
+  assert not {name for name in measured if not name.startswith('signature/')} - described
+
+
+def test_grouped_names_of_metrics_are_those_of_the_trackers():
+  trackers = pytest.importorskip('critkl_jax.trackers')
+  assert {row[0].strip('`'): row[1].strip('`') for row in rows_of_metrics() if len(row) == 3} == trackers.GROUPED
 
 
 def test_readme_is_short_and_begins_with_the_two_commands():
