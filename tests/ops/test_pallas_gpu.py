@@ -4,6 +4,8 @@ The interpreter pads what lies past the ends of arrays with NaN, so that a missi
 """
 
 import functools
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from truth import TOLERANCE, assert_values, combined, error, exact_problem, linear_truth
 
-from critkl_jax import linear_weighted_kl
+from critkl_jax import linear_weighted_kl, pick_implementation
+from critkl_jax.ops import weighted_kl
 from critkl_jax.ops.weighted_kl import linear, pallas_gpu, statistics
 
 SMALL, RAGGED = (3, 47, 31), (70, 300, 40)
@@ -126,7 +129,7 @@ def test_a_missing_mask_shows(mistake, interpreted, monkeypatch):
 def lowered(loss, *arrays):
   """Returns the program for CUDA of the value and the gradients of a loss."""
   unchecked = [jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')]
-  shapes = [jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for x in arrays]
+  shapes = [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)) for x in arrays]
   return jax.export.export(jax.jit(jax.value_and_grad(loss, (0, 1))), platforms=['cuda'], disabled_checks=unchecked)(
       *shapes).mlir_module()
 
@@ -165,3 +168,28 @@ def test_a_cpu_is_refused():
   arrays, cotangents = exact_problem(SMALL, 1, 'apart')
   with pytest.raises(ValueError, match='interpret mode'):
     grads_and_record(arrays, cotangents, 'pallas_gpu')
+
+
+def test_without_triton_the_kernel_says_so_and_the_pick_needs_none(monkeypatch):
+  monkeypatch.delattr(weighted_kl, 'pallas_gpu', raising=False)
+  monkeypatch.delitem(sys.modules, pallas_gpu.__name__)
+  monkeypatch.setitem(sys.modules, 'jax.experimental.pallas.triton', None)  # importing it raises ImportError
+  monkeypatch.delattr('jax.experimental.pallas.triton')
+  arrays, cotangents = exact_problem(SMALL, 1, 'apart')
+  with pytest.raises(ValueError, match=f"'pallas_gpu' needs .* jax {jax.__version__} does not have; take 'chunked'"):
+    grads_and_record(arrays, cotangents, 'pallas_gpu')
+  assert pick_implementation(50257, from_logits=False, backend='gpu') == 'chunked'
+
+
+def test_no_warning_of_triton_stops_a_program():
+  """Not even where warnings are errors; jax 0.12 warns when it lowers."""
+  arrays, _ = exact_problem(SMALL, 1, 'apart')
+
+  def loss(hidden, embedding, *others):
+    return jnp.sum(linear_weighted_kl(hidden, embedding, *others, exponent=9.0, implementation='pallas_gpu').kl)
+
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    assert 'weighted_kl_forward' in lowered(loss, *arrays)
+    with pytest.raises(DeprecationWarning, match='another'):  # others are not silenced
+      warnings.warn('another', DeprecationWarning, stacklevel=1)
