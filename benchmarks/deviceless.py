@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.extend import core
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
@@ -65,6 +66,12 @@ def chip_of(target: str) -> jax.sharding.Sharding:
   return jax.sharding.SingleDeviceSharding(devices_of(TPUS.get(target, target))[0])
 
 
+def kind_of(chip: jax.sharding.Sharding) -> AbstractDevice:
+  """Returns the kind of device for which kernels are lowered; without it jax 0.12 asks the devices of this machine."""
+  (device,) = chip.device_set
+  return AbstractDevice(device.device_kind, num_cores=getattr(device, 'core_count', None), platform=device.platform)
+
+
 def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[str, Any]:
   """Compiles value and gradient of one program for a chip and returns what the compiler says."""
   num_tokens, width, vocab_size = size
@@ -77,7 +84,8 @@ def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[s
   arrays = rows, table, rows, table, make(jnp.int32, num_tokens), make(jnp.float32, num_tokens)
   with mock.patch('jax.default_backend', return_value='gpu' if target == GPU else 'tpu'):  # which tiles are chosen by
     traced = jax.jit(jax.value_and_grad(loss_of(program, vocab_size), (0, 1))).trace(*arrays)
-  compiled = traced.lower().compile()
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=kind_of(chip))):
+    compiled = traced.lower().compile()
   text, costs = compiled.as_text(), compiled.cost_analysis()
   return {
       'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,

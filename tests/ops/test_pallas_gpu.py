@@ -4,15 +4,18 @@ The interpreter pads what lies past the ends of arrays with NaN, so that a missi
 """
 
 import functools
+import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 from truth import TOLERANCE, assert_values, combined, error, exact_problem, linear_truth
 
-from critkl_jax import linear_weighted_kl
+from critkl_jax import linear_weighted_kl, pick_implementation
+from critkl_jax.ops import weighted_kl
 from critkl_jax.ops.weighted_kl import linear, pallas_gpu, statistics
 
 SMALL, RAGGED = (3, 47, 31), (70, 300, 40)
@@ -123,12 +126,18 @@ def test_a_missing_mask_shows(mistake, interpreted, monkeypatch):
 # What is lowered for a GPU.
 
 
-def lowered(loss, *arrays):
-  """Returns the program for CUDA of the value and the gradients of a loss."""
+H100 = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
+
+
+def lowered(loss, *arrays, axis_sizes=(), axis_names=()):
+  """Returns the program for an H100, or a mesh of them, of the value and the gradients of a loss."""
+  mesh = AbstractMesh(axis_sizes, axis_names, (AxisType.Auto,) * len(axis_sizes), abstract_device=H100)
   unchecked = [jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')]
-  shapes = [jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype) for x in arrays]
-  return jax.export.export(jax.jit(jax.value_and_grad(loss, (0, 1))), platforms=['cuda'], disabled_checks=unchecked)(
-      *shapes).mlir_module()
+  shapes = [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)) for x in arrays]
+  program = jax.export.export(
+      jax.jit(jax.value_and_grad(loss, (0, 1))), platforms=['cuda'], disabled_checks=unchecked)
+  with jax.sharding.use_abstract_mesh(mesh):  # since jax 0.12 the kernels are lowered for a kind of GPU
+    return program(*shapes).mlir_module()
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -151,17 +160,44 @@ def test_both_kernels_are_in_the_program_and_all_logits_are_not(dtype):
 
 def test_a_vocabulary_over_four_devices_lowers():
   arrays, _ = exact_problem((70, 4 * 75, 31), 1, 'apart')
-  mesh, parts, whole = jax.make_mesh((4,), ('model',), (AxisType.Auto,)), PartitionSpec('model'), PartitionSpec()
+  parts, whole = PartitionSpec('model'), PartitionSpec()
 
   def loss(hidden, embedding, ref_hidden, ref_embedding, actions):
     return jnp.sum(linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=9.0,
                                       axis_name='model', implementation='pallas_gpu').kl)
 
-  spread = jax.shard_map(loss, mesh=mesh, in_specs=(whole, parts, whole, parts, whole), out_specs=whole)
-  assert lowered(spread, *arrays).count('__gpu$xla.gpu.triton') >= 2
+  def spread(*arrays):
+    return jax.shard_map(loss, in_specs=(whole, parts, whole, parts, whole), out_specs=whole)(*arrays)
+
+  assert lowered(spread, *arrays, axis_sizes=(4,), axis_names=('model',)).count('__gpu$xla.gpu.triton') >= 2
 
 
 def test_a_cpu_is_refused():
   arrays, cotangents = exact_problem(SMALL, 1, 'apart')
   with pytest.raises(ValueError, match='interpret mode'):
     grads_and_record(arrays, cotangents, 'pallas_gpu')
+
+
+def test_without_triton_the_kernel_says_so_and_the_pick_needs_none(monkeypatch):
+  monkeypatch.delattr(weighted_kl, 'pallas_gpu', raising=False)
+  monkeypatch.delitem(sys.modules, pallas_gpu.__name__)
+  monkeypatch.setitem(sys.modules, 'jax.experimental.pallas.triton', None)  # importing it raises ImportError
+  monkeypatch.delattr('jax.experimental.pallas.triton')
+  arrays, cotangents = exact_problem(SMALL, 1, 'apart')
+  with pytest.raises(ValueError, match=f"'pallas_gpu' needs .* jax {jax.__version__} does not have; take 'chunked'"):
+    grads_and_record(arrays, cotangents, 'pallas_gpu')
+  assert pick_implementation(50257, from_logits=False, backend='gpu') == 'chunked'
+
+
+def test_no_warning_of_triton_stops_a_program():
+  """Not even where warnings are errors; jax 0.12 warns when it lowers."""
+  arrays, _ = exact_problem(SMALL, 1, 'apart')
+
+  def loss(hidden, embedding, *others):
+    return jnp.sum(linear_weighted_kl(hidden, embedding, *others, exponent=9.0, implementation='pallas_gpu').kl)
+
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    assert 'weighted_kl_forward' in lowered(loss, *arrays)
+    with pytest.raises(DeprecationWarning, match='another'):  # others are not silenced
+      warnings.warn('another', DeprecationWarning, stacklevel=1)

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from critkl_jax.ops.weighted_kl import chunked, pallas_gpu, pallas_tpu
+from critkl_jax.ops.weighted_kl import chunked
 from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, varying_axes
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, finish, merge
 
@@ -29,16 +29,33 @@ class Plan(NamedTuple):
   held: chunked.Held | None
 
 
+# Kernels are imported when they are asked for: Pallas takes a third of a second, and its Triton backend will go.
+
+
+def _pallas_tpu():
+  from critkl_jax.ops.weighted_kl import pallas_tpu
+  return pallas_tpu
+
+
+def _pallas_gpu():
+  try:
+    from critkl_jax.ops.weighted_kl import pallas_gpu
+  except ImportError as error:
+    raise ValueError(f"implementation: 'pallas_gpu' needs Pallas's Triton backend, which jax {jax.__version__} does "
+                     "not have; take 'chunked', or an older jax.") from error
+  return pallas_gpu
+
+
 # Plan -> (operands) -> Sums, and -> (operands, row, cotangents) -> Side of gradients
 FORWARD = {
     'chunked': lambda plan: functools.partial(chunked.forward, settings=plan.settings, tile=plan.tile),
-    'pallas_tpu': lambda plan: functools.partial(pallas_tpu.forward, settings=plan.settings),
-    'pallas_gpu': lambda plan: functools.partial(pallas_gpu.forward, settings=plan.settings),
+    'pallas_tpu': lambda plan: functools.partial(_pallas_tpu().forward, settings=plan.settings),
+    'pallas_gpu': lambda plan: functools.partial(_pallas_gpu().forward, settings=plan.settings),
 }
 BACKWARD = {
     'chunked': lambda plan: functools.partial(chunked.backward, settings=plan.settings, tile=plan.tile),
-    'pallas_tpu': lambda plan: functools.partial(pallas_tpu.backward, settings=plan.settings),
-    'pallas_gpu': lambda plan: functools.partial(pallas_gpu.backward, settings=plan.settings),
+    'pallas_tpu': lambda plan: functools.partial(_pallas_tpu().backward, settings=plan.settings),
+    'pallas_gpu': lambda plan: functools.partial(_pallas_gpu().backward, settings=plan.settings),
 }
 
 

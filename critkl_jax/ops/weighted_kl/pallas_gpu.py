@@ -9,6 +9,7 @@ Arrays may have any size: what lies past their ends is never loaded, and never c
 """
 
 import functools
+import warnings
 from typing import Any
 
 import chex
@@ -42,6 +43,7 @@ from critkl_jax.ops.weighted_kl.statistics import (
 TOKENS, COLUMNS = 64, 64  # of the logits that one program holds; Triton takes powers of two
 PROGRAMS = 512  # fewer of them leave a part of the GPU idle; the vocabulary is shared out until there are as many
 _PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)  # an H100 then has registers enough
+_DEPRECATED = 'The Pallas Triton backend is deprecated'  # how a warning of jax 0.12 begins
 
 
 def forward(operands: Operands, settings: Settings, interpret: bool = False) -> Sums:
@@ -56,6 +58,7 @@ def forward(operands: Operands, settings: Settings, interpret: bool = False) -> 
   if num_tokens == 0:
     return spread_like(operands, Sums.zeros(0))
   token_blocks, column_blocks = pl.cdiv(num_tokens, TOKENS), pl.cdiv(vocab_size, COLUMNS)
+  _expect_deprecation()
   shares = pl.next_power_of_2(min(pl.cdiv(PROGRAMS, token_blocks), column_blocks))
   shape = _shape_like(operands, (shares, token_blocks * TOKENS, 1), jnp.float32)
   sums = pl.pallas_call(
@@ -89,6 +92,7 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
   blank = jax.tree.map(jnp.zeros_like, policy)
   if num_tokens == 0:
     return spread_like(operands, blank)
+  _expect_deprecation()
   block = _pick_block(num_tokens, vocab_size, _gradient_type(policy))
   given = spread_like(operands, (_kernel_operands(operands), row, cotangents))
 
@@ -104,6 +108,14 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
   count = pl.cdiv(vocab_size, block)
   grads = of_block(jnp.int32(0), blank) if count == 1 else jax.lax.fori_loop(0, count, of_block, blank)
   return grads.replace(hidden=grads.hidden.astype(policy.hidden.dtype))
+
+
+def _expect_deprecation() -> None:
+  """Silences JAX's warning that the Triton backend will go, which would stop programs that make errors of warnings.
+
+  It comes when a program is lowered, after the functions here have returned, so the filter has to stay.
+  """
+  warnings.filterwarnings('ignore', message=_DEPRECATED, category=DeprecationWarning)
 
 
 def _pick_block(num_tokens: int, vocab_size: int, dtype: Any) -> int:

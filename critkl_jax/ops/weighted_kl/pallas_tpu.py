@@ -86,7 +86,7 @@ def _vmem_bytes(operands, tokens, vocabulary, with_grads):
   total = 2 * (tokens + vocabulary) * (width + ref_width) * hidden.dtype.itemsize  # the next ones load meanwhile
   total += 4 * _LIVE_TILES * tokens * vocabulary
   if with_grads:  # gradients in and out, their sum, and products
-    total += 2 * (tokens + 2 * vocabulary) * width * hidden.dtype.itemsize + 4 * (2 * vocabulary + tokens) * width
+    total += (3 * tokens + 4 * vocabulary) * width * hidden.dtype.itemsize + 4 * (2 * vocabulary + tokens) * width
   return total
 
 
@@ -190,7 +190,9 @@ def _backward_call(arrays, operands, settings, blocks, first, count, old, interp
   hidden_spec = pl.BlockSpec((blocks.tokens, width), lambda j, i: (first + jnp.where(j == last, i, 0), 0))
   embedding_spec = pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0))
   bias_spec = pl.BlockSpec((1, blocks.vocabulary), lambda j, i: (0, j))
-  old_spec = pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0), pipeline_mode=pl.Buffered(1))
+  old_specs = (pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0), pipeline_mode=pl.Buffered(1)),
+               # Nobody reads it, but an array and its alias have to be cut alike: the interpreter pads both to blocks.
+               pl.BlockSpec((blocks.tokens, width), lambda j, i: (0, 0), pipeline_mode=pl.Buffered(1)))
   shapes = [_shape(policy.hidden.shape, policy.hidden.dtype, arrays),
             _shape(policy.embedding.shape, policy.embedding.dtype, arrays)]
   out_specs = [hidden_spec, embedding_spec]
@@ -201,7 +203,7 @@ def _backward_call(arrays, operands, settings, blocks, first, count, old, interp
       functools.partial(_backward_kernel, settings=settings, size=(operands.actions.shape[0], vocab_size), first=first),
       grid=(last + 1, count),
       in_specs=[_specs(arrays, blocks, lambda j, i: first + i, lambda j, i: j),
-                None if old is None else (old_spec, pl.BlockSpec(memory_space=pl.ANY))],
+                None if old is None else old_specs],
       out_specs=(*out_specs, None)[:3],
       out_shape=(*shapes, None)[:3],
       scratch_shapes=[pltpu.VMEM((count, blocks.tokens, width), jnp.float32),
