@@ -19,6 +19,7 @@ def workdir(tmp_path_factory):
   return home
 
 
+@pytest.mark.slow
 def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   said = run('analyze', f'--checkpoints={workdir},{workdir}/checkpoints/2', f'--workdir={tmp_path}', *SMALL,
              '--responses=solution', '--counterfactual=2', '--samples=1')
@@ -47,6 +48,7 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   assert len(list(tmp_path.glob('*.png'))) == 6
 
 
+@pytest.mark.slow
 def test_compare_checkpoints(workdir, tmp_path):
   said = run('compare_checkpoints', workdir / 'reference', workdir, '--problems=2', f'--workdir={tmp_path}')
   assert 'h_1/mlp' in said
@@ -56,6 +58,7 @@ def test_compare_checkpoints(workdir, tmp_path):
   assert (tmp_path / 'comparison.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
   assert 'expected FIRST SECOND and flags' in refused('compare_checkpoints', workdir)
   assert 'no such directory' in refused('analyze', '--checkpoints=/nowhere', f'--workdir={tmp_path}')
