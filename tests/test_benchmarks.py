@@ -90,6 +90,7 @@ def models(monkeypatch):
   return importlib.import_module('benchmarks.models')
 
 
+@pytest.mark.slow
 def test_a_widened_model_writes_as_the_shipped_one(models):
   shipped = load_checkpoint()
   config, params, known_digits = models.load('small')
@@ -110,6 +111,7 @@ def test_a_widened_model_writes_as_the_shipped_one(models):
 @pytest.mark.parametrize(('name', 'flags'), [
     ('rollout', ['--presets=tiny', '--episodes=2', '--repeats=1', '--window=8']),
     ('train_step', ['--presets=tiny', '--episodes=2', '--repeats=1'])])
+@pytest.mark.slow
 def test_timings_are_written(tmp_path, name, flags):
   path = tmp_path / 'found.json'
   done = subprocess.run([sys.executable, '-m', f'benchmarks.{name}', *flags, f'--json={path}'], cwd=ROOT, text=True,

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import TOKENIZER, letter_task
+from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
 from critkl_jax.critical_tokens import (
-    counterfactual,
-    detect_all,
-    low_certainty,
-    on_path,
-    oracle,
-    read_logits,
+  counterfactual,
+  detect_all,
+  low_certainty,
+  on_path,
+  oracle,
+  read_logits,
 )
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import Rollout
@@ -155,7 +156,7 @@ def test_detectors_have_one_signature(params):
     assert one.score.shape == one.critical.shape == one.weight.shape == (2, 4)
 
 
-@pytest.mark.parametrize('with_draft', [True, False])
+@pytest.mark.parametrize('with_draft', slow_except((False,), (True, False)))
 def test_a_response_goes_on_as_it_was(with_draft):
   """Greedy, and from any place, the rest is what was sampled before; the end of the scratchpad is known of too."""
   task = plus_task(1, 1)

@@ -74,6 +74,7 @@ def test_the_shipped_reference_knows_what_it_was_taught(shipped):
   assert table[0]['low'] <= table[0]['accuracy'] <= table[0]['high']
 
 
+@pytest.mark.slow
 def test_the_shipped_reference_is_less_certain_at_critical_tokens(shipped):
   model, params, known = shipped
   problems = evaluate.draw_problems(jax.random.key(0), 30, 'plus', known + 1, known, known + 1)

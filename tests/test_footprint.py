@@ -69,6 +69,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   assert collectives(text) == [Collective('all-reduce', True, 1, 16)]
 
 
+@pytest.mark.slow
 def test_memory_is_shared_out_and_collectives_are_counted(standard_promotion):
   one, eight = (footprint(MODEL, plus_task(1, 0), (CONFIG,), sharding.make_mesh(text))
                 for text in ('data:1', 'data:4,model:2'))
@@ -85,6 +86,7 @@ def test_memory_is_shared_out_and_collectives_are_counted(standard_promotion):
     assert found.memory['total'] == pytest.approx(known, rel=0.1)
 
 
+@pytest.mark.slow
 def test_members_take_a_state_each_and_share_the_reference(standard_promotion):
   configs = population.product(CONFIG, seed=range(4))
   found = footprint(MODEL, plus_task(1, 0), configs, sharding.make_mesh('member:2'))

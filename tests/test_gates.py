@@ -97,6 +97,7 @@ def test_the_penalty_is_taken_where_the_gate_is_on():
 
 @pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.parametrize('name', ['oracle', 'random', 'kl_cov'])  # each compiles two steps
+@pytest.mark.slow
 def test_a_step_with_a_gate_from_logits_and_from_hidden_states(name, monkeypatch):
   model = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=1, num_heads=2, width=16))
   config = config_lib.replace(FinetuneConfig(episodes=16, minibatches=2, learning_rate=1e-2), kl_gate=name,

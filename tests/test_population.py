@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import TOKENIZER, letter_task
+from tiers import slow_except
 
 from critkl_jax import checkpoint, population, runner, sharding
 from critkl_jax import config as config_lib
@@ -50,7 +51,7 @@ def advance_together(configs, reference, mapping, num_steps=3):
   return jax.device_get((state, metrics))
 
 
-@pytest.mark.parametrize('mapping', population.MAPPINGS)
+@pytest.mark.parametrize('mapping', slow_except(('scan', 'shard'), population.MAPPINGS))
 def test_members_are_single_runs(reference, mapping):
   configs = mixed()
   together, metrics = advance_together(configs, reference, mapping)
@@ -80,6 +81,7 @@ def test_shard_takes_as_many_devices_as_divide_the_members():
   assert population.pick_mapping(population.members_mesh(7, four)) == 'scan'
 
 
+@pytest.mark.slow
 def test_members_share_an_ensemble(reference, tmp_path, monkeypatch):
   monkeypatch.setattr(runner, 'tensorboardX', None)
   config = config_lib.replace(BASE, certainty_ensemble='another', certainty_exponent=3.0, kl_coefficient=1.0)
@@ -176,6 +178,7 @@ def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_
       assert all(row[key] == other[key] for key in row if key not in ('seconds', 'tokens_per_second'))
 
 
+@pytest.mark.slow
 def test_a_members_checkpoint_is_like_any_other(reference, tmp_path):
   configs = mixed()[1:]
   state = run(tmp_path, configs, reference, 2)
@@ -194,6 +197,7 @@ def test_another_list_of_members_is_refused(reference, tmp_path):
 
 
 @pytest.mark.parametrize('mapping', ['vmap', 'shard'])
+@pytest.mark.slow
 def test_as_many_members_fit_as_is_said(mapping):
   def memory_of(num_members):
     configs = population.product(BASE, seed=range(num_members))

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -180,6 +181,7 @@ def test_speculative_decoding_gives_the_tokens_of_plain_decoding(small_model, ma
         np.testing.assert_array_equal(rollout.num_calls, lengths)
 
 
+@pytest.mark.slow
 def test_prompt_lookup_and_top_p_change_no_token(small_model, many_prompts):
   for options in ({'top_p': 0.8}, {'greedy': True, 'stop': NEVER}):
     plain = sample(small_model, many_prompts, method='cached', **options)
@@ -195,6 +197,7 @@ def _assert_same(rollout, plain):
   np.testing.assert_allclose(rollout.values, plain.values, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_draft_sees_its_own_prompt_and_what_was_sampled(small_model, many_prompts):
   plain = sample(small_model, many_prompts, method='cached')
   seen = []
@@ -275,7 +278,7 @@ def long_model():
   return model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
 
-@pytest.mark.parametrize('outlived', [1, 8])
+@pytest.mark.parametrize('outlived', slow_except((1,), (1, 8)))
 def test_a_cache_that_grows_changes_no_token(long_model, many_prompts, outlived):
   """Some episodes outlive the usual length; by how many of them it is, they go on by themselves or all together."""
   options = {'max_new_tokens': 150, 'stop': stop_after([[3], [3]]), 'temperature': 4.0}
@@ -292,7 +295,7 @@ def test_a_cache_that_grows_changes_no_token(long_model, many_prompts, outlived)
   np.testing.assert_allclose(plain.log_probs, jnp.where(plain.mask, log_probs, 0.0), atol=2e-5)
 
 
-@pytest.mark.parametrize('impl', ['rbg', 'unsafe_rbg', 'raw'])
+@pytest.mark.parametrize('impl', slow_except(('rbg',), ('rbg', 'unsafe_rbg', 'raw')))
 def test_keys_of_any_generator_give_equal_tokens(small_model, many_prompts, impl):
   key = jax.random.PRNGKey(3) if impl == 'raw' else jax.random.key(3, impl=impl)
   options = {'max_new_tokens': 20, 'stop': STOP}

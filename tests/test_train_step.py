@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import TOKENIZER, letter_task
+from tiers import slow_except
 
 from critkl_jax import checkpoint, runner
 from critkl_jax import config as config_lib
@@ -54,7 +55,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', slow_except(('default', 'a2c with gae'), VARIANTS))
 def test_learns(model, reference, name):
   config = config_lib.replace(VARIANTS[name], episodes=64, kl_coefficient=0.01)
   _, history = advance(model, reference, config, 40)
@@ -101,6 +102,7 @@ def test_traced_numbers_take_the_place_of_the_config(model, reference):
   assert_trees_close(traced.params, plain.params, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_four_members_under_vmap_are_four_single_runs(model, reference):
   # Adam turns a rounding error of a gradient near 0 into a step of up to the learning rate: 1e-3 keeps it under 1e-5.
   config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0, learning_rate=1e-3)
@@ -142,7 +144,7 @@ def test_the_key_of_an_iteration_depends_on_its_number_alone(model, reference):
   assert lengths[1] == lengths[2] != lengths[0]
 
 
-@pytest.mark.parametrize('detached', [True, False])
+@pytest.mark.parametrize('detached', slow_except((True,), (True, False)))
 def test_during_the_critics_warm_up_only_the_critic_learns(model, reference, detached):
   model = GPT2(dataclasses.replace(model.config, value_head_detached=detached))
   config = config_lib.replace(SMALL, advantage='gae', critic_warmup=2)
@@ -172,6 +174,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(model, reference, tm
   assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_critic_is_trained_only_where_it_is_asked(model, reference):
   for advantage, trained in (('gae', True), ('group_relative', False), ('leave_one_out', False)):
     state, _ = advance(model, reference, config_lib.replace(SMALL, advantage=advantage), 2)
@@ -236,6 +239,7 @@ def test_metrics_at_critical_tokens_are_those_of_the_first_letters(model, refere
   assert metrics['format_errors'] == pytest.approx(float(jnp.mean(rollout.actions[:, 0] != 1)))
 
 
+@pytest.mark.slow
 def test_the_certainty_of_an_ensemble(model, reference, monkeypatch):
   config = config_lib.replace(SMALL, certainty_exponent=3.0, kl_coefficient=1.0, learning_rate=1e-3)
   both = config_lib.replace(config, certainty_ensemble='another')

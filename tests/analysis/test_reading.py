@@ -62,6 +62,7 @@ def test_what_is_read_is_what_the_models_say(workdir, solutions):
   assert own['on_path'].all()
 
 
+@pytest.mark.slow
 def test_responses_of_the_policy(greedy):
   num, length = greedy['mask'].shape
   assert num == 6
@@ -77,6 +78,7 @@ def test_responses_of_the_policy(greedy):
   assert (best == greedy['token'])[greedy['mask']].mean() > 0.999  # greedy, but for ties
 
 
+@pytest.mark.slow
 def test_the_same_seed_reads_the_same(workdir, greedy):
   again = read_tokens(workdir, num_problems=3, batch_size=2)
   for name, x in greedy.items():
@@ -86,6 +88,7 @@ def test_the_same_seed_reads_the_same(workdir, greedy):
   assert (sampled['response'] != greedy['response']).all()
 
 
+@pytest.mark.slow
 def test_references_are_found(workdir, tmp_path):
   policy, reference = load_pair(workdir)
   assert reference.path == (workdir / 'reference' / '7').resolve()
@@ -108,6 +111,7 @@ def test_references_are_found(workdir, tmp_path):
     read_tokens(workdir, num_problems=0)
 
 
+@pytest.mark.slow
 def test_another_temperature_is_that_of_samples_policy_and_reference(tmp_path):
   finetuned_workdir(tmp_path, steps=(2,), temperature=2.0, certainty='max_prob', certainty_temperature=4.0)
   one = read_tokens(tmp_path, num_problems=2, digits=[1], responses='sampled')
@@ -122,6 +126,7 @@ def test_another_temperature_is_that_of_samples_policy_and_reference(tmp_path):
   np.testing.assert_array_equal(one['critical/threshold'], one['mask'] & (one['certainty'] < 0.9))
 
 
+@pytest.mark.slow
 def test_summary(greedy, solutions):
   found = summarize(solutions)
   here, critical = solutions['on_path'], solutions['critical/oracle']
@@ -148,6 +153,7 @@ def test_reliability_of_a_reference(solutions):
   assert ((said >= 0) & (said <= 1)).all()
 
 
+@pytest.mark.slow
 def test_steps(workdir, tmp_path):
   steps = read_steps(workdir, num_problems=2, num_solutions=2)
   assert steps['step'].tolist() == [0, 2, 4]  # the reference, and what was saved
@@ -163,6 +169,7 @@ def test_steps(workdir, tmp_path):
   assert (tmp_path / 'steps.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_pictures(greedy, solutions, tmp_path):
   for name, tokens in (('greedy', greedy), ('solutions', solutions)):
     plot_certainty(tokens, tmp_path / f'{name}1.png', name)
@@ -180,6 +187,7 @@ def test_a_checkpoint_against_itself(workdir):
   assert found['answers']['1']['difference'] == (0.0, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_another(workdir):
   one, two = load_checkpoint(workdir / 'reference'), load_checkpoint(workdir)
   found = compare(one, two, num_problems=2)
@@ -194,6 +202,7 @@ def test_a_checkpoint_against_another(workdir):
   assert np.isnan(position[-1])
 
 
+@pytest.mark.slow
 def test_models_of_other_sizes_are_compared_by_what_they_say(workdir):
   wide = GPT2(SMOKE.model.__class__(context_length=384, num_layers=1, num_heads=2, width=16))
   one = load_checkpoint(workdir)

@@ -20,6 +20,7 @@ def workdir(tmp_path_factory):
   return home
 
 
+@pytest.mark.slow
 def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   said = run('analyze', f'--checkpoints={workdir},{workdir}/checkpoints/2', f'--workdir={tmp_path}', *SMALL,
              '--responses=solution', '--counterfactual=2', '--samples=1')
@@ -61,6 +62,7 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   assert (tmp_path / 'report.html').read_text() == page
 
 
+@pytest.mark.slow
 def test_compare_checkpoints(workdir, tmp_path):
   said = run('compare_checkpoints', workdir / 'reference', workdir, '--problems=2', f'--workdir={tmp_path}')
   assert 'h_1/mlp' in said
@@ -77,6 +79,7 @@ def test_results_of_something_else_are_not_overwritten(workdir, tmp_path):
   assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [('summary.json', 'of a run')]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_analysed_is_refused_in_one_line(workdir, tmp_path):
   tmp_path = tmp_path / 'new'
   assert 'expected FIRST SECOND and flags' in refused('compare_checkpoints', workdir)

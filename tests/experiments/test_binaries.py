@@ -21,6 +21,7 @@ def finetune(reference, workdir, *flags):
   return '--preset=smoke', f'--reference={reference}', f'--workdir={workdir}', *flags
 
 
+@pytest.mark.slow
 def test_pretrain_writes_what_the_others_read(reference):
   rows = metrics(reference.parent)
   assert [row['step'] for row in rows] == [1, 2, 3, 4]
@@ -29,6 +30,7 @@ def test_pretrain_writes_what_the_others_read(reference):
       (n, d) for n in (1, 2, 3) for d in ('identical', 'varying', 'plus')}
 
 
+@pytest.mark.slow
 def test_finetune_writes_everything_and_evaluate_reads_it(reference, tmp_path):
   out = run('finetune', *finetune(reference, tmp_path / 'run', '--kl=standard'))
   assert 'before' in out
@@ -50,6 +52,7 @@ def test_finetune_writes_everything_and_evaluate_reads_it(reference, tmp_path):
   assert [(row['digits'], row['num_problems']) for row in table['accuracy']] == [(1, 3), (2, 3)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
   flags = ('--num_iterations=6', '--eval_problems=0', '--save_every=100')
   run('finetune', *finetune(reference, tmp_path / 'whole', *flags))
@@ -69,6 +72,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
   assert len(metrics(tmp_path / 'whole')) == 6
 
 
+@pytest.mark.slow
 def test_what_a_user_can_mend_is_said_in_one_line(reference, tmp_path):
   processes = {
       'no such directory': start('evaluate', f'--checkpoint={tmp_path / "nowhere"}'),
@@ -85,6 +89,7 @@ def test_what_a_user_can_mend_is_said_in_one_line(reference, tmp_path):
   assert '--extra_digits' in refused('finetune', *finetune(reference, tmp_path / 'c', '--extra_digits=30'))
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(reference, tmp_path):
   flags = finetune(reference, tmp_path, '--num_iterations=1', '--eval_problems=0')
   run('finetune', *flags)
@@ -99,6 +104,7 @@ def test_help_names_every_field_with_its_default():
     assert words in ' '.join(out.split())
 
 
+@pytest.mark.slow
 def test_sweep_compares_groups_and_leaves_workdirs(reference, tmp_path):
   flags = ('--certainty_exponents=0,150', '--kl_coefficients=0.1,0.5', '--seeds=2')
   out = run('sweep', *finetune(reference, tmp_path, *flags))
@@ -127,6 +133,7 @@ def test_sweep_compares_groups_and_leaves_workdirs(reference, tmp_path):
   assert files() == before
 
 
+@pytest.mark.slow
 def test_a_study_takes_every_core_and_a_process_without_others_is_refused(reference, tmp_path):
   run('sweep', *finetune(reference, tmp_path, '--seeds=1', '--eval_problems=0'), devices=None)
   result = json.loads((tmp_path / 'results.json').read_text())
@@ -134,6 +141,7 @@ def test_a_study_takes_every_core_and_a_process_without_others_is_refused(refere
   assert '--process_id: means nothing' in refused('finetune', f'--workdir={tmp_path}', '--process_id=1')
 
 
+@pytest.mark.slow
 def test_a_study_that_cannot_be_is_refused(reference, tmp_path):
   assert '--certainty_exponents: expected numbers' in refused(
       'sweep', *finetune(reference, tmp_path, '--certainty_exponents=0,x'))

@@ -35,6 +35,7 @@ def finetune(reference, workdir, *flags):
           '--extra_digits=0', '--rollout=cached', *flags)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
   run('finetune', *finetune(reference, tmp_path / 'one'))
   processes = start_hosts('finetune', *finetune(reference, tmp_path / 'two', '--mesh=data:2,model:2'))
@@ -57,6 +58,7 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
   assert [row['step'] for row in metrics(tmp_path / 'two')] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
   flags = ('--seeds=2', '--certainty_exponents=0,150')
   for name, launch in (('one', run), ('two', start_hosts)):
@@ -82,6 +84,7 @@ def wait_for_step(process, workdir, step):
 
 
 @pytest.mark.parametrize('victim', [1, 0])
+@pytest.mark.slow
 def test_the_death_of_a_host_ends_the_others_with_a_whole_checkpoint(reference, tmp_path, victim):
   flags = finetune(reference, tmp_path, '--eval_problems=0', '--save_every=1')
   processes = start_hosts('finetune', *flags, '--num_iterations=100000')
@@ -100,6 +103,7 @@ def test_the_death_of_a_host_ends_the_others_with_a_whole_checkpoint(reference, 
   assert [row['step'] for row in metrics(tmp_path)] == list(range(1, last + 2))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_at_the_same_step(reference, tmp_path):
   flags = finetune(reference, tmp_path, '--eval_problems=0', '--save_every=100000')
   processes = start_hosts('finetune', *flags, '--num_iterations=100000')
@@ -115,6 +119,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(reference, tmp_path):
     assert f'stopped by SIGTERM after step {step} of 100000' in err
 
 
+@pytest.mark.slow
 def test_a_study_on_two_hosts_stops_goes_on_and_survives_a_death(reference, tmp_path):
   flags = finetune(reference, tmp_path, '--seeds=2', '--certainty_exponents=150', '--eval_problems=0', '--save_every=2',
                    '--num_iterations=100000')

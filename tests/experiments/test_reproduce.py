@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from processes import refused, run
 
 from critkl_jax import checkpoint
@@ -9,6 +10,7 @@ from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies.records import read_record
 
 
+@pytest.mark.slow
 def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   flags = ('--preset=smoke', '--seeds=1', '--problems=6', f'--workdir={tmp_path}')
   out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0', devices=None)

@@ -65,6 +65,7 @@ def test_logits_against_float64(kind, implementation, size):
     assert 1e-8 < values['kl'].mean() < 1e-6
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_low_precision_logits():
   rng = np.random.default_rng(1)
   z, v = (jnp.asarray(3 * rng.normal(size=(20, 99)), jnp.bfloat16) for _ in range(2))

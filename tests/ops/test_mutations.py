@@ -42,6 +42,7 @@ GRADIENTS = {'log_prob': break_gradient('log_prob'), 'entropy': break_gradient('
 
 
 @pytest.mark.parametrize('way', WAYS)
+@pytest.mark.slow
 def test_nothing_broken(way):
   assert_true(way)
 
@@ -74,6 +75,7 @@ def test_a_term_of_the_gradient_of_logits(monkeypatch, broken):
 
 
 @pytest.mark.parametrize('way', WAYS)
+@pytest.mark.slow
 def test_the_weight(monkeypatch, way):
   monkeypatch.setattr(api, 'kl_weight', lambda certainty, exponent, intercept: jnp.ones_like(certainty))
   with pytest.raises(AssertionError):
@@ -81,12 +83,14 @@ def test_the_weight(monkeypatch, way):
 
 
 @pytest.mark.parametrize('way', ['chunked, small blocks', 'chunked, small tiles'])
+@pytest.mark.slow
 def test_the_rest_of_the_vocabulary(monkeypatch, way):
   monkeypatch.setattr(chunked, 'divmod', lambda total, size: (total // size, 0), raising=False)
   with pytest.raises(AssertionError):
     assert_true(way)
 
 
+@pytest.mark.slow
 def test_a_token_that_the_reference_rules_out(monkeypatch):
   ref_logits = np.array([[0.0, 0.0, -np.inf]], np.float32)
   assert weighted_kl(np.zeros((1, 3), np.float32), ref_logits, np.zeros(1, np.int32), exponent=1.0).kl > 1e3

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from tiers import slow_except
 from truth import TOLERANCE, assert_values, combined, error, exact_problem, linear_truth
 
 from critkl_jax import linear_weighted_kl, pick_implementation
@@ -46,7 +47,8 @@ def assert_same(one, two, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(('size', 'scale', 'kind'), [
-    (SMALL, 10, 'apart'), (RAGGED, 50, 'apart'), (RAGGED, 1, 'near'), ((1, 70, 5), 1, 'other width')])
+    pytest.param(SMALL, 10, 'apart', marks=pytest.mark.slow), (RAGGED, 50, 'apart'), (RAGGED, 1, 'near'),
+    ((1, 70, 5), 1, 'other width')])
 def test_against_float64(size, scale, kind, interpreted):
   arrays, cotangents = exact_problem(size, scale, kind)
   gradients, record = grads_and_record(arrays, cotangents, 'pallas_gpu')
@@ -66,7 +68,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize('option', OPTIONS)
+@pytest.mark.parametrize('option', slow_except(('all at once',), OPTIONS))
 def test_options_mean_what_they_mean_to_chunked(option, interpreted, monkeypatch):
   monkeypatch.setattr(pallas_gpu, 'MEMORY_BUDGET', 4 * 128 * 70)  # blocks of 128, of which the last repeats columns
   arrays, cotangents = exact_problem(RAGGED, 1, 'apart')
@@ -76,6 +78,7 @@ def test_options_mean_what_they_mean_to_chunked(option, interpreted, monkeypatch
   assert_same(found, expected, 1e-4)  # ruled-out tokens count 1e4 nats, and rounding follows
 
 
+@pytest.mark.slow
 def test_low_precision_is_no_worse_than_plain(interpreted):
   """But for a tenth and, in gradients, for the rounding of those of the logits to bfloat16."""
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem(RAGGED, 3, 'apart')
@@ -99,6 +102,7 @@ def test_no_tokens(interpreted):
   np.testing.assert_array_equal(dembedding, np.zeros((47, 31)))
 
 
+@pytest.mark.slow
 def test_members_may_be_vmapped(interpreted):
   arrays, _ = exact_problem((5, 100, 7), 1, 'apart')
 

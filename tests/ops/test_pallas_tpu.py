@@ -77,10 +77,10 @@ def cut(monkeypatch, blocks):
 
 
 @pytest.mark.parametrize(('size', 'option', 'blocks'), [
-    ((3, 47, 31), 'all', None),
+    pytest.param((3, 47, 31), 'all', None, marks=pytest.mark.slow),
     ((1, 300, 5), 'plain', Blocks(1, 128, 1)),
     ((40, 300, 40), 'all', Blocks(16, 128, 3)),  # ragged in tokens and vocabulary
-    ((48, 256, 40), 'temperatures', Blocks(16, 128, 2)),  # two calls
+    pytest.param((48, 256, 40), 'temperatures', Blocks(16, 128, 2), marks=pytest.mark.slow),  # two calls
 ])
 def test_values_and_gradients(monkeypatch, capfd, size, option, blocks):
   if blocks:
@@ -104,6 +104,7 @@ def test_several_calls_of_ragged_blocks(monkeypatch):
   assert_close(outcome((40, 300, 40), 'temperatures', 'pallas_tpu'), outcome((40, 300, 40), 'temperatures', 'chunked'))
 
 
+@pytest.mark.slow
 def test_low_precision_rounds_the_gradient_of_the_logits_and_no_more(monkeypatch):
   """Held to `chunked` with its products rounded alike, not to plain bfloat16, which on the CPU does not round them."""
   size = 40, 300, 40
@@ -119,6 +120,7 @@ def test_low_precision_rounds_the_gradient_of_the_logits_and_no_more(monkeypatch
     assert error(one, expected) <= 1.01 * error(two, expected)
 
 
+@pytest.mark.slow
 def test_a_low_precision_embedding_is_rounded_once_a_call(monkeypatch):
   operands, cotangents = direct_operands(np.arange(40), jnp.bfloat16)
   row = finish(chunked.forward(operands, Settings(), chunked.Tile(40, 300)))
@@ -151,6 +153,7 @@ def direct_operands(actions, dtype=np.float32):
   return operands, Cotangents(*(x[:, None] for x in cotangents))
 
 
+@pytest.mark.slow
 def test_actions_in_other_parts_of_the_vocabulary(monkeypatch):
   cut(monkeypatch, Blocks(16, 128, 2))
   operands, cotangents = direct_operands([-300, -1, 0, 5, 299, 300, 310, 383, 384, 900])
@@ -163,6 +166,7 @@ def test_actions_in_other_parts_of_the_vocabulary(monkeypatch):
   assert_close(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, expected))
 
 
+@pytest.mark.slow
 def test_members_and_temperatures_are_vmapped(monkeypatch):
   (hidden, *others), actions, _ = problem((20, 300, 31))
 
@@ -186,6 +190,7 @@ def test_members_and_temperatures_are_vmapped(monkeypatch):
 
 
 @pytest.mark.parametrize('broken', ['vocabulary tail', 'rows of factors'])
+@pytest.mark.slow
 def test_without_its_masks_it_is_wrong(monkeypatch, broken):
   use_plain_interpreter(monkeypatch)
   cut(monkeypatch, Blocks(16, 128, 3))  # and no soft cap, which turns NaN into -inf

@@ -93,6 +93,7 @@ def test_references_that_are_sure_of_other_wrong_tokens_are_not_sure_together():
   assert all(low <= value <= high for value, low, high in (*found['references'], found['together']))
 
 
+@pytest.mark.slow
 def test_the_page_names_a_blind_detector(tmp_path):
   study = catalog.STUDIES['certainty_gap']
   about = {'commit': 'abc', 'device': 'cpu', 'seconds': 1.0}

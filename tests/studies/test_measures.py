@@ -33,6 +33,7 @@ def right_probabilities(params, problems, task, temperature=1.0):
   return np.array(found), solutions
 
 
+@pytest.mark.slow
 def test_the_test_reads_the_right_tokens_at_critical_ones():
   task, several = plus_task(N, 1), [init(seed) for seed in (0, 1)]
   test = measures.make_test(MODEL, N, 1, 6, population.members_mesh(1), temperature=2.0, batch_size=4)

@@ -1,0 +1,74 @@
+"""Each binary once, as a user starts it, at its smallest: what it writes is there and holds finite numbers."""
+
+import json
+import math
+
+import pytest
+from checkpoints import finetuned_workdir
+from processes import metrics, run
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  home = tmp_path_factory.mktemp('runs') / 'some'
+  finetuned_workdir(home, steps=(2,))
+  return home
+
+
+def read(*parts):
+  return json.loads(parts[0].joinpath(*parts[1:]).read_text())
+
+
+def test_pretrain(tmp_path):
+  run('pretrain', '--preset=smoke', '--num_steps=1', '--eval_problems=0', f'--workdir={tmp_path}')
+  (row,) = metrics(tmp_path)
+  assert row['loss'] == pytest.approx(math.log(41), abs=0.5)  # of 41 characters, before anything is learned
+  assert (tmp_path / 'reference').is_dir()
+
+
+def test_finetune(workdir, tmp_path):
+  run('finetune', '--preset=smoke', f'--reference={workdir / "reference"}', '--num_iterations=1', '--eval_problems=2',
+      f'--workdir={tmp_path}')
+  (row,) = metrics(tmp_path)
+  assert row['kl'] == pytest.approx(0, abs=1e-6)  # the policy of the first iteration is the reference
+  assert math.isfinite(row['loss'])
+  accuracy = read(tmp_path, 'summary.json')['accuracy']
+  assert {(when, digits) for when in accuracy for digits in accuracy[when]} == {
+      (when, digits) for when in ('before', 'after') for digits in ('N', 'N+1')}
+
+
+def test_evaluate(workdir, tmp_path):
+  run('evaluate', f'--checkpoint={workdir}', '--digits=1', '--distribution=varying', '--num_problems=2',
+      f'--json={tmp_path / "table.json"}')
+  table = read(tmp_path, 'table.json')
+  assert table['step'] == 2
+  assert [(row['digits'], row['num_problems']) for row in table['accuracy']] == [(1, 2)]
+
+
+def test_sweep(workdir, tmp_path):
+  run('sweep', '--preset=smoke', f'--reference={workdir / "reference"}', '--num_iterations=1', '--eval_problems=0',
+      '--seeds=1', '--certainty_exponents=0,150', f'--workdir={tmp_path}')
+  members = read(tmp_path, 'results.json')['members']
+  assert len(members) == 2
+  assert all([row['step'] for row in metrics(tmp_path / 'members' / one['name'])] == [1] for one in members)
+
+
+def test_compare_checkpoints(workdir, tmp_path):
+  run('compare_checkpoints', workdir / 'reference', workdir, '--problems=1', '--digits=1', f'--workdir={tmp_path}')
+  assert read(tmp_path, 'comparison.json')['kl']['mean'] > 0
+
+
+def test_analyze(workdir, tmp_path):
+  run('analyze', f'--checkpoints={workdir}', '--problems=1', '--digits=2', '--steps=0', '--responses=solution',
+      f'--workdir={tmp_path}')
+  (found,) = read(tmp_path, 'summary.json').values()
+  assert found['places']['critical']['number'] > 0
+  assert found['places']['critical']['kl'] > 0
+  assert (tmp_path / 'report.html').stat().st_size > 1000
+
+
+def test_reproduce(tmp_path):
+  run('reproduce', '--preset=smoke', '--study=drift', '--seeds=1', '--problems=2', f'--workdir={tmp_path}')
+  assert len(list((tmp_path / 'runs').glob('*.json'))) == 3  # three penalties
+  assert read(tmp_path, 'studies', 'drift', 'results.json')['num_missing'] == 0
+  assert 'drift' in (tmp_path / 'README.md').read_text()

@@ -1,0 +1,47 @@
+"""The fast tier, which a bare `pytest` runs, keeps a test of every file and a run of every binary."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+ROOT = TESTS.parent
+
+
+@pytest.fixture(scope='module')
+def fast():
+  """The tests that a bare `pytest` would run, as it names them."""
+  done = subprocess.run([sys.executable, '-m', 'pytest', '--collect-only', '-n', '0', '-p', 'no:cacheprovider'],
+                        cwd=ROOT, text=True, capture_output=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return [line for line in done.stdout.splitlines() if '::' in line]
+
+
+def test_every_file_has_a_fast_test(fast):
+  files = {path.relative_to(ROOT).as_posix() for path in TESTS.rglob('test_*.py')}
+  in_smoke = {f'tests/experiments/test_{name}.py' for name in ('analyze', 'reproduce')}  # their binaries are
+  assert in_smoke < files
+  assert {line.split('::')[0] for line in fast} >= files - in_smoke
+
+
+def test_every_binary_is_run(fast):
+  binaries = {path.stem for path in (ROOT / 'experiments').glob('*.py') if "__name__ == '__main__'" in path.read_text()}
+  assert 'finetune' in binaries
+  refused = {'compile_only'}  # a compiler is seldom installed: what the binary says without one is tested
+  assert any(line.startswith('tests/experiments/test_compile_only.py::') for line in fast)
+  smoke = {line.split('::test_')[1] for line in fast if line.startswith('tests/experiments/test_smoke.py::')}
+  assert smoke == binaries - refused
+
+
+@pytest.mark.parametrize('truth', [
+    'ops/test_weighted_kl.py::test_linear_against_float64', 'ops/test_logits.py::test_logits_against_float64',
+    'ops/test_pallas_gpu.py::test_against_float64', 'ops/test_pallas_tpu.py::test_values_and_gradients',
+    'test_losses.py::test_loss_against_loops_in_float64', 'test_gpt2.py::test_is_gpt2',
+    'test_rollout.py::test_recorded_log_probabilities_and_values_are_the_rescored_ones',
+    'test_train_step.py::test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one',
+    'test_population.py::test_members_are_single_runs',
+    'test_sharding.py::test_any_mesh_gives_the_same_learning_curve'])
+def test_each_layer_is_held_to_what_is_true(fast, truth):
+  assert any(line.partition('[')[0] == f'tests/{truth}' for line in fast)
