@@ -15,6 +15,7 @@ PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
 HALF, UNCRITICAL = 'mask where the weight is below a half', 'that mask, but for critical tokens'
+OF_PRESET = 'of the preset'  # in labels: `references.suited` puts the number there
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
@@ -167,11 +168,11 @@ _RELEASED_CODE = (
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
-_LEVELS = [_three(f'N = {n}' if n else 'N of the preset', pretraining={'known_digits': n} if n else {})
+_LEVELS = [_three(f'N = {n}' if n else f'N {OF_PRESET}', pretraining={'known_digits': n} if n else {})
            for n in (3, 4, None, 6)]
 _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
-_SIZES = [_three(f'width {own["width"]}' if own else 'width of the preset', pretraining=own)
+_SIZES = [_three(f'width {own["width"]}' if own else f'width {OF_PRESET}', pretraining=own)
           for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
 _SHIPPED = ('The reference in the package (preset tiny: N = 5, width 128) is the checkpoint of step 2200 of 2400, '
             'taken for its accuracy on N + 1; the others are at the end of theirs.')

@@ -6,8 +6,9 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
@@ -39,23 +40,26 @@ def ladder_verdict(row: dict[str, Any]) -> str:
 
 
 def _plot_climbs(results, path):
-  figure = Figure(figsize=(9, 3.6), layout='constrained')
-  left, right = figure.subplots(1, 2, sharey=True)
-  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the digits of the rung (%), tries side by side'),
-                            (right, 'accuracy_known', 'on one step fewer (%)')):
-    for number, (label, arm) in enumerate(results['arms'].items()):
-      for i, runs in enumerate(arm['climbs'].values()):
+  """Draws the accuracies of all runs of the climbs: a column for each penalty, and rows for the digits that a run is
+  trained on and for one step fewer."""
+  arms, colours = results['arms'], colours_of(results['arms'])
+  figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')
+  axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
+  for (label, arm), column in zip(arms.items(), axes.T):
+    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('digits trained on', 'one step fewer')):
+      for runs in arm['climbs'].values():
         tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
-        axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [100 * row[name] for row in runs],
-                  marker='o', markersize=4, color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel('digits of the rung')
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
-  left.axhline(100 * LEAST, color='#9aa7b4', linestyle='--', linewidth=1, label='a rung is reached')
-  left.legend(fontsize=8)
-  figure.suptitle(results['study'], fontsize=11)
-  figure.savefig(path, dpi=130)
+        axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [row[name] for row in runs],
+                  marker='o', markersize=4, linewidth=1.3, color=colours[label], alpha=0.8)
+      panel_title(axis, f'{label}: greedy accuracy on the {what}', WIDTH / len(arms))
+      axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+      axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+    column[0].axhline(LEAST, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
+    column[0].annotate('rung reached', (1, LEAST), (-2, 2), xycoords=('axes fraction', 'data'), fontsize=8,
+                       textcoords='offset points', ha='right', color=REFERENCE)
+    column[1].set_xlabel('rung: digits trained on')
+  save(figure, path, f'{results["question"]}\nEach line is a climb (one seed), each dot a run; later tries at the same '
+       'digits stand a little to the right.')
 
 
 def _rungs_lines(results):
