@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.statistics import curve_band
-from critkl_jax.analysis.style import OTHERS, PENALTIES, REFERENCE, WIDTH, colours_of, panel_title, save, split_label
+from critkl_jax.analysis.style import OTHERS, PENALTIES, WIDTH, colours_of, level_line, panel_title, save, split_label
 
 WIDEST = 3  # panels in a row
+FEWEST_RUNS = 4  # for a band; of fewer each is a thin line
 MOST_BANDS = 4  # groups of a panel that all have bands; of more groups only the three penalties have them
 SHARES = ('accuracy', 'critical_right', 'format_errors')  # shown in percent, with what is right at critical tokens
 PANELS = {
@@ -37,12 +38,11 @@ def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.P
     reference_label: stands at that line.
   """
   panels = _shown(rows, panels)
-  figure, axes = _panel_grid(len(panels))
-  for axis, (name, label) in zip(axes, panels.items()):
+  figure = _panel_grid(list(panels.values()))
+  for axis, name in zip(figure.axes, panels):
     points = [(row['step'], row[name]) for row in rows if name in row]
     axis.plot(*zip(*points), marker='o', markersize=3, color=PENALTIES.get(penalty, OTHERS[0]))
     _dress(axis, name)
-    panel_title(axis, label, figure.get_size_inches()[0] / min(len(panels), WIDEST))
     _draw_references(axis, name, [] if reference is None else [reference], reference_label)
   save(figure, path, title)
 
@@ -108,24 +108,23 @@ def _by_condition(groups, conditions):
   return found
 
 
-def _panel_grid(number):
-  """Returns a figure and its panels in rows, of which the last may have fewer."""
-  wide = min(number, WIDEST) if number != 4 else 2
-  figure = Figure(figsize=((1 + max(wide, 1)) * WIDTH / (1 + WIDEST), 0.7 + 2.4 * -(-number // max(wide, 1)) + 0.3),
-                  layout='constrained')
-  return figure, [figure.add_subplot(-(-number // wide), wide, i + 1) for i in range(number)]
+def _panel_grid(labels):
+  """Returns a figure with a panel for each label, in rows of which the last may have fewer."""
+  number = len(labels)
+  wide = 2 if number == 4 else max(min(number, WIDEST), 1)
+  deep = -(-number // wide)
+  figure = Figure(figsize=(WIDTH if number > 2 else 3.4 * wide, 1.0 + 2.4 * deep), layout='constrained')
+  for i in range(number):
+    panel_title(figure.add_subplot(deep, wide, i + 1), labels[i], figure.get_size_inches()[0] / wide)
+  return figure
 
 
 def _condition_grid(cells, panels):
   """Returns a figure and its panels by condition and metric: a column for each condition and a row for each metric, the
   other way round where conditions are many; of a single condition, metrics one after another."""
   if len(cells) <= 1:
-    figure, axes = _panel_grid(len(panels))
-    wide = min(max(len(panels), 1), WIDEST)
-    for axis, label in zip(axes, panels.values()):
-      panel_title(axis, label, figure.get_size_inches()[0] / wide)
-    condition = next(iter(cells), '')
-    return figure, {(condition, name): axis for name, axis in zip(panels, axes)}
+    figure, condition = _panel_grid(list(panels.values())), next(iter(cells), '')
+    return figure, {(condition, name): axis for name, axis in zip(panels, figure.axes)}
   across = len(cells) <= WIDEST + 1
   wide, deep = (len(cells), len(panels)) if across else (len(panels), len(cells))
   figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * deep), layout='constrained')
@@ -139,14 +138,17 @@ def _condition_grid(cells, panels):
 
 
 def _draw_group(axis, name, runs, colour, band):
-  """Draws the mean of some runs, with its interval if wanted; returns the line, None if no run has the metric."""
+  """Draws the mean of some runs, and if wanted its interval, or the runs where they are too few for one; returns the
+  line of the mean, None if no run has the metric."""
   runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
   if not runs:
     return None
-  mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
-  steps = [row['step'] for row in runs[0]]
+  curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
+  mean, low, high = curve_band(curves)
   line, = axis.plot(steps, mean, linewidth=1.6, color=colour)
-  if band:
+  if band and 1 < len(runs) < FEWEST_RUNS:
+    axis.plot(steps, curves.T, linewidth=0.6, color=colour, alpha=0.6)
+  elif band:
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
   return line
 
@@ -154,18 +156,14 @@ def _draw_group(axis, name, runs, colour, band):
 def _draw_references(axis, name, shares, label):
   """Draws lines at the reference's accuracy before training, each with its label, into a panel of accuracies."""
   for share in shares if name == 'accuracy' else ():
-    axis.axhline(share, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
-    above = share < 0.1
-    axis.annotate(f'{label}: {100 * share:.0f} %', (1, share), (-2, 2 if above else -2), ha='right',
-                  va='bottom' if above else 'top', xycoords=('axes fraction', 'data'), textcoords='offset points',
-                  fontsize=8, color=REFERENCE)
+    level_line(axis, share, f'{label}: {100 * share:.0f} %', above=share < 0.1)
 
 
 def _dress(axis: Axes, name: str) -> None:
   axis.set_xlabel('iteration')
   axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   if name in SHARES or (name.startswith('critical/') and name != 'critical/kl'):
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+    axis.yaxis.set_major_formatter(lambda x, _: f'{100 * x:.6g} %')
   else:
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
   if name == 'accuracy':
@@ -186,5 +184,6 @@ def _meaning(groups, banded, number):
     return ''
   many = f'{seeds[0]}' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
   whose = '' if len(banded) == number else f' (of {", ".join(banded)})'
-  bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded else ''
-  return f'Lines: mean over {many} seeds{bands}.'
+  bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded and seeds[-1] >= FEWEST_RUNS else ''
+  thin = f'; thin lines{whose}: single seeds' if banded and seeds[0] < FEWEST_RUNS else ''
+  return f'Lines: mean over {many} seeds{bands}{thin}.'

@@ -17,9 +17,10 @@ OTHERS = ('#2b8a3e', '#7b2cbf', '#d9a400', '#d6409f', '#0fa3b1', '#7f4f24', '#9b
 CRITICAL, OTHER_TOKENS = OTHERS[1], OTHERS[0]  # critical tokens and all others
 POLICY, REFERENCE = OTHERS[0], '#1c2733'
 PALE = '#9aa7b4'  # what stands behind
+BEHIND_TEXT = {'facecolor': 'white', 'alpha': 0.7, 'pad': 0.5, 'linewidth': 0}
 WIDTH = 9.0  # inches, of a picture that fills a page's column: there 9 points are 12 pixels
 DPI = 130
-_LETTERS_PER_INCH = 13.0  # of panel titles
+_LETTERS_PER_INCH = 13.0  # of titles
 
 
 def split_label(label: str) -> tuple[str, str]:
@@ -98,8 +99,15 @@ def _number_in(label):
 
 
 def panel_title(axis: Axes, text: str, inches: float) -> None:
-  """Sets the title of a panel, in several lines where it is wider than so many inches."""
-  axis.set_title(textwrap.fill(text, max(int(inches * _LETTERS_PER_INCH), 12)))
+  """Sets the title of a panel so many inches wide, in several lines where it is long."""
+  axis.set_title(textwrap.fill(text, max(int((inches - 0.5) * _LETTERS_PER_INCH), 12)))  # ticks take half an inch
+
+
+def level_line(axis: Axes, level: float, text: str, above: bool = False) -> None:
+  """Draws a dashed line across a panel with text at its right end, below it or above."""
+  axis.axhline(level, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
+  axis.annotate(text, (1, level), (-2, 2 if above else -2), ha='right', va='bottom' if above else 'top', fontsize=8,
+                xycoords=('axes fraction', 'data'), textcoords='offset points', color=REFERENCE, bbox=BEHIND_TEXT)
 
 
 def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -> None:
@@ -108,7 +116,7 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
   Args:
     figure: with its panels drawn.
     path: file to write.
-    title: of the whole figure; no mathematics, dollars are shown.
+    title: of the whole figure, lines and all; no mathematics, dollars are shown.
     note: below the title: how to read the figure.
   """
   for axis in figure.axes:
@@ -120,7 +128,7 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
       label.set_size(9)
     for side in ('top', 'right'):
       axis.spines[side].set_visible(False)
-  letters = int(figure.get_size_inches()[0] * 12)
-  lines = [textwrap.fill(text, letters) for text in (title, note) if text]
+  letters = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
+  lines = [textwrap.fill(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
   figure.suptitle('\n'.join(lines).replace('$', r'\$'), fontsize=10.5)
   figure.savefig(path, dpi=DPI)

@@ -80,12 +80,13 @@ class Study:
 
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
-_CRITICAL = {'critical_right': 'right ones among sampled critical tokens'}
-_EACH_CRITICAL = {f'critical/{operand}_{kind}': f'right {kind}, {operand} operand: probability'
+_CRITICAL = {'critical_right': 'sampled critical tokens that are right'}
+_EACH_CRITICAL = {f'critical/{operand}_{kind}': f'probability of the right {kind}, {operand} operand'
                   for kind in ('comma', 'digit') for operand in ('first', 'second')}
-_KL_OTHER = {'probe_kl_other': 'KL at other tokens of right solutions, N+1'}
-_DRIFT = _KL_OTHER | {'probe_kl_known': 'KL at tokens of right solutions, N'}
-_WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
+_KL_OTHER = {'probe_kl_other': 'KL at other tokens of right solutions, N+1, nats per token'}
+_KL_OWN = {'kl': "KL at the policy's own tokens, N+1, nats per token"}
+_DRIFT = _KL_OTHER | {'probe_kl_known': 'KL at tokens of right solutions, N, nats per token'}
+_WEIGHT = {'weight': 'mean weight of the penalty', 'weight_critical': 'mean weight at critical tokens'}
 _THREE = _PRIORITIZED, _STANDARD, _NONE = (
     Arm(PRIORITIZED), Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}))
 
@@ -198,9 +199,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            num_seeds=CORE_SEEDS),
     _penalties('drift', "the third experiment of the paper's summary",
                'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
-               {'critical/kl': 'KL at critical tokens of right solutions'} | _DRIFT | {
-                   'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
-               judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
+               {'critical/kl': 'KL at critical tokens of right solutions, N+1, nats per token'} | _DRIFT | _KL_OWN,
+               num_seeds=CORE_SEEDS, judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OTHER,
@@ -209,7 +209,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            note='The threshold is a certainty of 0.9 where none is named. Masks lift different amounts of the penalty, '
                 'see what is paid for a nat of KL. The oracle knows critical tokens up to the first error of a '
                 'response; with k = 1 they are on the first line of the scratchpad alone.'),
-    _study('exponent', 'figure 6', 'How much does the exponent matter?',
+    _study('exponent', 'figure 6', 'How much does the exponent of the weight matter (prioritized: 150)?',
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | _KL_OTHER, further=tuple(
                (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
            num_seeds=CORE_SEEDS),
@@ -219,7 +219,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
                 "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),
     _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
-           _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
+           _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OWN),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL,
            note="The paper's is A2C with GAE, lambda 0.95; all arms have the prioritized penalty. Of the paper's, "

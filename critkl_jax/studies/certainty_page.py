@@ -103,4 +103,4 @@ def _certainty_page(results):
 def _title(results):
   """Returns the title of a picture: the question, and whose tokens on which problems."""
   return (f'{results["question"]}\nA reference of N = {results["known_digits"]} digits on N + '
-          f'{results["extra_digits"]} ({results["study"]}), {results["generations"]} sampled generations')
+          f'{results["extra_digits"]} digits, {results["generations"]} sampled generations')

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save
+from critkl_jax.analysis.style import WIDTH, colours_of, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
@@ -46,17 +46,15 @@ def _plot_climbs(results, path):
   figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')
   axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
   for (label, arm), column in zip(arms.items(), axes.T):
-    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('digits trained on', 'one step fewer')):
+    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('the digits trained on', 'one step fewer')):
       for runs in arm['climbs'].values():
         tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
         axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [row[name] for row in runs],
                   marker='o', markersize=4, linewidth=1.3, color=colours[label], alpha=0.8)
-      panel_title(axis, f'{label}: greedy accuracy on the {what}', WIDTH / len(arms))
+      panel_title(axis, f'{label}: greedy accuracy on {what}', WIDTH / len(arms))
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
       axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
-    column[0].axhline(LEAST, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
-    column[0].annotate('rung reached', (1, LEAST), (-2, 2), xycoords=('axes fraction', 'data'), fontsize=8,
-                       textcoords='offset points', ha='right', color=REFERENCE)
+    level_line(column[0], LEAST, f'{100 * LEAST:.0f} %: rung reached', above=True)
     column[1].set_xlabel('rung: digits trained on')
   save(figure, path, f'{results["question"]}\nEach line is a climb (one seed), each dot a run; later tries at the same '
        'digits stand a little to the right.')

@@ -53,11 +53,13 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path, colours: dict[str, st
     for label, arm in results['arms'].items():
       _draw_arm(axis, name, label, arm, heights[label], colours[label], results)
     share = FIGURES[name][1]
-    panel_title(axis, _named(name, results) + ('' if share else ', nats per token' * name.startswith('kl_')), 1.7)
+    panel_title(axis, _named(name, results) + ', nats per token' * name.startswith('kl_'), 2.2)
     axis.xaxis.set_major_locator(MaxNLocator(3))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _, share=share: f'{100 * x:.6g} %' if share else f'{x:g}'))
     axis.set_yticks(list(heights.values()), list(heights))
     axis.margins(x=0.08)
+    if name.startswith('kl_'):
+      axis.set_xlim(left=0)
   axes[0].set_ylim(max(heights.values()) + 0.7, -0.7)
   save(figure, path, _title(results), 'Large dots: interquartile mean over seeds, with its 95 % interval. Small dots: '
        'runs. Black strokes: the reference before training.')
@@ -227,7 +229,7 @@ def _origin(results):
 def _title(results):
   """Returns the title of a picture: the question, and what is trained on what."""
   return (f'{results["question"]}\nReferences {_known(results)} digits, fine-tuned on N + {results["extra_digits"]} '
-          f'({results["study"]})')
+          'digits')
 
 
 def _known(results):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from critkl_jax.analysis.style import PALE, WIDTH, colours_of, save
+from critkl_jax.analysis.style import BEHIND_TEXT, PALE, WIDTH, colours_of, save
 from critkl_jax.studies.certainty import PAPER_GAPS
 from critkl_jax.studies.files import interval_text, table
 
@@ -53,7 +53,7 @@ def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib
       place = 2 if shares[2] > 20 else 1  # where the curves lie apart
       axis.plot(range(len(shares)), shares, '--', color=PALE, linewidth=1)
       axis.annotate(f'paper, N = {n}', (place, shares[place]), (4, 2), textcoords='offset points', fontsize=8,
-                    color='#6b7885')
+                    color='#6b7885', bbox=BEHIND_TEXT)
     for label, rows in zip(colours, own):
       _draw_levels(axis, [row for row in rows if row['distribution'] == lengths], label, colours[label])
     axis.set_title(f'operands of {lengths} length')
