@@ -113,7 +113,7 @@ def _panel_grid(labels):
   number = len(labels)
   wide = 2 if number == 4 else max(min(number, WIDEST), 1)
   deep = -(-number // wide)
-  figure = Figure(figsize=(WIDTH if number > 2 else 3.4 * wide, 1.0 + 2.4 * deep), layout='constrained')
+  figure = Figure(figsize=(WIDTH if number > 2 else 3.4 * wide, 1.2 + 2.4 * deep), layout='constrained')
   for i in range(number):
     panel_title(figure.add_subplot(deep, wide, i + 1), labels[i], figure.get_size_inches()[0] / wide)
   return figure
@@ -128,11 +128,13 @@ def _condition_grid(cells, panels):
   across = len(cells) <= WIDEST + 1
   wide, deep = (len(cells), len(panels)) if across else (len(panels), len(cells))
   figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * deep), layout='constrained')
-  axes = figure.subplots(max(deep, 1), max(wide, 1), sharey='row' if across else False, squeeze=False)
-  found = {}
+  found, first = {}, {}
   for i, condition in enumerate(cells):
     for j, (name, label) in enumerate(panels.items()):
-      axis = found[condition, name] = axes[j, i] if across else axes[i, j]
+      axis = found[condition, name] = figure.add_subplot(
+          deep, wide, 1 + (j * wide + i if across else i * wide + j),
+          sharey=first.get(name) if _is_share(name) else None)
+      first.setdefault(name, axis)
       panel_title(axis, f'{condition or "all else"}: {label}', WIDTH / wide)
   return figure, found
 
@@ -156,32 +158,42 @@ def _draw_group(axis, name, runs, colour, band):
 def _draw_references(axis, name, shares, label):
   """Draws lines at the reference's accuracy before training, each with its label, into a panel of accuracies."""
   for share in shares if name == 'accuracy' else ():
-    level_line(axis, share, f'{label}: {100 * share:.0f} %', above=share < 0.1)
+    level_line(axis, share, f'{label}: {100 * share:.0f} %', height=1.0 if share < 0.15 else None)  # no room below
 
 
 def _dress(axis: Axes, name: str) -> None:
   axis.set_xlabel('iteration')
   axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-  if name in SHARES or (name.startswith('critical/') and name != 'critical/kl'):
+  if _is_share(name):
     axis.yaxis.set_major_formatter(lambda x, _: f'{100 * x:.6g} %')
   else:
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
   if name == 'accuracy':
     axis.set_ylim(0, 1.02)
+  elif name.startswith('weight'):
+    axis.set_ylim(-0.03, 1.03)
+
+
+def _is_share(name):
+  return name in SHARES or (name.startswith('critical/') and name != 'critical/kl')
 
 
 def _add_legend(figure, handles):
-  longest = max(map(len, handles), default=1)
-  columns = max(int(figure.get_size_inches()[0] / (0.075 * longest + 0.6)), 1)
-  figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), columns, 5),
-                fontsize=9, frameon=False)
+  """Adds a legend below the panels, and makes the figure higher by its rows after the first."""
+  width, height = figure.get_size_inches()
+  columns = max(int(width / (0.075 * max(map(len, handles), default=1) + 0.6)), 1)
+  columns = min(len(handles), columns, 5)
+  figure.set_size_inches(width, height + 0.2 * ((len(handles) - 1) // columns))
+  figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
 
 
 def _meaning(groups, banded, number):
   """Returns the sentence that says what lines and bands are."""
   seeds = sorted({len(runs) for runs in groups.values()})
-  if not seeds or seeds[-1] < 2:
+  if not seeds:
     return ''
+  if seeds[-1] == 1:
+    return 'One seed each.' if number > 1 else ''
   many = f'{seeds[0]}' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
   whose = '' if len(banded) == number else f' (of {", ".join(banded)})'
   bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded and seeds[-1] >= FEWEST_RUNS else ''

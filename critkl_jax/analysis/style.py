@@ -100,13 +100,21 @@ def _number_in(label):
 
 def panel_title(axis: Axes, text: str, inches: float) -> None:
   """Sets the title of a panel so many inches wide, in several lines where it is long."""
-  axis.set_title(textwrap.fill(text, max(int((inches - 0.5) * _LETTERS_PER_INCH), 12)))  # ticks take half an inch
+  axis.set_title(_wrap(text, max(int((inches - 0.5) * _LETTERS_PER_INCH), 12)))  # ticks take half an inch
 
 
-def level_line(axis: Axes, level: float, text: str, above: bool = False) -> None:
-  """Draws a dashed line across a panel with text at its right end, below it or above."""
+def _wrap(text, letters):
+  """Returns text in as few lines as hold so many letters each, all about as long."""
+  lines = len(textwrap.wrap(text, letters))
+  while letters > 1 and len(textwrap.wrap(text, letters - 1)) == lines:
+    letters -= 1
+  return textwrap.fill(text, letters)
+
+
+def level_line(axis: Axes, level: float, text: str, height: float | None = None) -> None:
+  """Draws a dashed line across a panel with text at the right, below the line or at a height of its own."""
   axis.axhline(level, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
-  axis.annotate(text, (1, level), (-2, 2 if above else -2), ha='right', va='bottom' if above else 'top', fontsize=8,
+  axis.annotate(text, (1, level if height is None else height), (-2, -2), ha='right', va='top', fontsize=8,
                 xycoords=('axes fraction', 'data'), textcoords='offset points', color=REFERENCE, bbox=BEHIND_TEXT)
 
 
@@ -129,6 +137,6 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
     for side in ('top', 'right'):
       axis.spines[side].set_visible(False)
   letters = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
-  lines = [textwrap.fill(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
+  lines = [_wrap(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
   figure.suptitle('\n'.join(lines).replace('$', r'\$'), fontsize=10.5)
   figure.savefig(path, dpi=DPI)

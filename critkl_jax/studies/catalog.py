@@ -218,7 +218,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _each_against(_WEIGHTINGS[1:], STANDARD),
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
                 "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),
-    _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
+    _study('estimators', 'beyond the paper',
+           'Which estimator of the KL, and where: in the loss or in the reward (prioritized: k2 in the loss)?',
            _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OWN),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL,

@@ -41,12 +41,13 @@ def ladder_verdict(row: dict[str, Any]) -> str:
 
 def _plot_climbs(results, path):
   """Draws the accuracies of all runs of the climbs: a column for each penalty, and rows for the digits that a run is
-  trained on and for one step fewer."""
-  arms, colours = results['arms'], colours_of(results['arms'])
+  trained on and for k digits fewer."""
+  arms, colours, step = results['arms'], colours_of(results['arms']), results['extra_digits']
+  fewer = 'one digit fewer' if step == 1 else f'{step} digits fewer'
   figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')
   axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
   for (label, arm), column in zip(arms.items(), axes.T):
-    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('the digits trained on', 'one step fewer')):
+    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('the digits trained on', fewer)):
       for runs in arm['climbs'].values():
         tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
         axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [row[name] for row in runs],
@@ -54,7 +55,7 @@ def _plot_climbs(results, path):
       panel_title(axis, f'{label}: greedy accuracy on {what}', WIDTH / len(arms))
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
       axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
-    level_line(column[0], LEAST, f'{100 * LEAST:.0f} %: rung reached', above=True)
+    level_line(column[0], LEAST, f'{100 * LEAST:.0f} %: rung reached', height=LEAST + 0.11)
     column[1].set_xlabel('rung: digits trained on')
   save(figure, path, f'{results["question"]}\nEach line is a climb (one seed), each dot a run; later tries at the same '
        'digits stand a little to the right.')
