@@ -4,8 +4,9 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.style import (
     CRITICAL,
@@ -15,10 +16,12 @@ from critkl_jax.analysis.style import (
     POLICY,
     REFERENCE,
     WIDTH,
+    in_percent,
     panel_title,
     save,
 )
 
+_LEAST = 1e-6  # what is less is shown as this
 _NINES = 7  # 1 - certainty is shown down to 1e-7
 
 
@@ -41,10 +44,12 @@ def plot_certainty(tokens: dict[str, np.ndarray], path: str | pathlib.Path, titl
     if nines.size:
       left.hist(nines, bins=np.linspace(0, _NINES, 36), weights=np.full(nines.size, 1 / nines.size), alpha=0.6,
                 color=colour, label=f'{name} ({nines.size:,})')
-  left.set_xticks(range(_NINES + 1), ['0', '0.9', '0.99', '0.999', *(f'$1-10^{{-{n}}}$' for n in range(4, _NINES + 1))])
+  left.set_xticks(range(_NINES + 1), ['0', '0.9', '0.99', '0.999', *(
+      f'$1-10^{{-{n}}}$' if n % 2 else '' for n in range(4, _NINES + 1))])
+  left.set_ylim(top=1.25 * left.get_ylim()[1])  # room for the legend
   left.set_xlabel("reference's certainty (logarithmic towards 1)")
   left.set_ylabel('share of tokens')
-  left.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+  in_percent(left.yaxis)
   left.set_title('How certain is the reference?')
   left.legend(fontsize=8.5, frameon=False)
   said, rate, count = reliability(tokens)
@@ -57,7 +62,7 @@ def plot_certainty(tokens: dict[str, np.ndarray], path: str | pathlib.Path, titl
   right.set_ylabel('share of them that are right')
   right.set_title('Is it right as often as it says? (number of tokens at each dot)')
   for axis in (right.xaxis, right.yaxis):
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+    in_percent(axis)
   right.set(xlim=(0, 1.02), ylim=(0, 1.04))
   save(figure, path, title, 'Tokens of responses up to the first wrong one.')
 
@@ -107,7 +112,7 @@ def plot_positions(tokens: dict[str, np.ndarray], path: str | pathlib.Path, titl
     axis.set_title(name)
     if len(lines) > 1:
       axis.legend(fontsize=8.5, frameon=False, loc='lower left', ncols=2)
-  axes[2].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+  in_percent(axes[2].yaxis)
   _draw_reach(axes[3], mask[:, :length], here[:, :length])
   save(figure, path, title, 'Means over the responses that reach a position; their number is at the bottom.')
 
@@ -142,7 +147,7 @@ def plot_steps(steps: dict[str, np.ndarray], path: str | pathlib.Path, title: st
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.legend(fontsize=8.5, frameon=False)
     if 'KL' not in name:
-      axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+      in_percent(axis.yaxis)
   axes[0].set_ylim(0, 1.04)
   save(figure, path, title, 'Probabilities and KL: means over the tokens of right solutions.')
 
@@ -154,7 +159,7 @@ def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
   rows = [row for row in found['drift'] if row['relative'] is not None]
   left.barh([row['layer'] for row in rows], [row['relative'] for row in rows], color=POLICY)
   left.invert_yaxis()
-  left.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+  in_percent(left.xaxis)
   left.set_xlabel("norm of the change, in % of the parameters' norm")
   left.set_title('How far did the parameters of each layer move?')
   right.plot(found['kl']['by_position'], color=POLICY, linewidth=1.1)
@@ -188,13 +193,14 @@ def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: n
   panel_title(left, f'Certainty gap of {gaps.size} generations', WIDTH / 3)
   left.set_xlabel('certainty: critical minus other tokens')
   left.set_ylabel('generations')
-  unsure = np.maximum(1 - means['certainty'], 1e-6)
+  unsure = np.maximum(1 - means['certainty'], _LEAST)
+  colours = LinearSegmentedColormap.from_list('critical', [PALE, CRITICAL])
   panels = ((middle, 'entropy', 'Entropy at each position', 'nats'),
             (right, 'error', 'Probability of a wrong token at each position', None))
   for axis, name, label, unit in panels:
-    dots = axis.scatter(unsure, np.maximum(means[name], 1e-6), c=critical, s=10, cmap='viridis_r', vmin=0)
+    dots = axis.scatter(unsure, np.maximum(means[name], _LEAST), c=critical, s=10, cmap=colours, vmin=0)
     axis.set(xscale='log', yscale='log', xlabel='1 - mean certainty at a position', ylabel=unit)
     panel_title(axis, label, WIDTH / 3)
   bar = figure.colorbar(dots, ax=right, label='share of critical tokens')
-  bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
-  save(figure, path, title)
+  in_percent(bar.ax.yaxis)
+  save(figure, path, title, 'Middle and right: a dot for each position, means over generations, 1e-6 at least.')

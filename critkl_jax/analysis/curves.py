@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.statistics import curve_band
-from critkl_jax.analysis.style import OTHERS, PENALTIES, WIDTH, colours_of, level_line, panel_title, save, split_label
+from critkl_jax.analysis.style import (
+    OTHERS,
+    PENALTIES,
+    WIDTH,
+    colours_of,
+    in_percent,
+    level_line,
+    panel_title,
+    save,
+    split_label,
+)
 
 WIDEST = 3  # panels in a row
 FEWEST_RUNS = 4  # for a band; of fewer each is a thin line
@@ -165,7 +175,7 @@ def _dress(axis: Axes, name: str) -> None:
   axis.set_xlabel('iteration')
   axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
   if _is_share(name):
-    axis.yaxis.set_major_formatter(lambda x, _: f'{100 * x:.6g} %')
+    in_percent(axis.yaxis)
   else:
     axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
   if name == 'accuracy':

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -109,6 +110,11 @@ def _wrap(text, letters):
   while letters > 1 and len(textwrap.wrap(text, letters - 1)) == lines:
     letters -= 1
   return textwrap.fill(text, letters)
+
+
+def in_percent(axis: Axis) -> None:
+  """Labels the shares of an axis in percent."""
+  axis.set_major_formatter(lambda x, _: f'{100 * x:.6g} %')
 
 
 def level_line(axis: Axes, level: float, text: str, height: float | None = None) -> None:

@@ -15,7 +15,7 @@ PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
 HALF, UNCRITICAL = 'mask where the weight is below a half', 'that mask, but for critical tokens'
-OF_PRESET = 'of the preset'  # in labels: `references.suited` puts the number there
+OF_PRESET = 'of the preset'  # in labels: `references.with_numbers` puts the number there
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 

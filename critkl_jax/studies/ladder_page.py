@@ -6,9 +6,9 @@ import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
-from critkl_jax.analysis.style import WIDTH, colours_of, level_line, panel_title, save
+from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
@@ -54,7 +54,7 @@ def _plot_climbs(results, path):
                   marker='o', markersize=4, linewidth=1.3, color=colours[label], alpha=0.8)
       panel_title(axis, f'{label}: greedy accuracy on {what}', WIDTH / len(arms))
       axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-      axis.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=' %'))
+      in_percent(axis.yaxis)
     level_line(column[0], LEAST, f'{100 * LEAST:.0f} %: rung reached', height=LEAST + 0.11)
     column[1].set_xlabel('rung: digits trained on')
   save(figure, path, f'{results["question"]}\nEach line is a climb (one seed), each dot a run; later tries at the same '

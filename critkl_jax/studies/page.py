@@ -30,8 +30,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
   if results['arms']:
     records = {label: list(own.values()) for label, own in plan.records(study).items() if own}
     panels = {name: label.replace('N+1', f'N+{results["extra_digits"]}') for name, label in study.panels.items()}
-    colours = colours_of(results['arms'], {arm.label: PRIORITIZED for arm in study.arms if not (
-        arm.changes or arm.matches or arm.ensemble)})
+    colours = arm_colours(study)
     sampled = {label: results['references'][arm['reference']]['sampled'][0] for label, arm in results['arms'].items()
                if arm['compares_with_reference']}
     plot_study({label: [one.metrics for one in own] for label, own in records.items()}, home / 'curves.png',
@@ -41,6 +40,12 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
     plot_levels(results['levels'], home / 'levels.png')
   (home / 'README.md').write_text(page_of(results))
   return home
+
+
+def arm_colours(study: Study) -> dict[str, str]:
+  """Returns label -> colour of a study's arms; an arm that changes nothing is the prioritized penalty by any name."""
+  unchanged = {arm.label: PRIORITIZED for arm in study.arms if not (arm.changes or arm.matches or arm.ensemble)}
+  return colours_of([arm.label for arm in study.arms], unchanged)
 
 
 def plot_arms(results: dict[str, Any], path: pathlib.Path, colours: dict[str, str]) -> None:

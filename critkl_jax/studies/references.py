@@ -33,9 +33,8 @@ def pretrain_config(preset: str, changes: Mapping[str, Any]) -> PretrainConfig:
 
 def suited(study: Study, preset: str) -> Study:
   """Returns a study without the arms that make no sense at a preset, which its note names: those whose reference is
-  pre-trained as the preset's own is, and those whose N + k digits do not fit into the context. Labels say what N and
-  width the preset has."""
-  study, extra_digits, left_out = with_numbers(study, preset), FINETUNE_PRESETS[preset].extra_digits, []
+  pre-trained as the preset's own is, and those whose N + k digits do not fit into the context."""
+  extra_digits, left_out = FINETUNE_PRESETS[preset].extra_digits, []
   for arm in study.arms:
     config = pretrain_config(preset, arm.pretraining)
     task = plus_task(config.known_digits, extra_digits)

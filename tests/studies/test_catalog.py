@@ -74,7 +74,6 @@ def test_conditions_end_the_labels():
 def test_at_any_preset_references_differ_and_have_room(preset):
   left_out = {}
   for study in STUDIES:
-    study = references.with_numbers(study, preset)
     suited = references.suited(study, preset)
     configs = {arm.condition: references.pretrain_config(preset, arm.pretraining) for arm in suited.arms}
     assert all(one != two for one, two in itertools.combinations(
