@@ -60,7 +60,8 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   loss = config.loss
   name = loss.kl if loss.kl != 'prioritized' else f'prioritized, exponent {loss.certainty_exponent:g}'
   plot_learning_curves(rows, workdir / 'curves.png',
-                       f'{known} + {config.extra_digits} digits, {loss.algorithm.upper()}, KL penalty: {name}')
+                       f'{known} + {config.extra_digits} digits, {loss.algorithm.upper()}, KL penalty: {name}',
+                       reference=before.get(f'N+{config.extra_digits}'), penalty=loss.kl)
   longer = f'N+{config.extra_digits}'
   accuracy = {when: {key: result[key] for key in ('N', longer) if key in result}
               for when, result in (('before', before), ('after', after))}

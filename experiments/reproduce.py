@@ -195,7 +195,8 @@ def chosen(names: list[str]) -> list[catalog.Study]:
     some = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
     if some[0] not in catalog.STUDIES:
       sys.exit(f'error: --study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
-    found |= {one: references.suited(catalog.STUDIES[one], PRESET.value) for one in some}
+    found |= {one: references.with_numbers(references.suited(catalog.STUDIES[one], PRESET.value), PRESET.value)
+              for one in some}
   return list(found.values())
 
 

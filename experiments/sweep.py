@@ -206,7 +206,8 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   names, groups = population.names(configs), groups_of(configs)
   curves = [runner.read_metrics(workdir / 'members' / name / 'metrics.jsonl') for name in names]
   plot_study({g.label: [curves[i] for i in g.members] for g in groups}, workdir / 'curves.png',
-             f'{known} + {base.extra_digits} digits, {len(configs)} members, mean and 95% interval over seeds')
+             f'{known} + {base.extra_digits} digits, {len(configs)} members',
+             reference=before.get(f'N+{base.extra_digits}'))
   tested = ('N', f'N+{base.extra_digits}') if base.eval_problems else ()
   comparison = {name: compare(groups, tests, name) for name in tested}
   members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1]}

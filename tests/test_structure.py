@@ -19,8 +19,8 @@ ORDER = [
     'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step',
     'initial_state', 'train_step', 'population', 'footprint', 'evaluate', 'hosts', 'checkpoint', 'signatures', 'runner',
     'pretraining',
-    'analysis.statistics', 'analysis.curves', 'analysis.agreement', 'analysis.reading', 'analysis.summary',
-    'analysis.charts', 'analysis.comparison', 'analysis.page',
+    'analysis.statistics', 'analysis.style', 'analysis.curves', 'analysis.agreement', 'analysis.reading',
+    'analysis.summary', 'analysis.charts', 'analysis.comparison', 'analysis.page',
     *(f'studies.{name}' for name in (
         'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'certainty', 'results', 'ladder', 'files',
         'references_page', 'page', 'certainty_page', 'ladder_page')),

@@ -4,9 +4,25 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-_INK, _OTHER = '#d9480f', '#2a6f97'
+from critkl_jax.analysis.style import (
+    CRITICAL,
+    OTHER_TOKENS,
+    OTHERS,
+    PALE,
+    POLICY,
+    REFERENCE,
+    WIDTH,
+    in_percent,
+    panel_title,
+    save,
+)
+
+_LEAST = 1e-6  # what is less is shown as this
+_NINES = 7  # 1 - certainty is shown down to 1e-7
 
 
 def plot_certainty(tokens: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
@@ -20,24 +36,35 @@ def plot_certainty(tokens: dict[str, np.ndarray], path: str | pathlib.Path, titl
     title: stands above the panels.
   """
   here, critical = tokens['on_path'], tokens['critical/oracle']
-  figure = Figure(figsize=(10, 3.4), layout='constrained')
+  figure = Figure(figsize=(WIDTH, 3.8), layout='constrained')
   left, right = figure.subplots(1, 2)
-  for where, name, colour in ((here & ~critical, 'others', _OTHER), (here & critical, 'critical tokens', _INK)):
-    unsure = np.log10(np.clip(1 - tokens['certainty'][where], 1e-7, 1))
-    if unsure.size:
-      left.hist(unsure, bins=np.linspace(-7, 0, 36), weights=np.full(unsure.size, 1 / unsure.size), alpha=0.6,
-                color=colour, label=f'{name}, {unsure.size}')
-  left.set_xlabel('$\\log_{10}$(1 - certainty) of the reference: sure on the left')
-  left.set_title('share of the tokens', fontsize=10)
-  left.legend(fontsize=8)
+  for where, name, colour in ((here & ~critical, 'other tokens', OTHER_TOKENS),
+                              (here & critical, 'critical tokens', CRITICAL)):
+    nines = -np.log10(np.clip(1 - tokens['certainty'][where], 10.0**-_NINES, 1))
+    if nines.size:
+      left.hist(nines, bins=np.linspace(0, _NINES, 36), weights=np.full(nines.size, 1 / nines.size), alpha=0.6,
+                color=colour, label=f'{name} ({nines.size:,})')
+  left.set_xticks(range(_NINES + 1), ['0', '0.9', '0.99', '0.999', *(
+      f'$1-10^{{-{n}}}$' if n % 2 else '' for n in range(4, _NINES + 1))])
+  left.set_ylim(top=1.25 * left.get_ylim()[1])  # room for the legend
+  left.set_xlabel("reference's certainty (logarithmic towards 1)")
+  left.set_ylabel('share of tokens')
+  in_percent(left.yaxis)
+  left.set_title('How certain is the reference?')
+  left.legend(fontsize=8.5, frameon=False)
   said, rate, count = reliability(tokens)
-  right.plot([0, 1], [0, 1], color='#9aa7b4', linewidth=1)
-  right.scatter(said, rate, s=20 + 60 * np.log10(np.maximum(count, 1)) / 5, color=_INK)
+  right.plot([0, 1], [0, 1], color=PALE, linewidth=1)
+  right.annotate('calibrated', (0.12, 0.12), (4, -4), textcoords='offset points', va='top', fontsize=8.5, color=PALE)
+  right.scatter(said, rate, s=20 + 60 * np.log10(np.maximum(count, 1)) / 5, color=REFERENCE, clip_on=False, zorder=3)
+  for x, y, number in zip(said, rate, count):
+    right.annotate(f'{int(number):,}', (x, y), (-6, 3), textcoords='offset points', ha='right', fontsize=8)
   right.set_xlabel("reference's probability of its most probable token")
-  right.set_title('how often that is the right token', fontsize=10)
-  right.set_xlim(0, 1.02)
-  right.set_ylim(0, 1.02)
-  _finish(figure, (left, right), path, title)
+  right.set_ylabel('share of them that are right')
+  right.set_title('Is it right as often as it says? (number of tokens at each dot)')
+  for axis in (right.xaxis, right.yaxis):
+    in_percent(axis)
+  right.set(xlim=(0, 1.02), ylim=(0, 1.04))
+  save(figure, path, title, 'Tokens of responses up to the first wrong one.')
 
 
 def reliability(tokens: dict[str, np.ndarray], num_bins: int = 10) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -60,8 +87,8 @@ def reliability(tokens: dict[str, np.ndarray], num_bins: int = 10) -> tuple[np.n
 
 
 def plot_positions(tokens: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
-  """Draws means over responses at each position into a PNG: unsureness of the reference, KL, and the probability of the
-  right token under policy and reference where all before is right.
+  """Draws means over responses at each position into a PNG: unsureness of the reference, KL, the probability of the
+  right token under policy and reference where all before is right, and how many responses reach the position.
 
   Args:
     tokens: of `reading.read_tokens`.
@@ -70,63 +97,77 @@ def plot_positions(tokens: dict[str, np.ndarray], path: str | pathlib.Path, titl
   """
   mask, here = tokens['mask'], tokens['on_path']
   length = int(mask.any(0).sum())
-  figure = Figure(figsize=(10, 6.2), layout='constrained')
-  axes = figure.subplots(3, 1, sharex=True)
-  panels = ((axes[0], "1 - certainty of the reference", (('', 1 - tokens['certainty'], mask, _OTHER),)),
-            (axes[1], 'KL(policy || reference), nats', (('', tokens['kl'], mask, _OTHER),)),
-            (axes[2], 'probability of the right token', (('reference', tokens['ref_right_prob'], here, _OTHER),
-                                                         ('policy', tokens['right_prob'], here, _INK))))
-  for axis, name, lines in panels:
-    for label, values, where, colour in lines:
+  figure = Figure(figsize=(WIDTH, 7.6), layout='constrained')
+  axes = figure.subplots(4, 1, sharex=True, height_ratios=(1, 1, 1, 0.6))
+  panels = (('1 - certainty of the reference (0: certain)', (('', 1 - tokens['certainty'], mask, REFERENCE, '-'),)),
+            ('KL(policy || reference), nats per token', (('', tokens['kl'], mask, POLICY, '-'),)),
+            ('probability of the right token, where all tokens before are right', (
+                ('policy', tokens['right_prob'], here, POLICY, '-'),
+                ('reference', tokens['ref_right_prob'], here, REFERENCE, (0, (3, 2))))))
+  for axis, (name, lines) in zip(axes, panels):
+    for label, values, where, colour, line in lines:
       count = where[:, :length].sum(0)
       mean = np.where(where, values, 0)[:, :length].sum(0) / np.maximum(count, 1)
-      axis.plot(np.where(count > 0, mean, np.nan), color=colour, linewidth=1.1, label=label)
-    axis.set_title(name, fontsize=10)
+      axis.plot(np.where(count > 0, mean, np.nan), color=colour, linestyle=line, linewidth=1.1, label=label)
+    axis.set_title(name)
     if len(lines) > 1:
-      axis.legend(fontsize=8)
-  axes[2].set_xlabel('position in the response, tokens')
-  _finish(figure, axes, path, title)
+      axis.legend(fontsize=8.5, frameon=False, loc='lower left', ncols=2)
+  in_percent(axes[2].yaxis)
+  _draw_reach(axes[3], mask[:, :length], here[:, :length])
+  save(figure, path, title, 'Means over the responses that reach a position; their number is at the bottom.')
+
+
+def _draw_reach(axis, mask, here):
+  """Draws how many responses reach each position, and how many of them are right so far."""
+  positions = np.arange(mask.shape[1])
+  axis.fill_between(positions, mask.sum(0), color=PALE, alpha=0.35, linewidth=0, label='reach the position')
+  axis.plot(positions, here.sum(0), color=PALE, linewidth=1.4, label='with right tokens alone before it')
+  axis.set_title('number of responses that reach the position')
+  axis.set_ylim(0, None)
+  axis.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+  axis.legend(fontsize=8.5, frameon=False, loc='lower left', ncols=2)
+  axis.set_xlabel('position in the response, tokens')
 
 
 def plot_steps(steps: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
   """Draws the curves of `reading.read_steps` into a PNG."""
-  figure = Figure(figsize=(12, 3.4), layout='constrained')
+  figure = Figure(figsize=(WIDTH, 3.4), layout='constrained')
   axes = figure.subplots(1, 3)
   short, long = (f'{n} digits' for n in steps['digits'])
-  panels = (('accuracy, greedy', ((long, 'long', _INK), (short, 'short', _OTHER))),
-            ('probability of the right token', (('critical tokens', 'critical_prob', _INK),
-                                                ('others', 'other_prob', _OTHER))),
-            ('KL from the reference, nats a token', (('critical tokens', 'critical_kl', _INK),
-                                                     ('others', 'other_kl', _OTHER))))
+  tokens = (('critical tokens', 'critical', CRITICAL), ('other tokens', 'other', OTHER_TOKENS))
+  panels = (('accuracy of greedy answers', ((long, 'long', OTHERS[4]), (short, 'short', OTHERS[5]))),
+            ('probability of the right token', [(label, f'{kind}_prob', colour) for label, kind, colour in tokens]),
+            ('KL(policy || reference), nats per token',
+             [(label, f'{kind}_kl', colour) for label, kind, colour in tokens]))
   for axis, (name, lines) in zip(axes, panels):
     for label, field, colour in lines:
       axis.plot(steps['step'], steps[field], color=colour, marker='o', markersize=3, label=label)
-    axis.set_title(name, fontsize=10)
-    axis.set_xlabel('step')
-    axis.legend(fontsize=8)
-  _finish(figure, axes, path, title)
+    panel_title(axis, name, WIDTH / 3)
+    axis.set_xlabel('step (0: the reference)' if steps['step'][0] == 0 else 'step')
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.legend(fontsize=8.5, frameon=False)
+    if 'KL' not in name:
+      in_percent(axis.yaxis)
+  axes[0].set_ylim(0, 1.04)
+  save(figure, path, title, 'Probabilities and KL: means over the tokens of right solutions.')
 
 
 def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
   """Draws what `comparison.compare` found into a PNG: drift by layer, KL by position."""
-  figure = Figure(figsize=(11, 3.6), layout='constrained')
+  figure = Figure(figsize=(WIDTH, 3.8), layout='constrained')
   left, right = figure.subplots(1, 2)
   rows = [row for row in found['drift'] if row['relative'] is not None]
-  left.barh([row['layer'] for row in rows], [row['relative'] for row in rows], color=_OTHER)
+  left.barh([row['layer'] for row in rows], [row['relative'] for row in rows], color=POLICY)
   left.invert_yaxis()
-  left.tick_params(axis='y', labelsize=8)
-  left.set_title('how far parameters moved, relative to their size', fontsize=10)
-  right.plot(found['kl']['by_position'], color=_INK, linewidth=1.1)
-  right.set_title('KL(second || first) on right solutions, nats', fontsize=10)
+  in_percent(left.xaxis)
+  left.set_xlabel("norm of the change, in % of the parameters' norm")
+  left.set_title('How far did the parameters of each layer move?')
+  right.plot(found['kl']['by_position'], color=POLICY, linewidth=1.1)
+  right.set_title('KL(second || first) on right solutions')
+  right.set_ylabel('nats per token')
+  right.set_ylim(0, None)
   right.set_xlabel('position in the solution, tokens')
-  _finish(figure, (left, right), path, 'second checkpoint against the first')
-
-
-def _finish(figure, axes, path, title):
-  for axis in axes:
-    axis.grid(alpha=0.3)
-  figure.suptitle(title.replace('$', r'\$'), fontsize=11)  # a path is no mathematics
-  figure.savefig(path, dpi=110)
+  save(figure, path, 'The second checkpoint compared with the first')
 
 
 def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: np.ndarray, path: str | pathlib.Path,
@@ -142,19 +183,24 @@ def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: n
     path: file to write.
     title: stands above the panels.
   """
-  figure = Figure(figsize=(12, 3.6), layout='constrained')
+  figure = Figure(figsize=(WIDTH, 3.6), layout='constrained')
   left, middle, right = figure.subplots(1, 3)
-  left.hist(gaps, bins=40, color=_OTHER)
-  left.axvline(float(np.mean(gaps)), color=_INK)
-  left.set_title(f'gap of {gaps.size} generations', fontsize=10)
-  left.set_xlabel('certainty at critical tokens minus elsewhere')
-  unsure = np.maximum(1 - means['certainty'], 1e-6)
-  panels = (middle, 'entropy', 'mean entropy (nats)'), (right, 'error', 'probability of a wrong token')
-  for axis, name, label in panels:
-    dots = axis.scatter(unsure, np.maximum(means[name], 1e-6), c=critical, s=10, cmap='viridis', vmin=0)
-    axis.set_xscale('log')
-    axis.set_yscale('log')
-    axis.set_xlabel('1 - mean certainty at a position')
-    axis.set_title(label, fontsize=10)
-  figure.colorbar(dots, ax=right, label='share of critical tokens')
-  _finish(figure, (left, middle, right), path, title)
+  left.hist(gaps, bins=40, color=PALE)
+  mean = float(np.mean(gaps))
+  left.axvline(mean, color=REFERENCE)
+  left.annotate(f'mean {mean:+.3f}', (mean, 0.96), (-4, 0), ha='right', va='top', fontsize=8.5, color=REFERENCE,
+                xycoords=('data', 'axes fraction'), textcoords='offset points')
+  panel_title(left, f'Certainty gap of {gaps.size} generations', WIDTH / 3)
+  left.set_xlabel('certainty: critical minus other tokens')
+  left.set_ylabel('generations')
+  unsure = np.maximum(1 - means['certainty'], _LEAST)
+  colours = LinearSegmentedColormap.from_list('critical', [PALE, CRITICAL])
+  panels = ((middle, 'entropy', 'Entropy at each position', 'nats'),
+            (right, 'error', 'Probability of a wrong token at each position', None))
+  for axis, name, label, unit in panels:
+    dots = axis.scatter(unsure, np.maximum(means[name], _LEAST), c=critical, s=10, cmap=colours, vmin=0)
+    axis.set(xscale='log', yscale='log', xlabel='1 - mean certainty at a position', ylabel=unit)
+    panel_title(axis, label, WIDTH / 3)
+  bar = figure.colorbar(dots, ax=right, label='share of critical tokens')
+  in_percent(bar.ax.yaxis)
+  save(figure, path, title, 'Middle and right: a dot for each position, means over generations, 1e-6 at least.')

@@ -1,7 +1,7 @@
-"""Learning curves as a picture."""
+"""Learning curves as pictures."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,82 +9,203 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.statistics import curve_band
+from critkl_jax.analysis.style import (
+    OTHERS,
+    PENALTIES,
+    WIDTH,
+    colours_of,
+    in_percent,
+    level_line,
+    panel_title,
+    save,
+    split_label,
+)
 
-WIDEST = 4  # panels in a row
+WIDEST = 3  # panels in a row
+FEWEST_RUNS = 4  # for a band; of fewer each is a thin line
+MOST_BANDS = 4  # groups of a panel that all have bands; of more groups only the three penalties have them
+SHARES = ('accuracy', 'critical_right', 'format_errors')  # shown in percent, with what is right at critical tokens
 PANELS = {
-    'accuracy': 'accuracy of the rollouts',
-    'kl': 'KL from the reference (nats a token)',
-    'entropy': 'entropy (nats a token)',
-    'weight': 'mean weight of the penalty',
+    'accuracy': 'accuracy of sampled answers',
+    'kl': 'KL(policy || reference), nats per token',
+    'entropy': 'entropy of the policy, nats per token',
+    'weight': 'mean weight of the KL penalty',
 }
 
 
 def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.Path, title: str,
-                         panels: dict[str, str] | None = None) -> None:
-  """Draws metrics against the step, a panel each, into a PNG.
+                         panels: dict[str, str] | None = None, reference: float | None = None, penalty: str = '',
+                         reference_label: str = 'reference, greedy') -> None:
+  """Draws metrics of one run against the iteration, a panel each, into a PNG.
 
   Args:
     rows: metrics, each row with its `step`.
     path: file to write.
     title: stands above the panels.
     panels: metric -> label of its panel; those of a fine-tuning run if None. A metric that no row has is left out.
+    reference: share of problems that the reference answers right before training, a line in the panel of `accuracy`.
+    penalty: the run's KL penalty, `prioritized`, `standard` or `none`, whose colour the curves have.
+    reference_label: stands at that line.
   """
-  panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
-  figure = Figure(figsize=(3.6 * max(len(panels), 1), 3.0), layout='constrained')
-  for number, (name, label) in enumerate(panels.items(), start=1):
-    axis = figure.add_subplot(1, len(panels), number)
+  panels = _shown(rows, panels)
+  figure = _panel_grid(list(panels.values()))
+  for axis, name in zip(figure.axes, panels):
     points = [(row['step'], row[name]) for row in rows if name in row]
-    axis.plot(*zip(*points), marker='o', markersize=3, color='#2a6f97')
-    _dress(axis, name, label)
-  figure.suptitle(title, fontsize=11)
-  figure.savefig(path, dpi=150)
+    axis.plot(*zip(*points), marker='o', markersize=3, color=PENALTIES.get(penalty, OTHERS[0]))
+    _dress(axis, name)
+    _draw_references(axis, name, [] if reference is None else [reference], reference_label)
+  save(figure, path, title)
 
 
-def plot_study(groups: dict[str, Sequence[Sequence[dict[str, float]]]], path: str | pathlib.Path, title: str,
-               panels: dict[str, str] | None = None, conditions: dict[str, str] | None = None) -> None:
-  """Draws the mean curve of each group of runs with a band, the bootstrap 95% interval of the mean, into a PNG.
+def plot_study(groups: Mapping[str, Sequence[Sequence[dict[str, float]]]], path: str | pathlib.Path, title: str,
+               panels: dict[str, str] | None = None, conditions: Mapping[str, str] | None = None,
+               reference: float | Mapping[str, float] | None = None, reference_label: str = 'reference, greedy',
+               colours: Mapping[str, str] | None = None) -> None:
+  """Draws the mean curve of each group of runs with a band, the bootstrap 95 % interval of the mean, into a PNG.
+
+  Where more than `MOST_BANDS` groups share a panel only the prioritized, the standard and no penalty have bands.
 
   Args:
     groups: label -> the metrics of its runs, each as in `plot_learning_curves`, all of the same steps.
     path: file to write.
-    title: stands above the panels.
+    title: stands above the panels, with a sentence on lines and bands.
     panels: as in `plot_learning_curves`.
-    conditions: label -> the condition of a group: each has panels of its own; all have the same if None. Labels
-      that end in `, CONDITION` are shown without it, and those that are equal then have the same colour.
+    conditions: label -> the condition of a group: each has panels of its own, in which labels that end in
+      `, CONDITION` are shown without it. What `style.split_label` finds if None.
+    reference: share of problems that the reference answers right before training, a line in panels of `accuracy`;
+      label -> share where groups have references of their own, without those that have none to compare with.
+    reference_label: stands at that line.
+    colours: label -> colour; those of `style.colours_of` if None.
   """
-  rows = [row for runs in groups.values() for run in runs for row in run]
-  panels = {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
-  alike, places, handles = {}, {}, {}
-  for group in groups:
-    condition = (conditions or {}).get(group, '')
-    short = group.removesuffix(f', {condition}')
-    alike.setdefault(condition, {})[short] = groups[group]
-    places.setdefault(short, len(places))
-  deep = 1 if len(panels) <= WIDEST else 2  # rows of a condition
-  wide = max(-(-len(panels) // deep), 1)
-  figure = Figure(figsize=(4.2 * wide, 0.6 + 3.0 * deep * len(alike)), layout='constrained')
-  for place, (condition, own) in enumerate(alike.items()):
-    for number, (name, label) in enumerate(panels.items(), start=1):
-      axis = figure.add_subplot(deep * len(alike), wide, place * deep * wide + number)
-      for short, runs in own.items():
-        runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
-        if not runs:
-          continue
-        mean, low, high = curve_band(np.array([[row.get(name) for row in run] for run in runs], float))
-        steps = [row['step'] for row in runs[0]]
-        handles[short], = axis.plot(steps, mean, linewidth=1.6, color=f'C{places[short]}')
-        axis.fill_between(steps, low, high, color=f'C{places[short]}', alpha=0.18, linewidth=0)
-      _dress(axis, name, f'{condition}\n{label}' if condition else label)
+  panels = _shown([row for runs in groups.values() for run in runs for row in run], panels)
+  colours = colours or colours_of(groups)
+  cells = _by_condition(groups, conditions)
+  if not isinstance(reference, Mapping):
+    reference = {} if reference is None else dict.fromkeys(groups, reference)
+  figure, axes = _condition_grid(cells, panels)
+  handles, banded = {}, set()
+  for (condition, name), axis in axes.items():
+    own = cells[condition]
+    shown = {short for short, label in own.items() if len(own) <= MOST_BANDS or colours[label] in PENALTIES.values()}
+    for short, label in own.items():
+      line = _draw_group(axis, name, groups[label], colours[label], short in shown)
+      if line is not None:
+        handles.setdefault(short, line)
+    banded |= shown
+    _dress(axis, name)
+    _draw_references(axis, name, sorted({reference[label] for label in own.values() if label in reference}),
+                     reference_label)
   if panels and len(groups) > 1:
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=min(len(handles), 4), fontsize=9)
-  figure.suptitle(title, fontsize=11)
-  figure.savefig(path, dpi=150)
+    _add_legend(figure, handles)
+  save(figure, path, title, _meaning(groups, [short for short in handles if short in banded], len(handles)))
 
 
-def _dress(axis: Axes, name: str, label: str) -> None:
+def _shown(rows, panels):
+  """Returns the panels of metrics that some row has."""
+  return {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
+
+
+def _by_condition(groups, conditions):
+  """Returns condition -> label without it -> label."""
+  found = {}
+  for label in groups:
+    if conditions is None:
+      short, condition = split_label(label)
+    else:
+      condition = conditions.get(label, '')
+      short = label.removesuffix(f', {condition}')
+    found.setdefault(condition, {})[short] = label
+  return found
+
+
+def _panel_grid(labels):
+  """Returns a figure with a panel for each label, in rows of which the last may have fewer."""
+  number = len(labels)
+  wide = 2 if number == 4 else max(min(number, WIDEST), 1)
+  deep = -(-number // wide)
+  figure = Figure(figsize=(WIDTH if number > 2 else 3.4 * wide, 1.2 + 2.4 * deep), layout='constrained')
+  for i in range(number):
+    panel_title(figure.add_subplot(deep, wide, i + 1), labels[i], figure.get_size_inches()[0] / wide)
+  return figure
+
+
+def _condition_grid(cells, panels):
+  """Returns a figure and its panels by condition and metric: a column for each condition and a row for each metric, the
+  other way round where conditions are many; of a single condition, metrics one after another."""
+  if len(cells) <= 1:
+    figure, condition = _panel_grid(list(panels.values())), next(iter(cells), '')
+    return figure, {(condition, name): axis for name, axis in zip(panels, figure.axes)}
+  across = len(cells) <= WIDEST + 1
+  wide, deep = (len(cells), len(panels)) if across else (len(panels), len(cells))
+  figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * deep), layout='constrained')
+  found, first = {}, {}
+  for i, condition in enumerate(cells):
+    for j, (name, label) in enumerate(panels.items()):
+      axis = found[condition, name] = figure.add_subplot(
+          deep, wide, 1 + (j * wide + i if across else i * wide + j),
+          sharey=first.get(name) if _is_share(name) else None)
+      first.setdefault(name, axis)
+      panel_title(axis, f'{condition or "all else"}: {label}', WIDTH / wide)
+  return figure, found
+
+
+def _draw_group(axis, name, runs, colour, band):
+  """Draws the mean of some runs, and if wanted its interval, or the runs where they are too few for one; returns the
+  line of the mean, None if no run has the metric."""
+  runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
+  if not runs:
+    return None
+  curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
+  mean, low, high = curve_band(curves)
+  line, = axis.plot(steps, mean, linewidth=1.6, color=colour)
+  if band and 1 < len(runs) < FEWEST_RUNS:
+    axis.plot(steps, curves.T, linewidth=0.6, color=colour, alpha=0.6)
+  elif band:
+    axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+  return line
+
+
+def _draw_references(axis, name, shares, label):
+  """Draws lines at the reference's accuracy before training, each with its label, into a panel of accuracies."""
+  for share in shares if name == 'accuracy' else ():
+    level_line(axis, share, f'{label}: {100 * share:.0f} %', height=1.0 if share < 0.15 else None)  # no room below
+
+
+def _dress(axis: Axes, name: str) -> None:
   axis.set_xlabel('iteration')
-  axis.set_title(label, fontsize=10)
-  axis.grid(alpha=0.3)
-  axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  if _is_share(name):
+    in_percent(axis.yaxis)
+  else:
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
   if name == 'accuracy':
     axis.set_ylim(0, 1.02)
+  elif name.startswith('weight'):
+    axis.set_ylim(-0.03, 1.03)
+
+
+def _is_share(name):
+  return name in SHARES or (name.startswith('critical/') and name != 'critical/kl')
+
+
+def _add_legend(figure, handles):
+  """Adds a legend below the panels, and makes the figure higher by its rows after the first."""
+  width, height = figure.get_size_inches()
+  columns = max(int(width / (0.075 * max(map(len, handles), default=1) + 0.6)), 1)
+  columns = min(len(handles), columns, 5)
+  figure.set_size_inches(width, height + 0.2 * ((len(handles) - 1) // columns))
+  figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
+
+
+def _meaning(groups, banded, number):
+  """Returns the sentence that says what lines and bands are."""
+  seeds = sorted({len(runs) for runs in groups.values()})
+  if not seeds:
+    return ''
+  if seeds[-1] == 1:
+    return 'One seed each.' if number > 1 else ''
+  many = f'{seeds[0]}' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
+  whose = '' if len(banded) == number else f' (of {", ".join(banded)})'
+  bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded and seeds[-1] >= FEWEST_RUNS else ''
+  thin = f'; thin lines{whose}: single seeds' if banded and seeds[0] < FEWEST_RUNS else ''
+  return f'Lines: mean over {many} seeds{bands}{thin}.'

@@ -15,6 +15,7 @@ PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
 UNIFORM_WEIGHT, UNIFORM_PENALTY = 'uniform, of equal mean weight', 'uniform, of equal penalty'
 ORACLE, THRESHOLD, RANDOM = 'mask of the oracle', 'mask of a threshold', 'mask of random tokens'
 HALF, UNCRITICAL = 'mask where the weight is below a half', 'that mask, but for critical tokens'
+OF_PRESET = 'of the preset'  # in labels: `references.with_numbers` puts the number there
 EXPONENTS = (1, 10, 50, 150, 500, 1000, 10000)
 
 
@@ -79,12 +80,13 @@ class Study:
 
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
-_CRITICAL = {'critical_right': 'right ones among sampled critical tokens'}
-_EACH_CRITICAL = {f'critical/{operand}_{kind}': f'right {kind}, {operand} operand: probability'
+_CRITICAL = {'critical_right': 'sampled critical tokens that are right'}
+_EACH_CRITICAL = {f'critical/{operand}_{kind}': f'probability of the right {kind}, {operand} operand'
                   for kind in ('comma', 'digit') for operand in ('first', 'second')}
-_KL_OTHER = {'probe_kl_other': 'KL at other tokens of right solutions, N+1'}
-_DRIFT = _KL_OTHER | {'probe_kl_known': 'KL at tokens of right solutions, N'}
-_WEIGHT = {'weight': 'mean weight', 'weight_critical': 'mean weight at critical tokens'}
+_KL_OTHER = {'probe_kl_other': 'KL at other tokens of right solutions, N+1, nats per token'}
+_KL_OWN = {'kl': "KL at the policy's own tokens, N+1, nats per token"}
+_DRIFT = _KL_OTHER | {'probe_kl_known': 'KL at tokens of right solutions, N, nats per token'}
+_WEIGHT = {'weight': 'mean weight of the penalty', 'weight_critical': 'mean weight at critical tokens'}
 _THREE = _PRIORITIZED, _STANDARD, _NONE = (
     Arm(PRIORITIZED), Arm(STANDARD, {'kl': 'standard'}), Arm(NONE, {'kl': 'none'}))
 
@@ -167,11 +169,11 @@ _RELEASED_CODE = (
     Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
-_LEVELS = [_three(f'N = {n}' if n else 'N of the preset', pretraining={'known_digits': n} if n else {})
+_LEVELS = [_three(f'N = {n}' if n else f'N {OF_PRESET}', pretraining={'known_digits': n} if n else {})
            for n in (3, 4, None, 6)]
 _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
 # Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
-_SIZES = [_three(f'width {own["width"]}' if own else 'width of the preset', pretraining=own)
+_SIZES = [_three(f'width {own["width"]}' if own else f'width {OF_PRESET}', pretraining=own)
           for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
 _SHIPPED = ('The reference in the package (preset tiny: N = 5, width 128) is the checkpoint of step 2200 of 2400, '
             'taken for its accuracy on N + 1; the others are at the end of theirs.')
@@ -197,9 +199,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            num_seeds=CORE_SEEDS),
     _penalties('drift', "the third experiment of the paper's summary",
                'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
-               {'critical/kl': 'KL at critical tokens of right solutions'} | _DRIFT | {
-                   'kl': "KL at the policy's own tokens, N+1 (nats)"}, num_seeds=CORE_SEEDS,
-               judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
+               {'critical/kl': 'KL at critical tokens of right solutions, N+1, nats per token'} | _DRIFT | _KL_OWN,
+               num_seeds=CORE_SEEDS, judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OTHER,
@@ -208,7 +209,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            note='The threshold is a certainty of 0.9 where none is named. Masks lift different amounts of the penalty, '
                 'see what is paid for a nat of KL. The oracle knows critical tokens up to the first error of a '
                 'response; with k = 1 they are on the first line of the scratchpad alone.'),
-    _study('exponent', 'figure 6', 'How much does the exponent matter?',
+    _study('exponent', 'figure 6', 'How much does the exponent of the weight matter (prioritized: 150)?',
            (_STANDARD, *map(_exponent, EXPONENTS), _NONE), STANDARD, _ACCURACY | _CRITICAL | _KL_OTHER, further=tuple(
                (arm.label, PRIORITIZED) for arm in (*map(_exponent, EXPONENTS), _NONE) if arm is not _PRIORITIZED),
            num_seeds=CORE_SEEDS),
@@ -217,8 +218,9 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
            _each_against(_WEIGHTINGS[1:], STANDARD),
            note='The rules leave more or less of the penalty, see the mean weight; the exponent is 150 for all '
                 "certainties, whose scales differ; rules by entropy take the reference's for the policy's."),
-    _study('estimators', 'beyond the paper', 'Which estimator of the KL, and where: in the loss or in the reward?',
-           _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | {'kl': "KL at the policy's own tokens (nats)"}),
+    _study('estimators', 'beyond the paper',
+           'Which estimator of the KL, and where: in the loss or in the reward (prioritized: k2 in the loss)?',
+           _ESTIMATORS, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OWN),
     _study('algorithms', 'beyond the paper', 'Which algorithm, and which advantages?',
            _ALGORITHMS, 'PPO, group-relative', _ACCURACY | _CRITICAL,
            note="The paper's is A2C with GAE, lambda 0.95; all arms have the prioritized penalty. Of the paper's, "

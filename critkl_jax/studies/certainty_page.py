@@ -101,4 +101,6 @@ def _certainty_page(results):
 
 
 def _title(results):
-  return f'{results["study"]}, a reference of N = {results["known_digits"]} on N + {results["extra_digits"]}'
+  """Returns the title of a picture: the question, and whose tokens on which problems."""
+  return (f'{results["question"]}\nA reference of N = {results["known_digits"]} digits on N + '
+          f'{results["extra_digits"]} digits, {results["generations"]} sampled generations')

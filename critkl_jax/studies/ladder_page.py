@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
@@ -39,23 +40,25 @@ def ladder_verdict(row: dict[str, Any]) -> str:
 
 
 def _plot_climbs(results, path):
-  figure = Figure(figsize=(9, 3.6), layout='constrained')
-  left, right = figure.subplots(1, 2, sharey=True)
-  for axis, name, title in ((left, 'accuracy', 'greedy accuracy on the digits of the rung (%), tries side by side'),
-                            (right, 'accuracy_known', 'on one step fewer (%)')):
-    for number, (label, arm) in enumerate(results['arms'].items()):
-      for i, runs in enumerate(arm['climbs'].values()):
+  """Draws the accuracies of all runs of the climbs: a column for each penalty, and rows for the digits that a run is
+  trained on and for k digits fewer."""
+  arms, colours, step = results['arms'], colours_of(results['arms']), results['extra_digits']
+  fewer = 'one digit fewer' if step == 1 else f'{step} digits fewer'
+  figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')
+  axes = figure.subplots(2, len(arms), sharex=True, sharey=True, squeeze=False)
+  for (label, arm), column in zip(arms.items(), axes.T):
+    for axis, name, what in zip(column, ('accuracy', 'accuracy_known'), ('the digits trained on', fewer)):
+      for runs in arm['climbs'].values():
         tries = [sum(other['digits'] == row['digits'] for other in runs[:k]) for k, row in enumerate(runs)]
-        axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [100 * row[name] for row in runs],
-                  marker='o', markersize=4, color=f'C{number}', alpha=0.7, label=label if i == 0 else None)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel('digits of the rung')
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
-  left.axhline(100 * LEAST, color='#9aa7b4', linestyle='--', linewidth=1, label='a rung is reached')
-  left.legend(fontsize=8)
-  figure.suptitle(results['study'], fontsize=11)
-  figure.savefig(path, dpi=130)
+        axis.plot([row['digits'] + 0.12 * n for row, n in zip(runs, tries)], [row[name] for row in runs],
+                  marker='o', markersize=4, linewidth=1.3, color=colours[label], alpha=0.8)
+      panel_title(axis, f'{label}: greedy accuracy on {what}', WIDTH / len(arms))
+      axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+      in_percent(axis.yaxis)
+    level_line(column[0], LEAST, f'{100 * LEAST:.0f} %: rung reached', height=LEAST + 0.11)
+    column[1].set_xlabel('rung: digits trained on')
+  save(figure, path, f'{results["question"]}\nEach line is a climb (one seed), each dot a run; later tries at the same '
+       'digits stand a little to the right.')
 
 
 def _rungs_lines(results):

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from critkl_jax.analysis.curves import plot_study
-from critkl_jax.studies.catalog import Study
+from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save, split_label
+from critkl_jax.studies.catalog import PRIORITIZED, Study
 from critkl_jax.studies.files import TOLD_APART, signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
 from critkl_jax.studies.results import FIGURES, TARGETS
 
-DOTS = ('greedy', 'sampled', 'greedy_known', 'critical_probability')
+DOTS = ('greedy', 'area', 'greedy_known', 'critical_probability')  # drawn of each arm, after what the study judges by
 TARGET_TEXT = ' / '.join(f'{100 * target:.0f}' for target in TARGETS)
 CONTRASTED = ('greedy', 'sampled', 'greedy_known', 'area', 'episodes_to_50', 'episodes_to_80', 'episodes_to_90',
               'critical_probability', 'kl_critical', 'kl_other')
@@ -29,38 +30,65 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
   if results['arms']:
     records = {label: list(own.values()) for label, own in plan.records(study).items() if own}
     panels = {name: label.replace('N+1', f'N+{results["extra_digits"]}') for name, label in study.panels.items()}
+    colours = arm_colours(study)
+    sampled = {label: results['references'][arm['reference']]['sampled'][0] for label, arm in results['arms'].items()
+               if arm['compares_with_reference']}
     plot_study({label: [one.metrics for one in own] for label, own in records.items()}, home / 'curves.png',
-               _title(results), panels, {arm.label: arm.condition for arm in study.arms})
-    plot_arms(results, home / 'arms.png')
+               _title(results), panels, reference=sampled, reference_label='reference, sampled', colours=colours)
+    plot_arms(results, home / 'arms.png', colours)
   if results.get('levels'):
     plot_levels(results['levels'], home / 'levels.png')
   (home / 'README.md').write_text(page_of(results))
   return home
 
 
-def plot_arms(results: dict[str, Any], path: pathlib.Path) -> None:
-  """Draws the interquartile mean of each arm with its interval, a panel for each figure, and every run as a dot."""
-  labels = list(results['arms'])
-  figure = Figure(figsize=(3.3 * len(DOTS) + 1.5, 0.42 * len(labels) + 1.6), layout='constrained')
-  axes = figure.subplots(1, len(DOTS), sharey=True, squeeze=False)[0]
-  for axis, name in zip(axes, DOTS):
-    for place, label in enumerate(labels):
-      value, low, high = results['arms'][label]['figures'][name]['iqm']
-      dots = [run[name] for run in results['runs'] if run['arm'] == label]
-      axis.plot(dots, [place] * len(dots), 'o', color='#9aa7b4', markersize=3)
-      axis.plot([low, high], [place, place], color='#2a6f97', linewidth=2)
-      axis.plot([value], [place], 'o', color='#d9480f', markersize=5)
-      before = results['references'][results['arms'][label]['reference']][name]
-      if name.startswith('greedy') or results['arms'][label]['compares_with_reference']:
-        axis.plot([before[0]], [place], '|', color='#1c2733', markersize=9)
-    axis.set_title(f'{_named(name, results)} (%)', fontsize=10)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(lambda x, _: f'{100 * x:g}')
-    axis.grid(alpha=0.3)
-    axis.set_yticks(range(len(labels)), labels)
-  axes[0].invert_yaxis()
-  figure.suptitle(f'{_title(results)}: interquartile mean and 95 % interval; strokes: the reference', fontsize=11)
-  figure.savefig(path, dpi=130)
+def arm_colours(study: Study) -> dict[str, str]:
+  """Returns label -> colour of a study's arms; an arm that changes nothing is the prioritized penalty by any name."""
+  unchanged = {arm.label: PRIORITIZED for arm in study.arms if not (arm.changes or arm.matches or arm.ensemble)}
+  return colours_of([arm.label for arm in study.arms], unchanged)
+
+
+def plot_arms(results: dict[str, Any], path: pathlib.Path, colours: dict[str, str]) -> None:
+  """Draws the interquartile mean of each arm with its interval, a panel for each figure that the study judges by or
+  that all studies show, and every run as a dot; `colours` has each arm's."""
+  names, heights = list(dict.fromkeys((*results['judged'], *DOTS)))[:len(DOTS)], _heights(results['arms'])
+  figure = Figure(figsize=(WIDTH, 0.26 * max(heights.values()) + 1.9), layout='constrained')
+  axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+  for axis, name in zip(axes, names):
+    for label, arm in results['arms'].items():
+      _draw_arm(axis, name, label, arm, heights[label], colours[label], results)
+    share = FIGURES[name][1]
+    panel_title(axis, _named(name, results) + ', nats per token' * name.startswith('kl_'), 2.2)
+    axis.xaxis.set_major_locator(MaxNLocator(3))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _, share=share: f'{100 * x:.6g} %' if share else f'{x:g}'))
+    axis.set_yticks(list(heights.values()), list(heights))
+    axis.margins(x=0.08)
+    if name.startswith('kl_'):
+      axis.set_xlim(left=0)
+  axes[0].set_ylim(max(heights.values()) + 0.7, -0.7)
+  save(figure, path, _title(results), 'Large dots: interquartile mean over seeds, with its 95 % interval. Small dots: '
+       'runs. Black strokes: the reference before training.')
+
+
+def _heights(labels):
+  """Returns where each arm is drawn: arms of one condition together."""
+  heights, height, before = {}, -1.0, None
+  for label in labels:
+    condition = split_label(label)[1]
+    height += 1.0 if before in (None, condition) else 1.5
+    heights[label], before = height, condition
+  return heights
+
+
+def _draw_arm(axis, name, label, arm, height, colour, results):
+  value, low, high = arm['figures'][name]['iqm']
+  runs = [run[name] for run in results['runs'] if run['arm'] == label]
+  axis.plot(runs, [height + 0.26] * len(runs), 'o', color=colour, markersize=3, markeredgewidth=0, alpha=0.55)
+  axis.plot([low, high], [height, height], color=colour, linewidth=2)
+  axis.plot([value], [height], 'o', color=colour, markersize=6)
+  before = results['references'][arm['reference']].get(name)
+  if before is not None and (name.startswith('greedy') or arm['compares_with_reference']):
+    axis.plot([before[0]], [height], '|', color=REFERENCE, markersize=11, markeredgewidth=1.6)
 
 
 def page_of(results: dict[str, Any]) -> str:
@@ -204,7 +232,9 @@ def _origin(results):
 
 
 def _title(results):
-  return f'{results["study"]}: references {_known(results)} on N + {results["extra_digits"]}'
+  """Returns the title of a picture: the question, and what is trained on what."""
+  return (f'{results["question"]}\nReferences {_known(results)} digits, fine-tuned on N + {results["extra_digits"]} '
+          'digits')
 
 
 def _known(results):

@@ -11,7 +11,7 @@ from critkl_jax.checkpoint import Checkpoint, CheckpointError
 from critkl_jax.config import PretrainConfig, replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
-from critkl_jax.studies.catalog import Study
+from critkl_jax.studies.catalog import OF_PRESET, Study
 from critkl_jax.tasks.addition import plus_task
 
 SHIPPED_PRESET = 'tiny'  # that of the reference in the package; of its checkpoints the one of step 2200 was taken
@@ -48,6 +48,18 @@ def suited(study: Study, preset: str) -> Study:
       contrasts=tuple(pair for pair in study.contrasts if not set(pair) & set(left_out)),
       note=f'{study.note} Left out at preset {preset}, whose own reference they have, or whose context is too short: '
            f'{"; ".join(left_out)}.'.strip())
+
+
+def with_numbers(study: Study, preset: str) -> Study:
+  """Returns a study whose labels have the preset's own number of digits and width in the place of `OF_PRESET`."""
+  config = pretrain_config(preset, {})
+
+  def name(label):
+    return label.replace(f'N {OF_PRESET}', f'N = {config.known_digits}').replace(
+        f'width {OF_PRESET}', f'width {config.model.width}')
+
+  arms = tuple(dataclasses.replace(arm, label=name(arm.label), condition=name(arm.condition)) for arm in study.arms)
+  return dataclasses.replace(study, arms=arms, contrasts=tuple((name(a), name(b)) for a, b in study.contrasts))
 
 
 def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: pathlib.Path) -> Checkpoint:

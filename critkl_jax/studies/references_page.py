@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from critkl_jax.analysis.style import BEHIND_TEXT, PALE, WIDTH, colours_of, save
 from critkl_jax.studies.certainty import PAPER_GAPS
 from critkl_jax.studies.files import interval_text, table
 
@@ -43,23 +44,32 @@ def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
 def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path) -> None:
   """Draws the accuracy of each reference by the digits beyond its N, a panel for each distribution of lengths, and the
   paper's references in grey; arguments as of `levels_lines`."""
-  figure = Figure(figsize=(8.4, 3.4), layout='constrained')
+  figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
+  own = sorted(levels.values(), key=lambda rows: min(row['digits'] for row in rows))
+  colours = colours_of(f'N = {min(row["digits"] for row in rows)}' for rows in own)
   for i, (axis, lengths) in enumerate(zip(figure.subplots(1, 2, sharey=True), ('identical', 'varying'))):
     for n, cells in PAPER_LEVELS.items():
       shares = [float(cell.split(' / ')[i]) for cell in cells]
-      axis.plot(range(len(shares)), shares, '--', color='#9aa7b4', linewidth=1, label="the paper's" if n == 7 else None)
-      axis.annotate(str(n), (1, shares[1]), fontsize=7, color='#6b7885')
-    for rows in sorted(levels.values(), key=lambda rows: min(row['digits'] for row in rows)):
-      own = [row for row in rows if row['distribution'] == lengths]
-      values = np.array([[row['accuracy'], row['accuracy'] - row['low'], row['high'] - row['accuracy']] for row in own])
-      axis.errorbar([row['digits'] - own[0]['digits'] for row in own], 100 * values[:, 0], 100 * values[:, 1:].T,
-                    marker='o', markersize=4, capsize=3, linewidth=1.5, label=f'N = {own[0]["digits"]}')
-    axis.set_title(f'greedy accuracy (%), operands of {lengths} length', fontsize=10)
-    axis.set_xlabel('digits beyond N')
+      place = 2 if shares[2] > 20 else 1  # where the curves lie apart
+      axis.plot(range(len(shares)), shares, '--', color=PALE, linewidth=1)
+      axis.annotate(f'paper, N = {n}', (place, shares[place]), (4, 2), textcoords='offset points', fontsize=8,
+                    color='#6b7885', bbox=BEHIND_TEXT)
+    for label, rows in zip(colours, own):
+      _draw_levels(axis, [row for row in rows if row['distribution'] == lengths], label, colours[label])
+    axis.set_title(f'operands of {lengths} length')
+    axis.set_xlabel('digits of the problem beyond N')
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
-  figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=9)
-  figure.savefig(path, dpi=130)
+    axis.yaxis.set_major_formatter(lambda x, _: f'{x:g} %')
+  figure.legend(*axis.get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=9, frameon=False)
+  save(figure, path, 'What does a reference, pre-trained on N digits, know beyond them?',
+       'Greedy accuracy; error bars: 95 % interval over problems. Dashed: the references of the paper.')
+
+
+def _draw_levels(axis, rows, label, colour):
+  values = 100 * np.array([[row['accuracy'], row['accuracy'] - row['low'], row['high'] - row['accuracy']]
+                           for row in rows])
+  axis.errorbar([row['digits'] - rows[0]['digits'] for row in rows], values[:, 0], values[:, 1:].T, marker='o',
+                markersize=4, capsize=3, linewidth=1.5, color=colour, label=label)
 
 
 def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra_digits: int) -> list[str]:

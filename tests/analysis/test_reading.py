@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import SMOKE, finetuned_workdir, noisy, write
+from matplotlib.figure import Figure
 
 from critkl_jax import checkpoint
 from critkl_jax.analysis.charts import plot_certainty, plot_positions, plot_steps, reliability
@@ -175,6 +176,19 @@ def test_pictures(greedy, solutions, tmp_path):
     plot_certainty(tokens, tmp_path / f'{name}1.png', name)
     plot_positions(tokens, tmp_path / f'{name}2.png', name)
   assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_positions_say_how_many_responses_reach_them(greedy, tmp_path, monkeypatch):
+  figures = []
+  monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: figures.append(self))
+  plot_positions(greedy, tmp_path / 'x.png', 'title')
+  reach = figures[0].axes[-1]
+  length = int(greedy['mask'].any(0).sum())
+  assert reach.get_title() == 'number of responses that reach the position'
+  filled = reach.collections[0].get_paths()[0].vertices
+  reached = {int(x): y for x, y in filled if y > 0}
+  assert [reached[i] for i in range(length)] == greedy['mask'].sum(0)[:length].tolist()
+  assert reach.get_lines()[0].get_ydata().tolist() == greedy['on_path'].sum(0)[:length].tolist()
 
 
 def test_a_checkpoint_against_itself(workdir):
