@@ -1,4 +1,4 @@
-"""One part in its own process: `python -m benchmarks.accelerator.child MODULE:FUNCTION ARGUMENTS`, started by `parts`."""
+"""A part in a process of its own, started by `parts`: `python -m benchmarks.accelerator.child MODULE:FUNCTION JSON`."""
 
 import importlib
 import json

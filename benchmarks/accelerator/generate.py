@@ -22,6 +22,7 @@ from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 
 WARM_UP_TOKENS = 8
+MOST_TOKENS = {'full': None, 'smoke': 32}  # of a response; None for what the task allows
 FEW_EPISODES = 4  # on a CPU at full size
 
 
@@ -38,7 +39,7 @@ def measure(report: Report) -> None:
     peer = peer.to(device, getattr(torch, dtype))
     counts = EPISODES[report.preset] if device.type == 'cuda' else (min(FEW_EPISODES, *EPISODES[report.preset]),)
     for episodes in counts:
-      report.add(f'{preset} {episodes} episodes', dtype=dtype, **speeds(peer, task, episodes, device))
+      report.add(f'{preset} {episodes} episodes', dtype=dtype, **speeds(peer, task, episodes, device, MOST_TOKENS[report.preset]))
 
 
 def texts(task: Task, episodes: int) -> tuple[np.ndarray, ...]:
@@ -69,13 +70,14 @@ def difference(model: GPT2, params: Any, peer: transformers.GPT2LMHeadModel, tas
   return float(np.max(np.abs(said - wanted)))
 
 
-def speeds(peer: transformers.GPT2LMHeadModel, task: Task, episodes: int, device: torch.device) -> dict[str, float]:
+def speeds(peer: transformers.GPT2LMHeadModel, task: Task, episodes: int, device: torch.device,
+           most_tokens: int | None) -> dict[str, float]:
   """Times one call of `generate` and one forward pass, each after another to warm up."""
   *prompt, solution = texts(task, episodes)
   tokens, mask = (torch.tensor(x).long().to(device) for x in prompt)
   text = torch.cat([tokens, torch.tensor(solution).long().to(device)], 1)
   torch_generate(peer, task, tokens, mask, WARM_UP_TOKENS)
-  num_tokens, generate = result_and_seconds(lambda: torch_generate(peer, task, tokens, mask), device)
+  num_tokens, generate = result_and_seconds(lambda: torch_generate(peer, task, tokens, mask, most_tokens), device)
   with torch.inference_mode():
     result_and_seconds(lambda: peer(text).logits, device)
     _, forward = result_and_seconds(lambda: peer(text).logits, device)

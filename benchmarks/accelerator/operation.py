@@ -23,7 +23,7 @@ from critkl_jax.ops.weighted_kl import linear, linear_weighted_kl_loss, pallas_g
 RAGGED = {'full': ((252, 123, 507), (1000, 257, 5003), (77, 768, 50257)),  # N, D, V
           'smoke': ((30, 40, 70), (7, 31, 300), (1, 5, 47))}
 TIMED = {'full': ((8192, 2048, 151936), (4096, 1024, 50257)), 'smoke': ((256, 64, 2048), (128, 32, 1024))}
-SLACK = {'float32': (1e-5, 1e-5), 'bfloat16': (1e-5, 2**-10)}  # of values, of gradients
+SLACK = {'float32': (1e-5, 1e-5), 'bfloat16': (1e-5, 2**-8)}  # of values, of gradients; kernels round those of logits
 SMALL_BUDGET = 2**18  # bytes of logits, by which `chunked` walks through the vocabulary at the ragged sizes
 REPEATS = 5
 

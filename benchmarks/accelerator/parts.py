@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ERROR_LINES = 12  # of what a failed part printed last
+QUICK = ' --xla_backend_optimization_level=0'
 MARGIN = 5.0  # seconds kept at the end for what remains to be written
 
 
@@ -36,7 +38,7 @@ class Part(NamedTuple):
   function: str
   share: float
   least: float = 5.0
-  environment: dict[str, str] = {}
+  environment: Mapping[str, str] = types.MappingProxyType({})
 
 
 def run_parts(parts: Sequence[Part], path: pathlib.Path, minutes: float, preset: str) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def run_parts(parts: Sequence[Part], path: pathlib.Path, minutes: float, preset:
     found['parts'][part.name] = {'limit_seconds': left, **row}
     found['seconds'] = time.monotonic() - start
     write_json(path, found)
-    say(start, part.name, f'{row["status"]}{" after %.0f s" % row["seconds"] if "seconds" in row else ""}')
+    say(start, part.name, f'{row["status"]} after {row.get("seconds", 0.0):.0f} s')
   return found
 
 
@@ -87,7 +89,7 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
   arguments = {'results': str(results), 'earlier': str(path), 'seconds': limit, 'preset': preset}
   began, last = time.monotonic(), collections.deque(maxlen=ERROR_LINES)
   with process_group([sys.executable, '-m', 'benchmarks.accelerator.child', part.function, json.dumps(arguments)],
-                     environment(path) | part.environment) as process:
+                     environment(path, preset) | dict(part.environment)) as process:
     reader = threading.Thread(target=relay, args=(process.stdout, part.name, start, last), daemon=True)
     reader.start()
     try:
@@ -118,11 +120,13 @@ def process_group(command: Sequence[str], variables: dict[str, str]) -> Iterator
     process.wait()
 
 
-def environment(path: pathlib.Path) -> dict[str, str]:
-  """Returns the variables of all parts: one cache of compiled programs beside the JSON file, unless there is one."""
+def environment(path: pathlib.Path, preset: str) -> dict[str, str]:
+  """Returns the variables of all parts: one cache of compiled programs beside the JSON file, unless there is one; at
+  `smoke` size, which times nothing, compilation without optimization."""
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR', f'{path}.cache')
+  flags = os.environ.get('XLA_FLAGS', '') + QUICK * (preset == 'smoke')
   return os.environ | {
-      'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONUNBUFFERED': '1',
+      'XLA_FLAGS': flags, 'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONUNBUFFERED': '1',
       'TF_CPP_MIN_LOG_LEVEL': '2', 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 
 

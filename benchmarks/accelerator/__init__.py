@@ -1,0 +1,1 @@
+"""Proves or disproves the project on a GPU or TPU in one command."""
