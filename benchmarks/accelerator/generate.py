@@ -39,7 +39,8 @@ def measure(report: Report) -> None:
     peer = peer.to(device, getattr(torch, dtype))
     counts = EPISODES[report.preset] if device.type == 'cuda' else (min(FEW_EPISODES, *EPISODES[report.preset]),)
     for episodes in counts:
-      report.add(f'{preset} {episodes} episodes', dtype=dtype, **speeds(peer, task, episodes, device, MOST_TOKENS[report.preset]))
+      found = speeds(peer, task, episodes, device, MOST_TOKENS[report.preset])
+      report.add(f'{preset} {episodes} episodes', dtype=dtype, **found)
 
 
 def texts(task: Task, episodes: int) -> tuple[np.ndarray, ...]:

@@ -126,7 +126,8 @@ def environment(path: pathlib.Path, preset: str) -> dict[str, str]:
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR', f'{path}.cache')
   flags = os.environ.get('XLA_FLAGS', '') + QUICK * (preset == 'smoke')
   return os.environ | {
-      'XLA_FLAGS': flags, 'JAX_COMPILATION_CACHE_DIR': cache, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONUNBUFFERED': '1',
+      'XLA_FLAGS': flags, 'JAX_COMPILATION_CACHE_DIR': cache,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONUNBUFFERED': '1',
       'TF_CPP_MIN_LOG_LEVEL': '2', 'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 
 
