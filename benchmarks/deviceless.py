@@ -77,7 +77,10 @@ def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[s
   arrays = rows, table, rows, table, make(jnp.int32, num_tokens), make(jnp.float32, num_tokens)
   with mock.patch('jax.default_backend', return_value='gpu' if target == GPU else 'tpu'):  # which tiles are chosen by
     traced = jax.jit(jax.value_and_grad(loss_of(program, vocab_size), (0, 1))).trace(*arrays)
-  compiled = traced.lower().compile()
+  (device,) = chip.device_set
+  with jax.default_device(device):  # since JAX 0.11 Pallas asks it for what GPU a kernel is
+    lowered = traced.lower()
+  compiled = lowered.compile()
   text, costs = compiled.as_text(), compiled.cost_analysis()
   return {
       'temporary_mib': compiled.memory_analysis().temp_size_in_bytes / 2**20,
