@@ -80,7 +80,7 @@ def test_parts_that_fail_hang_or_die_are_reported_and_the_next_one_runs(accelera
   assert parts['dies']['error'][-1] == 'ended by SIGABRT'
   row = parts['works']['results']['row']
   assert (row['not_finite'], row['infinite'], row['earlier']) == (None, None, {'number': 1.5})
-  assert row['left'] > 10  # what the others left
+  assert row['left'] > 6  # its own share are 5 s, and others have left some
   shown = capsys.readouterr().out
   assert '] raises: RuntimeError: a planted error' in shown
   assert 'RuntimeError: a planted error' in accelerator.table(found)

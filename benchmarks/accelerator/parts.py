@@ -96,7 +96,9 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
       status = 'done' if process.wait(limit) == 0 else 'failed'
     except subprocess.TimeoutExpired:
       status = 'stopped'
-  reader.join(1.0)  # a process that has left the group may still hold the pipe
+  reader.join(1.0)
+  if not reader.is_alive():  # a process that has left the group may still hold the pipe
+    process.stdout.close()
   row = {'status': status, 'seconds': time.monotonic() - began,
          'results': json.loads(results.read_text()) if results.is_file() else {}}
   results.unlink(missing_ok=True)
