@@ -11,8 +11,8 @@ Each part runs in a process of its own, in the order of the table at the top of 
 minutes are shared out: a part has its share and all that earlier ones have left. At its limit it is stopped with all
 its processes. The JSON file is written anew after each part; a part that failed or was stopped keeps the rows that it
 had finished and the last lines that it printed. `--part=paper` runs one part again (this flag may be repeated) and
-keeps the others in the file. Compiled programs are kept in `JSON.cache` beside the file, so a second run compiles little;
-for times of compilation, start without it. The exit status is 1 if a part failed or was stopped.
+keeps the others in the file. Compiled programs are kept in `JSON.cache` beside the file, so a second run compiles
+little; for times of compilation, start without it. The exit status is 1 if a part failed or was stopped.
 
 What the rows mean (names end in the unit; null is a number that is not finite or that the backend does not tell):
 

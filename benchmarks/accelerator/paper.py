@@ -120,7 +120,7 @@ def pretrain(report: Report, state: TrainState, step: Callable, config: Pretrain
              test: concurrent.futures.Future, seconds: float) -> TrainState:
   """Pre-trains until the time is over, or the model is right at N."""
   start = tested = time.monotonic()
-  tokens, number = 0.0, 0
+  tokens, number, metrics = 0.0, 0, {'loss': np.nan, 'accuracy': 0.0}
   while time.monotonic() - start < seconds and number != settings.most_steps:
     state, metrics = step(state)
     number += 1
@@ -136,8 +136,9 @@ def pretrain(report: Report, state: TrainState, step: Callable, config: Pretrain
       report.add('pretraining tests', **{f'step_{number}': accuracy})
       if accuracy['N'] >= RIGHT:
         break
-  run, compile_seconds = test.result()
+  metrics = {name: float(value) for name, value in metrics.items()}  # waits for the last step
   seconds = time.monotonic() - start
+  run, compile_seconds = test.result()
   report.add('test compilation', seconds=compile_seconds)
   report.add('pretraining', steps=number, seconds=seconds, million_tokens=tokens / 1e6,
              tokens_per_second=tokens / seconds, loss=metrics['loss'], token_accuracy=metrics['accuracy'])
