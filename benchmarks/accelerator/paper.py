@@ -1,7 +1,7 @@
 """Part 6: the paper at its own size, in the time that is left: pre-training, then fine-tuning under three penalties.
 
-While pre-training runs, the programs of the test and of the fine-tuning are compiled in other threads. Muon is taken
-for pre-training, as at the smaller sizes, because it needs far fewer steps than the paper's AdamW; the numbers of
+The programs of the test and of the fine-tuning are compiled in other threads, also while pre-training runs. Muon is
+taken for pre-training, as at the smaller sizes, because it needs far fewer steps than the paper's AdamW; the numbers of
 fine-tuning are those of the `tiny` preset but for a smaller learning rate. None of them was tuned at this size.
 """
 
@@ -29,6 +29,7 @@ from critkl_jax.tasks.task import Task
 PENALTIES = ('prioritized', 'standard', 'none')
 FINETUNING_SECONDS = 120.0  # kept for fine-tuning, or as large a share of a shorter time
 FINETUNING_SHARE = 0.5
+COMPILE_SECONDS = 40.0  # that the step of pre-training may take, a guess: the learning rate falls over the rest
 TEST_EVERY = 10.0  # seconds of pre-training between tests, once almost all tokens are right
 ALMOST_ALL_TOKENS, RIGHT = 0.995, 0.97
 LOG_EVERY = 20  # steps of pre-training, after which the host waits for the device
@@ -64,9 +65,9 @@ def settings_of(preset: str) -> Settings:
 def measure(report: Report) -> None:
   """Pre-trains, tests, fine-tunes and tests again, and reports the learning curves."""
   settings = settings_of(report.preset)
-  known, finetuning_seconds = settings.pretrain.known_digits, min(
-      FINETUNING_SECONDS, FINETUNING_SHARE * report.seconds_left())
-  pretrain_seconds = report.seconds_left() - finetuning_seconds
+  known = settings.pretrain.known_digits
+  finetuning_seconds = min(FINETUNING_SECONDS, FINETUNING_SHARE * report.seconds_left())
+  pretrain_seconds = max(report.seconds_left() - finetuning_seconds - COMPILE_SECONDS, 1.0)
   config = dataclasses.replace(settings.pretrain, num_steps=affordable_steps(report, settings, pretrain_seconds))
   report.add('plan', known_digits=known, pretraining_seconds=pretrain_seconds, steps=config.num_steps,
              finetuning_seconds=finetuning_seconds)
@@ -74,11 +75,19 @@ def measure(report: Report) -> None:
   model, policy = GPT2(config.model), GPT2(settings.finetune.model_of(config.model))
   members = population.product(settings.finetune, kl=PENALTIES)
 
-  state, step = start_pretraining(report, model, config)
+  key = pretraining_keys(config)[1]
+  state = jax.jit(functools.partial(init_pretraining, model, config))()
+  step = jax.jit(make_pretrain_step(model, training_task(config), config), donate_argnums=0)
+  start, lowered = time.monotonic(), step.lower(state, key)
   with concurrent.futures.ThreadPoolExecutor() as pool:
+    compiled = pool.submit(lowered.compile)
     test = pool.submit(make_test, model, task, known, settings, state.params)
     finetuning = pool.submit(seconds_of, population.compile_step, policy, task, members, mesh)
-    state = pretrain(report, state, step, config, settings, test, report.seconds_left() - finetuning_seconds)
+    pretrain_step = compiled.result()
+    report.add('pretraining compilation', seconds=time.monotonic() - start,
+               parameters=sum(x.size for x in jax.tree.leaves(state.params)))
+    state = pretrain(report, state, lambda state: pretrain_step(state, key), config, settings, test,
+                     report.seconds_left() - finetuning_seconds)
     step, memory, seconds = finetuning.result()
   report.add('finetuning compilation', seconds=seconds, mapping=memory.mapping, planned_mib=memory.total / 2**20)
   params = finetune(report, policy, members, mesh, step, state.params, settings)
@@ -104,16 +113,6 @@ def affordable_steps(report: Report, settings: Settings, seconds: float) -> int:
   measured = report.earlier.get('train_step', {}).get('paper pretrain', {}).get('fraction')
   steps = seconds / (flops / (1e12 * matrix_rate * (measured or USUAL_FRACTION)))
   return int(np.clip(0.9 * steps, 2 * config.warmup_steps, settings.most_steps or config.num_steps))
-
-
-def start_pretraining(report: Report, model: GPT2, config: PretrainConfig) -> tuple[TrainState, Callable]:
-  """Returns the state before the first step, and the step, `state -> (state, metrics)`, compiled."""
-  key = pretraining_keys(config)[1]
-  make = jax.jit(make_pretrain_step(model, training_task(config), config), donate_argnums=0)
-  state = jax.jit(functools.partial(init_pretraining, model, config))()
-  step, seconds = timing.compile_together({'step': (make, (state, key))})
-  report.add('pretraining compilation', seconds=seconds, parameters=sum(x.size for x in jax.tree.leaves(state.params)))
-  return state, lambda state: step['step'](state, key)
 
 
 def pretrain(report: Report, state: TrainState, step: Callable, config: PretrainConfig, settings: Settings,
