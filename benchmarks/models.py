@@ -81,7 +81,7 @@ def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
         'mlp': {'c_fc': jax.tree.map(fit, block['mlp']['c_fc'], shape['mlp']['c_fc']),
                 'c_proj': jax.tree.map(write, block['mlp']['c_proj'], shape['mlp']['c_proj'])}}
   new['ln_f'] = _norm(params['ln_f'], shapes['ln_f'], scale, 1 / scale)  # the output embedding is scaled as well
-  new['value_head'] = init_params(GPT2(large), jax.random.key(0))['value_head']
+  new['value_head'] = jax.jit(lambda: init_params(GPT2(large), jax.random.key(0))['value_head'])()
   return new
 
 

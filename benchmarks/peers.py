@@ -35,6 +35,8 @@ try:
   import torch
   import transformers
   import trl
+
+  from benchmarks.torch_gpt2 import AnswerEnded, torch_generate, torch_gpt2
 except ImportError as error:
   raise SystemExit(f"error: {error.name} is not installed: pip install '.[bench]'") from error
 
@@ -46,50 +48,6 @@ JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 
 RESPONSES, PER_PROBLEM, UPDATES = 96, 8, 3
 PAPER_SECONDS = 45.0  # for one episode of the official code at the tiny size, as measured on such a machine
-
-
-def torch_gpt2(config: GPT2Config, params: Any) -> 'transformers.GPT2LMHeadModel':
-  """Returns the same model in PyTorch."""
-  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.width, n_layer=config.num_layers,
-      n_head=config.num_heads, activation_function='gelu_new', resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-      layer_norm_epsilon=1e-5, bos_token_id=0, eos_token_id=0, pad_token_id=0))
-  names = {'embedding': 'weight', 'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
-  weights = {}
-  for path, value in jax.tree_util.tree_leaves_with_path({k: v for k, v in params.items() if k != 'value_head'}):
-    parts = [entry.key for entry in path]
-    parts = (['h', parts[0].removeprefix('h_')] if parts[0].startswith('h_') else [parts[0]]) + parts[1:]
-    weights['.'.join(['transformer', *parts[:-1], names[parts[-1]]])] = torch.tensor(np.array(value))
-  weights['lm_head.weight'] = weights['transformer.wte.weight']
-  model.load_state_dict(weights, strict=True)
-  return model.eval()
-
-
-class AnswerEnded(transformers.StoppingCriteria):
-  """Ends each episode where the task does; called once a token."""
-
-  def __init__(self, task: Task, num_prompt: int):
-    self._stop = torch.tensor(np.array(task.stop), dtype=torch.long)
-    self._num_prompt, self._state = num_prompt, None
-
-  def __call__(self, input_ids, scores, **options):
-    del scores, options
-    if input_ids.shape[1] == self._num_prompt + 1:
-      self._state = torch.zeros(input_ids.shape[0], dtype=torch.long)
-    final, columns = self._stop.shape
-    after = self._stop[self._state.clamp(max=final - 1), input_ids[:, -1].clamp(max=columns - 1)]
-    self._state = torch.where(self._state < final, after, self._state)
-    return self._state >= final
-
-
-def torch_generate(model, task: Task, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-  """Samples responses, and returns how many tokens they have."""
-  with torch.inference_mode():
-    text = model.generate(
-        input_ids=tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=task.response_length, eos_token_id=None, pad_token_id=0,
-        stopping_criteria=transformers.StoppingCriteriaList([AnswerEnded(task, tokens.shape[1])]))
-  return int((text[:, tokens.shape[1]:] != 0).sum())
 
 
 def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ write as it does (`benchmarks.models`). Every repeat draws other problems; figur
 import json
 import pathlib
 import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -19,6 +21,7 @@ from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
 from critkl_jax.rollout import pick_method, respond, score
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import Task
 from critkl_jax.train_step import shorter_lengths
 from experiments.flags import run
 
@@ -32,12 +35,30 @@ JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 METHODS = ('cached', 'speculative')
 
 
-def measure(preset: str, repeats: int) -> dict:
-  """Returns the figures of one size."""
-  config, params, known_digits = models.load(preset, dtype=DTYPE.value)
+class Setting(NamedTuple):
+  """What is timed at one size.
+
+  Attributes:
+    preset: the model's size.
+    episodes: B.
+    task: N+1 problems.
+    params: the policy's.
+    programs: by name, `teacher_forced` or a method, the jitted function and its arguments, arrays or shapes.
+  """
+
+  preset: str
+  episodes: int
+  task: Task
+  params: Any
+  programs: dict[str, tuple[Callable, tuple]]
+
+
+def prepare(preset: str, episodes: int, dtype: str = 'float32', window: int = 0, **changes: Any) -> Setting:
+  """Makes the programs of one size; `changes` are those of `models.load`."""
+  config, params, known_digits = models.load(preset, dtype=dtype, **changes)
   model, task = GPT2(config), plus_task(known_digits, 1)
   sample = {method: jax.jit(lambda params, problems, key, m=method: respond(
-      model, params, task, problems, key, method=m, window=WINDOW.value)) for method in METHODS}
+      model, params, task, problems, key, method=m, window=window)) for method in METHODS}
 
   @jax.jit
   def teacher_force(params, rollout):
@@ -46,30 +67,44 @@ def measure(preset: str, repeats: int) -> dict:
       logits, values = score(model, params, part)
       return action_log_probs(logits, part.actions), values
 
-    size = slices.pick_size(EPISODES.value, rollout.prompt.shape[1] + rollout.actions.shape[1])
+    size = slices.pick_size(episodes, rollout.prompt.shape[1] + rollout.actions.shape[1])
     return slices.read(read, rollout, shorter_lengths(task), size)
 
+  drawn = params, *draw(task, episodes, 0)
+  programs = {method: (sample[method], drawn) for method in METHODS}
+  programs['teacher_forced'] = teacher_force, (params, jax.eval_shape(sample['cached'], *drawn))
+  return Setting(preset, episodes, task, params, programs)
+
+
+def draw(task: Task, episodes: int, repeat: int) -> tuple[Any, jax.Array]:
+  """Returns the problems of a repeat, with a leading axis, and the key of their responses."""
+  problem_key, key = jax.random.split(jax.random.fold_in(jax.random.key(0), repeat))
+  return jax.jit(jax.vmap(task.sample))(jax.random.split(problem_key, episodes)), key
+
+
+def measure(setting: Setting, programs: dict[str, Callable], repeats: int) -> dict[str, Any]:
+  """Returns the figures of one size, from its programs, compiled."""
   speed, steps, accepted = {name: [] for name in ('teacher_forced', *METHODS)}, {m: [] for m in METHODS}, []
   for repeat in range(repeats + 1):  # the first one warms up
-    problem_key, key = jax.random.split(jax.random.fold_in(jax.random.key(0), repeat))
-    problems = jax.vmap(task.sample)(jax.random.split(problem_key, EPISODES.value))
+    problems, key = draw(setting.task, setting.episodes, repeat)
     for method in METHODS:
-      rollout, time = timing.result_and_seconds(sample[method], params, problems, key)
+      rollout, time = timing.result_and_seconds(programs[method], setting.params, problems, key)
       num_tokens = int(rollout.mask.sum())
       speed[method].append(num_tokens / time)
       steps[method].append(int(rollout.num_calls.max()))
     accepted.append(num_tokens / int(rollout.num_calls.sum()))
-    _, time = timing.result_and_seconds(teacher_force, params, rollout)
+    _, time = timing.result_and_seconds(programs['teacher_forced'], setting.params, rollout)
     speed['teacher_forced'].append(num_tokens / time)
-    print(f'{preset} {"warm-up" if repeat == 0 else repeat}: ' + ', '.join(
+    print(f'{setting.preset} {"warm-up" if repeat == 0 else repeat}: ' + ', '.join(
         f'{name} {values[-1]:.0f} tokens/s' for name, values in speed.items()) + f'; steps {steps["cached"][-1]}, '
         f'{steps["speculative"][-1]}', flush=True)
   found = {name: statistics.median(values[1:]) for name, values in speed.items()}
-  default = pick_method(task.draft is not None)
+  default = pick_method(setting.task.draft is not None)
   found['default'], found['default_method'] = found[default], default
   found['sequential_steps'] = {method: statistics.median(values[1:]) for method, values in steps.items()}
   found['all_sequential_steps'] = {method: values[1:] for method, values in steps.items()}
-  return found | {'tokens_per_call': statistics.median(accepted[1:]), 'episodes': EPISODES.value, 'repeats': repeats}
+  return found | {
+      'tokens_per_call': statistics.median(accepted[1:]), 'episodes': setting.episodes, 'repeats': repeats}
 
 
 def main() -> None:
@@ -77,7 +112,10 @@ def main() -> None:
   device = jax.devices()[0].device_kind
   results = {'device': device, 'dtype': DTYPE.value}
   for preset in PRESETS.value:
-    results[preset] = measure(preset, REPEATS.value if preset == 'tiny' else max(REPEATS.value // 5, 1))
+    setting = prepare(preset, EPISODES.value, DTYPE.value, WINDOW.value)
+    programs, seconds = timing.compile_together(setting.programs)
+    print(f'{preset}: compiled in {seconds:.1f} s', flush=True)
+    results[preset] = measure(setting, programs, REPEATS.value if preset == 'tiny' else max(REPEATS.value // 5, 1))
   print(f'\n{device}, {DTYPE.value}, {EPISODES.value} episodes, medians')
   for preset in PRESETS.value:
     found = results[preset]

@@ -15,7 +15,7 @@ import json
 import math
 import pathlib
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import models, timing
 from critkl_jax import initial_state, train_step
-from critkl_jax.config import FinetuneConfig
+from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2, forward_flops
 from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.pretrain_step import make_optimizer, make_pretrain_step, pretraining_keys
+from critkl_jax.records import TrainState
 from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
 from experiments.flags import run
@@ -51,23 +52,34 @@ class Parts(NamedTuple):
   """One iteration, taken apart.
 
   Attributes:
-    calls: of each part, jitted alone, by name.
-    flops: that a part needs, where it is made of products.
-    step: a call of the whole.
+    calls: of each part, compiled alone, by name; of the `whole` iteration and of a step of pre-training (`pretrain`)
+      too, where they are asked for.
+    flops: that a call needs, where it is made of products.
     num_tokens: in the responses.
+    compile_seconds: until all programs were there.
   """
 
   calls: dict[str, Callable[[], Any]]
   flops: dict[str, float]
-  step: Callable[[], Any]
   num_tokens: int
+  compile_seconds: float
 
 
-def take_apart(preset: str, episodes: int, digits: int | None = None, solutions: bool = False, **changes: Any) -> Parts:
-  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions;
-  `changes` are those of `models.load`."""
-  model_config, params, known_digits = models.load(preset, dtype=DTYPE.value, **changes)
-  config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3))
+def take_apart(preset: str, episodes: int, digits: int | None = None, names: Sequence[str] = PARTS,
+               solutions: bool = False, dtype: str = 'float32', **changes: Any) -> Parts:
+  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions.
+
+  Args:
+    preset: the model's size.
+    episodes: B.
+    digits: of the longer operand.
+    names: of `PARTS`, `whole` and `pretrain`, the calls to make.
+    solutions: whether right solutions are read instead of a rollout.
+    dtype: type of activations.
+    **changes: those of `models.load`.
+  """
+  model_config, params, known_digits = models.load(preset, dtype=dtype, **changes)
+  config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3), scan_layers=model_config.scan_layers)
   digits = digits or known_digits + 1
   task, model = plus_task(min(known_digits, digits), max(digits - known_digits, 0)), GPT2(config.model_of(model_config))
   state, numbers = initial_state.init_finetuning(model, config, params), initial_state.Hyperparameters.of(config)
@@ -78,49 +90,65 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, solutions:
   make_batch = jax.jit(functools.partial(train_step.make_batch, model, config))
   update = jax.jit(functools.partial(train_step.update, model, config, lengths=lengths))
   reward = jax.jit(jax.vmap(task.reward))
-  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(1), episodes))
-  prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
-  rollout = as_rollout(prompt, solution) if solutions else collect(state.params, key, 1.0)[1]
-  rewards = reward(problems, rollout.actions, rollout.mask)
-  ref_output = reference_pass(state.ref_params, rollout)
-  batch = make_batch(state, rollout, rewards, ref_output, numbers)
-  step = train_step.make_train_step(model, task, config)
-  calls = {'rollout': lambda: collect(state.params, key, 1.0),
-           'reward': lambda: reward(problems, rollout.actions, rollout.mask),
-           'reference': lambda: reference_pass(state.ref_params, rollout),
-           'advantages': lambda: make_batch(state, rollout, rewards, ref_output, numbers),
-           'update': lambda: update(state, rollout, ref_output, batch, key, numbers)}
+  problems = jax.jit(jax.vmap(task.sample))(jax.random.split(jax.random.key(1), episodes))
+
+  # Programs are compiled from shapes, all at once; then each gets what the one before it returns.
+  solved = jax.jit(lambda: as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)))
+  rollout = solved() if solutions else jax.eval_shape(collect, state.params, key, 1.0)[1]
+  rewards = jax.eval_shape(reward, problems, rollout.actions, rollout.mask)
+  ref_output = jax.eval_shape(reference_pass, state.ref_params, rollout)
+  batch = jax.eval_shape(make_batch, state, rollout, rewards, ref_output, numbers)
+  programs = {
+      'rollout': (collect, (state.params, key, 1.0)), 'reward': (reward, (problems, rollout.actions, rollout.mask)),
+      'reference': (reference_pass, (state.ref_params, rollout)),
+      'advantages': (make_batch, (state, rollout, rewards, ref_output, numbers)),
+      'update': (update, (state, rollout, ref_output, batch, key, numbers)),
+      'whole': (train_step.make_train_step(model, task, config), (state, key, numbers))}
+  if 'pretrain' in names:
+    *programs['pretrain'], pretrain_flops = pretraining(preset, model_config, params, known_digits)
+  needed = {*names, 'reward', 'reference', 'advantages', *(() if solutions else ('rollout',))}
+  made, compile_seconds = timing.compile_together({name: programs[name] for name in programs if name in needed})
+
+  rollout = rollout if solutions else made['rollout'](state.params, key, 1.0)[1]
+  rewards = made['reward'](problems, rollout.actions, rollout.mask)
+  ref_output = made['reference'](state.ref_params, rollout)
+  batch = made['advantages'](state, rollout, rewards, ref_output, numbers)
+  calls = {'rollout': lambda: made['rollout'](state.params, key, 1.0),
+           'reward': lambda: made['reward'](problems, rollout.actions, rollout.mask),
+           'reference': lambda: made['reference'](state.ref_params, rollout),
+           'advantages': lambda: made['advantages'](state, rollout, rewards, ref_output, numbers),
+           'update': lambda: made['update'](state, rollout, ref_output, batch, key, numbers),
+           'whole': lambda: made['whole'](jax.tree.map(jnp.copy, state), key, numbers),
+           'pretrain': lambda: made['pretrain'](*programs['pretrain'][1])}
   forward = forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
-  return Parts(calls=calls, flops={'rollout': forward, 'reference': forward, 'update': 3 * forward},
-               step=lambda: step(jax.tree.map(jnp.copy, state), key, numbers), num_tokens=int(rollout.mask.sum()))
+  flops = {'rollout': forward, 'reference': forward, 'update': 3 * forward, 'whole': 5 * forward}
+  if 'pretrain' in names:
+    flops['pretrain'] = pretrain_flops
+  return Parts(calls={name: calls[name] for name in names}, num_tokens=int(rollout.mask.sum()),
+               flops={name: flops[name] for name in names if name in flops}, compile_seconds=compile_seconds)
 
 
-def measure(preset: str, episodes: int, repeats: int, rate: float) -> dict[str, Any]:
-  """Times the parts, the whole step and a step of pre-training."""
-  parts = take_apart(preset, episodes)
-  seconds = {name: timing.median_seconds(call, repeats) for name, call in parts.calls.items()}
-  seconds['whole'] = timing.median_seconds(parts.step, repeats)
-  flops = parts.flops | pretraining(preset, seconds, repeats)
-  flops['whole'] = sum(flops[name] for name in ('rollout', 'reference', 'update'))
-  total = sum(seconds[name] for name in PARTS)
-  return {'episodes': episodes, 'tokens': parts.num_tokens, 'repeats': repeats, 'seconds': seconds,
-          'share': {name: seconds[name] / total for name in PARTS},
-          'flops_per_second': {name: value / seconds[name] for name, value in flops.items()},
-          'fraction': {name: value / seconds[name] / rate for name, value in flops.items()},
-          'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
-
-
-def pretraining(preset: str, seconds: dict[str, float], repeats: int) -> dict[str, float]:
-  """Times a step of pre-training at the greatest length of 5 digits, and returns its FLOP."""
-  model_config, params, known_digits = models.load(preset, dtype=DTYPE.value)
+def pretraining(preset: str, model_config: GPT2Config, params: Any, known_digits: int
+                ) -> tuple[Callable, tuple[TrainState, jax.Array], float]:
+  """Returns a step of pre-training at the greatest length, jitted, its arguments, and the FLOP that it needs."""
   config = PRETRAIN_PRESETS[preset]
   task = pretraining_task(known_digits, known_digits)
   step = jax.jit(make_pretrain_step(GPT2(model_config), task, config))
-  state, (_, key) = init_pretraining(GPT2(model_config), config).replace(params=params), pretraining_keys(config)
-  seconds['pretrain'] = timing.median_seconds(lambda: step(state, key), repeats)
-  problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), config.batch_size))
-  lengths = jax.vmap(task.prompt)(problems).mask.sum(1) + jax.vmap(task.solution)(problems).mask.sum(1) - 1
-  return {'pretrain': 3 * forward_flops(model_config, np.asarray(lengths))}
+  state = TrainState(params=params, opt_state=jax.jit(make_optimizer(config).init)(params), step=jnp.int32(0))
+  problems = jax.jit(jax.vmap(task.sample))(jax.random.split(jax.random.key(0), config.batch_size))
+  lengths = jax.jit(lambda: jax.vmap(task.prompt)(problems).mask.sum(1) + jax.vmap(task.solution)(problems).mask.sum(1))
+  return step, (state, pretraining_keys(config)[1]), 3 * forward_flops(model_config, np.asarray(lengths()) - 1)
+
+
+def measure(parts: Parts, repeats: int, rate: float) -> dict[str, Any]:
+  """Times each call and compares it with a rate of matrix products, in FLOP/s."""
+  seconds = {name: timing.median_seconds(call, repeats) for name, call in parts.calls.items()}
+  total = sum(seconds[name] for name in PARTS)
+  return {'tokens': parts.num_tokens, 'repeats': repeats, 'compile_seconds': parts.compile_seconds, 'seconds': seconds,
+          'share': {name: seconds[name] / total for name in PARTS},
+          'flops_per_second': {name: value / seconds[name] for name, value in parts.flops.items()},
+          'fraction': {name: value / seconds[name] / rate for name, value in parts.flops.items()},
+          'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 
 
 def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
@@ -132,7 +160,8 @@ def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
   for name, settings in cases.items():
     rows[name] = []
     for preset, episodes, digits in settings:
-      parts = take_apart(preset, episodes, digits, solutions=True, context_length=_LONG)
+      parts = take_apart(preset, episodes, digits, ('reference', 'update'), solutions=True, dtype=DTYPE.value,
+                         context_length=_LONG)
       row = {'preset': preset, 'episodes': episodes, 'digits': digits, 'tokens': parts.num_tokens}
       for part in ('reference', 'update'):
         row |= {part: timing.median_seconds(parts.calls[part], repeats), f'{part}_flops': parts.flops[part]}
@@ -175,7 +204,9 @@ def main() -> None:
     draw(result['growth'], PICTURE.value)
   else:
     for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
-      result[preset] = found = measure(preset, int(episodes), 1 if preset == 'paper' else REPEATS.value, rate)
+      parts = take_apart(preset, int(episodes), names=(*PARTS, 'whole', 'pretrain'), dtype=DTYPE.value)
+      found = measure(parts, 1 if preset == 'paper' else REPEATS.value, rate)
+      result[preset] = found = {'episodes': int(episodes)} | found
       print(f'\n{preset}: {episodes} episodes, {found["tokens"]} tokens, medians of {found["repeats"]}, peak memory of '
             f'the process {found["peak_memory_mib"]:.0f} MiB')
       for name, value in found['seconds'].items():

@@ -1,0 +1,42 @@
+"""The command: runs the parts and prints one table; see the package's docstring."""
+
+import pathlib
+import signal
+import sys
+
+from absl import app, flags
+
+from benchmarks.accelerator.parts import Part, run_parts, table
+
+# A part's share of the minutes, the seconds of 8 minutes; it gets what earlier ones have left, too.
+NO_PREALLOCATION = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+PARTS = (
+    Part('device', 'benchmarks.accelerator.device:measure', 40, environment=NO_PREALLOCATION),
+    Part('operation', 'benchmarks.accelerator.operation:measure', 95, environment=NO_PREALLOCATION),
+    Part('rollouts', 'benchmarks.accelerator.rollouts:measure', 80),
+    Part('generate', 'benchmarks.accelerator.generate:measure', 40, environment={'JAX_PLATFORMS': 'cpu'}),
+    Part('train_step', 'benchmarks.accelerator.train_steps:measure', 70),
+    Part('finetune', 'benchmarks.accelerator.finetuning:measure', 65),
+    Part('paper', 'benchmarks.accelerator.paper:measure', 85, least=75),
+)
+NAMES = [part.name for part in PARTS]
+
+MINUTES = flags.DEFINE_float('minutes', 8.0, 'After which all is over.', lower_bound=0.5)
+PRESET = flags.DEFINE_enum('preset', 'full', ['full', 'smoke'], '`smoke`: sizes for a CPU, to try the command.')
+CHOSEN = flags.DEFINE_multi_enum('part', NAMES, NAMES, 'A part to run; may be repeated. Others in the file are kept.')
+JSON = flags.DEFINE_string('json', 'accelerator.json', 'File that takes the results, written anew after each part.')
+
+
+def main(arguments: list[str]) -> None:
+  """Runs the parts; exits with status 1 if one of them failed or was stopped."""
+  if len(arguments) > 1:
+    sys.exit(f'error: arguments {arguments[1:]} are not flags; flags start with --, see --help.')
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped by SIGTERM'))  # so that no part outlives this process
+  path = pathlib.Path(JSON.value)
+  found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
+  print(f'\n{table(found)}\n\n{found["seconds"]:.0f} s. In {path}.', flush=True)
+  sys.exit(any(part['status'] in ('failed', 'stopped') for part in found['parts'].values()))
+
+
+if __name__ == '__main__':
+  app.run(main)

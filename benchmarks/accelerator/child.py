@@ -1,0 +1,45 @@
+"""A part in a process of its own, started by `parts`: `python -m benchmarks.accelerator.child MODULE:FUNCTION JSON`."""
+
+import importlib
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from benchmarks.accelerator import parts
+
+
+class Report:
+  """Takes what a part finds: each row is printed and kept in a file at once, so that nothing is lost with the process.
+
+  Attributes:
+    preset: `full` or `smoke`.
+    earlier: the results of the parts before, by name.
+  """
+
+  def __init__(self, results: str, earlier: str, seconds: float, preset: str):
+    self._path, self._end, self.preset = pathlib.Path(results), time.monotonic() + seconds, preset
+    found = json.loads(pathlib.Path(earlier).read_text()) if pathlib.Path(earlier).is_file() else {'parts': {}}
+    self.earlier = {name: part.get('results', {}) for name, part in found['parts'].items()}
+    self._rows: dict[str, dict[str, Any]] = {}
+
+  def add(self, row: str, **values: Any) -> None:
+    """Adds values, numbers or text, to a row."""
+    self._rows.setdefault(row, {}).update(values)
+    parts.write_json(self._path, self._rows)
+    print(f'{row}: {parts.text_of(values)}', flush=True)
+
+  def seconds_left(self) -> float:
+    """Returns the seconds until this process is stopped."""
+    return self._end - time.monotonic()
+
+
+def main() -> None:
+  """Calls the function."""
+  module, function = sys.argv[1].split(':')
+  getattr(importlib.import_module(module), function)(Report(**json.loads(sys.argv[2])))
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,45 @@
+"""Part 5: the command that a newcomer runs, in a process of its own; this one asks for no device."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.accelerator.child import Report
+
+FLAGS = {'full': (), 'smoke': ('--preset=smoke',)}
+
+
+def measure(report: Report) -> None:
+  """Reports the seconds of `experiments.finetune`, from start to end, and its accuracies.
+
+  Raises:
+    CalledProcessError: if it fails.
+    TimeoutExpired: shortly before this part is stopped; the metrics so far are reported.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder) / 'finetune'
+    command = [sys.executable, '-m', 'experiments.finetune', f'--workdir={workdir}', *FLAGS[report.preset]]
+    start = time.monotonic()
+    try:
+      subprocess.run(command, check=True, timeout=max(report.seconds_left() - 2, 1))
+    except subprocess.TimeoutExpired:
+      report.add('so_far', **last_metrics(workdir))
+      raise
+    wall_seconds, summary = time.monotonic() - start, json.loads((workdir / 'summary.json').read_text())
+    report.add('finetune', wall_seconds=wall_seconds, **{
+        name: summary[name] for name in ('training_seconds', 'compile_seconds', 'tokens_sampled', 'device')
+        if name in summary})
+    report.add('accuracy', **summary['accuracy'])
+    report.add('last_iteration', **last_metrics(workdir))
+
+
+def last_metrics(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns some of the metrics of the last iteration, and which one it was."""
+  path = workdir / 'metrics.jsonl'
+  lines = path.read_text().splitlines() if path.is_file() else []
+  row = json.loads(lines[-1]) if lines else {'step': 0}
+  return {name: row[name] for name in ('step', 'accuracy', 'kl', 'entropy', 'seconds', 'tokens_per_second')
+          if name in row}
