@@ -13,7 +13,7 @@ import io
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
 from critkl_jax.analysis.curves import plot_study
-from critkl_jax.analysis.statistics import paired_difference
+from critkl_jax.analysis.statistics import clip_interval, paired_difference, seed_statistics
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
 from .flags import define_config, define_devices, read_config, run, take_cores
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
-from .tables import study_rows
+from .tables import command, study_rows
+from .workdirs import refuse_fewer_steps, refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
 SEEDS = flags.DEFINE_integer('seeds', 4, 'Number of seeds, from --seed on.', lower_bound=1)
@@ -67,11 +68,12 @@ def main() -> None:
   base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
   configs = read_members(base)
   names, mesh = population.names(configs), read_study_mesh(base, len(configs))
+  hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
+  check_workdir(workdir, base, names)
   reference = keep_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   model, task = model_and_task(base, reference)
-  if hosts.is_first():
-    print(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}', flush=True)
+  hosts.say(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).')
   step, memory = compile_step(model, task, configs, mesh)
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
@@ -80,6 +82,9 @@ def main() -> None:
 
   one_mesh = sharding.without_members(mesh)
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
+  if base.eval_problems:
+    hosts.say(f'Testing the reference: greedy answers to 2 x {base.eval_problems} problems, {known} and '
+              f'{known + base.extra_digits} digits (with its compilation 10 to 40 s on a CPU).')
   before = tested_before(test, reference.params, workdir)
   state = population.init_population(
       model, configs, reference.params, mesh, load_ensemble(base, reference, sharding.without_members(mesh)))
@@ -87,9 +92,18 @@ def main() -> None:
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
                                 base.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
+  if base.eval_problems:
+    hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
   if hosts.is_first():
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
+
+
+def check_workdir(workdir: pathlib.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
+  """Exits with one line if the workdir holds something else than this study."""
+  refuse_others(workdir, 'sweep')
+  for name in names:
+    refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
 
 
 def read_members(base: FinetuneConfig) -> tuple[FinetuneConfig, ...]:
@@ -188,17 +202,27 @@ def baseline_of(group: Group, groups: list[Group]) -> Group | None:
 
 
 def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
-  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty."""
+  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty, both
+  with their intervals, None for too few seeds, and of each run, or pair of runs, by seed."""
   rows = []
   for group in groups:
     rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
-    row = {'group': group.label, 'members': len(group.members), 'accuracy': float(rewards[group.label].mean())}
+    own = rewards[group.label]
+    accuracy, *interval = clipped(seed_statistics(own)['mean'], 0.0, 1.0)
+    row = {'group': group.label, 'members': len(group.members), 'accuracy': accuracy, 'accuracy_interval': interval,
+           'accuracies': own.mean(1).tolist()}
     baseline = baseline_of(group, groups)
     if baseline is not None:
-      mean, low, high = paired_difference(rewards[group.label], rewards[baseline.label])
-      row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high}
+      mean, low, high = clipped(paired_difference(own, rewards[baseline.label]), -1.0, 1.0)
+      row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high,
+              'differences': (own - rewards[baseline.label]).mean(1).tolist()}
     rows.append(row)
   return rows
+
+
+def clipped(value: tuple[float, float, float], least: float, most: float) -> list[float | None]:
+  """Returns `(value, low, high)` within the bounds of what it can be, None for bounds that there are not."""
+  return [None if np.isnan(x) else x for x in clip_interval(value, least, most)]
 
 
 def report(base, configs, known, before, tests, memory, workdir, seconds) -> None:
@@ -218,9 +242,14 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   runner.write_text(workdir / 'results.csv', as_csv(members))
   for name in tested:
     digits = known if name == 'N' else known + base.extra_digits
-    print(f'\n{name} ({digits} digits), {base.eval_problems} problems; the reference: {100 * before[name]:.1f}%')
+    low, high = evaluate.accuracy_interval(before[name], base.eval_problems)
+    print(f'\nGreedy answers to {base.eval_problems} problems of {digits} digits ({name}: '
+          f'{"as in pre-training" if name == "N" else "as in fine-tuning"}); right answers of the reference: '
+          f'{100 * before[name]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
     print(study_rows(comparison[name]))
-  print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.')
+  some = ','.join(str(workdir / 'members' / names[group.members[0]]) for group in groups[:2])
+  print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.\n'
+        f'Next, token by token: {command("analyze", f"--checkpoints={some}", f"--workdir={workdir}/analysis")}')
 
 
 def as_csv(members: list[dict[str, Any]]) -> str:
