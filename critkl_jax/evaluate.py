@@ -110,7 +110,7 @@ def accuracy_interval(accuracy: float, num_problems: int) -> tuple[float, float]
   z2 = 1.959964**2
   middle = (num_problems * accuracy + z2 / 2) / (num_problems + z2)
   reach = np.sqrt(z2 * num_problems * accuracy * (1 - accuracy) + z2**2 / 4) / (num_problems + z2)
-  return float(max(middle - reach, 0.0)), float(min(middle + reach, 1.0))
+  return float(np.clip(middle - reach, 0.0, accuracy)), float(np.clip(middle + reach, accuracy, 1.0))
 
 
 def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],

@@ -7,8 +7,8 @@ where it was stopped. Writes results.json, results.csv and curves.png into the w
 `members/NAME`, a workdir as `experiments.finetune` writes it, for all that reads checkpoints.
 """
 
+import contextlib
 import csv
-import dataclasses
 import io
 import json
 import pathlib
@@ -24,11 +24,11 @@ from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
 from critkl_jax.analysis.curves import plot_study
-from critkl_jax.analysis.statistics import clip_interval, paired_difference, seed_statistics
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
 from .flags import define_config, define_devices, read_config, run, take_cores
+from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import command, study_rows
 from .workdirs import refuse_fewer_steps, refuse_others
@@ -47,21 +47,6 @@ define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """The members that differ in the seed alone.
-
-  Attributes:
-    label: what is the group's own.
-    config: of its first member.
-    members: their indices.
-  """
-
-  label: str
-  config: FinetuneConfig
-  members: tuple[int, ...]
-
-
 def main() -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start = time.monotonic()
@@ -73,8 +58,8 @@ def main() -> None:
   reference = keep_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   model, task = model_and_task(base, reference)
-  hosts.say(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).')
-  step, memory = compile_step(model, task, configs, mesh)
+  with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
+    step, memory = compile_step(model, task, configs, mesh)
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
   for name in names:
@@ -82,10 +67,10 @@ def main() -> None:
 
   one_mesh = sharding.without_members(mesh)
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
-  if base.eval_problems:
-    hosts.say(f'Testing the reference: greedy answers to 2 x {base.eval_problems} problems, {known} and '
-              f'{known + base.extra_digits} digits (with its compilation 10 to 40 s on a CPU).')
-  before = tested_before(test, reference.params, workdir)
+  said = (f'Testing the reference: greedy answers to 2 x {base.eval_problems} problems, {known} and '
+          f'{known + base.extra_digits} digits (with its compilation 10 to 40 s on a CPU).')
+  with hosts.waiting(said) if base.eval_problems else contextlib.nullcontext():
+    before = tested_before(test, reference.params, workdir)
   state = population.init_population(
       model, configs, reference.params, mesh, load_ensemble(base, reference, sharding.without_members(mesh)))
   del reference  # the state has its own
@@ -175,54 +160,6 @@ def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any
     tests.append(test(sharding.place(own, mesh)))
     runner.write_text(workdir / 'members' / name / 'after.json', json.dumps(tests[-1][0]) + '\n')
   return tests
-
-
-def groups_of(configs: tuple[FinetuneConfig, ...]) -> list[Group]:
-  """Returns the groups in the order of their first members."""
-  found: dict[FinetuneConfig, list[int]] = {}
-  for i, member in enumerate(configs):
-    found.setdefault(config.replace(member, seed=configs[0].seed), []).append(i)
-  own = population.differences(configs)
-  return [Group(' '.join(f'{name}={value}' for name, value in own[some[0]].items() if name != 'seed') or 'all',
-                member, tuple(some)) for member, some in found.items()]
-
-
-def is_standard(member: FinetuneConfig) -> bool:
-  """Returns whether a penalty weighs all tokens alike."""
-  return member.loss.kl == 'standard' or (member.loss.kl == 'prioritized' and member.loss.certainty_exponent == 0)
-
-
-def baseline_of(group: Group, groups: list[Group]) -> Group | None:
-  """Returns the group that is like another but for a standard penalty; None if there is none, or it is the group."""
-  def key(member):
-    return config.replace(member, kl='standard', certainty_exponent=0.0, certainty_intercept=0.0)
-
-  like = [other for other in groups if is_standard(other.config) and key(other.config) == key(group.config)]
-  return like[0] if like and like[0] is not group else None
-
-
-def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
-  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty, both
-  with their intervals, None for too few seeds, and of each run, or pair of runs, by seed."""
-  rows = []
-  for group in groups:
-    rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
-    own = rewards[group.label]
-    accuracy, *interval = clipped(seed_statistics(own)['mean'], 0.0, 1.0)
-    row = {'group': group.label, 'members': len(group.members), 'accuracy': accuracy, 'accuracy_interval': interval,
-           'accuracies': own.mean(1).tolist()}
-    baseline = baseline_of(group, groups)
-    if baseline is not None:
-      mean, low, high = clipped(paired_difference(own, rewards[baseline.label]), -1.0, 1.0)
-      row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high,
-              'differences': (own - rewards[baseline.label]).mean(1).tolist()}
-    rows.append(row)
-  return rows
-
-
-def clipped(value: tuple[float, float, float], least: float, most: float) -> list[float | None]:
-  """Returns `(value, low, high)` within the bounds of what it can be, None for bounds that there are not."""
-  return [None if np.isnan(x) else x for x in clip_interval(value, least, most)]
 
 
 def report(base, configs, known, before, tests, memory, workdir, seconds) -> None:

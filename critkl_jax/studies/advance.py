@@ -106,10 +106,10 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
                                      f'{needed}, and this reference has {model.config.context_length}.')
   group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
   about = describe_machine()
-  say_compiling(len(configs))
-  state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
-  probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
-  step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
+  with hosts.waiting(f'Compiling the training step of {len(configs)} runs (once, 20 to 90 s on a CPU).'):
+    state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
+    probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
+    step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
   infos = {name: CheckpointInfo(model.config, known, config) for name, config in zip(names, configs)}
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(
@@ -134,11 +134,6 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
       write_record(record_path(workdir, record.name), record)
   shutil.rmtree(group)
   return records
-
-
-def say_compiling(num_runs: int) -> None:
-  """Says that the step of so many runs is compiled."""
-  hosts.say(f'Compiling the training step of {num_runs} runs (once, 20 to 90 s on a CPU).')
 
 
 def say_testing(what: str, num_problems: int) -> None:
