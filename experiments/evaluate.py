@@ -49,7 +49,8 @@ def main() -> None:
     result = {'checkpoint': str(loaded.path), 'step': loaded.step, 'known_digits': known, 'accuracy': table}
     pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
   written = f'In {JSON.value}: the same table. ' if JSON.value else ''
-  print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={CHECKPOINT.value}")}')
+  path = CHECKPOINT.value if STEP.value is None else loaded.path
+  print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={path}")}')
 
 
 if __name__ == '__main__':

@@ -45,18 +45,16 @@ class Defaults:
     studies: names, or `core`, or `all`.
     seeds: of each arm; each study's own number if None.
     problems: of N and of N + k digits in the test of a run.
-    generations: in a set of the study of certainty; the paper has 50.
   """
 
   studies: tuple[str, ...] = ('core',)
   seeds: int | None = None
   problems: int = 512
-  generations: int = 64
 
 
 DEFAULTS = {
     # That all of it works, in minutes: one group of runs, which three studies share.
-    'smoke': Defaults(('certainty_gap', 'prioritized_vs_standard', 'drift'), seeds=2, problems=16, generations=16),
+    'smoke': Defaults(('certainty_gap', 'prioritized_vs_standard', 'drift'), seeds=2, problems=16),
     'tiny': Defaults(),
     'small': Defaults(),
     'paper': Defaults(),
@@ -74,6 +72,7 @@ PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k di
                                 'smoke.', lower_bound=1)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
+GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 
 def main() -> None:
@@ -115,11 +114,6 @@ def main() -> None:
 def problems() -> int:
   """Returns the number of problems of each test."""
   return PROBLEMS.value or DEFAULTS[PRESET.value].problems
-
-
-def generations(plan: Plan, study: catalog.Study) -> int:
-  """Returns the number of generations that are read of a reference, all sets together."""
-  return len(plan.seeds(study)) * DEFAULTS[PRESET.value].generations
 
 
 def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
@@ -182,11 +176,11 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
 
 def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
   """Reads sampled answers of a reference, those of a set at a time."""
-  known, number = reference.info.known_digits, generations(plan, study)
+  known, number = reference.info.known_digits, len(plan.seeds(study)) * GENERATIONS
   hosts.say(f'Reading {number} sampled answers of the reference of N = {known} (two programs to compile, 5 to 40 s '
             'each on a CPU).')
   return read_tokens(reference, digits=[known + plan.base.extra_digits], num_problems=number, responses='sampled',
-                     seed=plan.base.seed, batch_size=DEFAULTS[PRESET.value].generations, progress=hosts.is_first())
+                     seed=plan.base.seed, batch_size=GENERATIONS, progress=hosts.is_first())
 
 
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
@@ -210,7 +204,7 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
 def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   """Returns how often the references of a study are sure and wrong, on generations of its first one; read once for
   each number of seeds."""
-  arm, num_problems = next(arm for arm in study.arms if arm.ensemble), generations(plan, study)
+  arm, num_problems = next(arm for arm in study.arms if arm.ensemble), len(plan.seeds(study)) * GENERATIONS
   names = [catalog.reference_name(changes) for changes in (arm.pretraining, *arm.ensemble)]
   file = advance.reading_path(plan.workdir, names[0], 'overconfidence')
   if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:

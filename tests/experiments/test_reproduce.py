@@ -45,7 +45,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert 'Left out at preset smoke' in page
   assert '| base | 1 | 0.0 [0.0, 39.0] / 0.0 [0.0, 39.0] |' in page  # of six problems
   kept = json.loads((tmp_path / 'references' / 'base.certainty.json').read_text())
-  assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 16)
+  assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 64)
 
   # Two further references and a run are missing, and are not made for a page of what is there.
   run('reproduce', *flags, '--study=overconfidence', '--minutes=0')
