@@ -1,7 +1,7 @@
 """Accuracy by operand length, and what a model knows of the critical tokens."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -62,8 +62,7 @@ def draw_problems(key: chex.PRNGKey, num_problems: int, distribution: str, num_d
   Raises:
     ValueError: if the distribution is unknown or the digits do not fit.
   """
-  if distribution not in DISTRIBUTIONS:
-    raise ValueError(f'distribution: expected one of {tuple(DISTRIBUTIONS)}, got {distribution!r}.')
+  _check_distribution(distribution)
   if not 1 <= num_digits <= max_digits:
     raise ValueError(f'num_digits: expected 1..{max_digits}, got {num_digits}.')
   lengths = functools.partial(DISTRIBUTIONS[distribution], num_digits=num_digits, known=known_digits)
@@ -105,10 +104,21 @@ def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamp
   return float(low), float(high)
 
 
-def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],
-                   num_problems: int, seed: int = 0, greedy: bool = True, temperature: float = 1.0,
-                   mesh: Mesh | None = None) -> list[dict[str, Any]]:
-  """Tests a model on every distribution at every number of digits.
+def accuracy_interval(accuracy: float, num_problems: int) -> tuple[float, float]:
+  """Returns the 95% score interval of a share of problems (Wilson 1927), which has a width where all of them are right,
+  or none, and never leaves 0..1."""
+  z2 = 1.959964**2
+  middle = (num_problems * accuracy + z2 / 2) / (num_problems + z2)
+  reach = np.sqrt(z2 * num_problems * accuracy * (1 - accuracy) + z2**2 / 4) / (num_problems + z2)
+  return float(np.clip(middle - reach, 0.0, accuracy)), float(np.clip(middle + reach, accuracy, 1.0))
+
+
+def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],
+               num_problems: int, seed: int = 0, greedy: bool = True, temperature: float = 1.0,
+               mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:
+  """Tests a model on every distribution at every number of digits, and yields the row of each cell as it is tested.
+
+  One program is compiled for each number of digits.
 
   Args:
     model: the network.
@@ -122,25 +132,46 @@ def accuracy_table(model: GPT2, params: Any, known_digits: int, digits: list[int
     temperature: of the samples, where not greedy.
     mesh: the devices over which the parameters are spread; None for one device.
 
-  Returns:
-    A row for each cell: `digits`, `distribution`, `accuracy` 0..1, `low` and `high` of its 95% bootstrap interval,
+  Yields:
+    `digits`, `distribution`, `accuracy` 0..1, `low` and `high` of its 95% interval (`accuracy_interval`),
     `num_problems`.
 
   Raises:
-    ValueError: if a distribution is unknown or the texts do not fit into the model's context.
+    ValueError: before the first row, if a distribution is unknown or texts do not fit into the model's context.
   """
-  rows = []
-  for num_digits in digits:
-    task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
+  tasks = {n: _task_of(model, known_digits, n) for n in digits}
+  for distribution in distributions:
+    _check_distribution(distribution)
+  for num_digits, task in tasks.items():
     answer = make_answer(model, task, greedy, temperature, mesh)
     for distribution in distributions:
       problem_key, answer_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), num_digits))
       problems = draw_problems(problem_key, num_problems, distribution, num_digits, known_digits, num_digits)
-      rewards = answer_all(answer, params, *sharding.replicate((problems, answer_key), mesh))
-      low, high = bootstrap_interval(rewards)
-      rows.append({'digits': num_digits, 'distribution': distribution, 'accuracy': float(rewards.mean()), 'low': low,
-                   'high': high, 'num_problems': num_problems})
-  return rows
+      accuracy = float(answer_all(answer, params, *sharding.replicate((problems, answer_key), mesh)).mean())
+      low, high = accuracy_interval(accuracy, num_problems)
+      yield {'digits': num_digits, 'distribution': distribution, 'accuracy': accuracy, 'low': low, 'high': high,
+             'num_problems': num_problems}
+
+
+def accuracy_table(*args: Any, **options: Any) -> list[dict[str, Any]]:
+  """Returns all rows of `accuracies`, whose arguments it takes."""
+  return list(accuracies(*args, **options))
+
+
+def _task_of(model, known_digits, num_digits):
+  if num_digits < 1:
+    raise ValueError(f'digits: expected 1 or more, got {num_digits}.')
+  task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
+  needed = task.prompt_length + task.response_length
+  if needed > model.config.context_length:
+    raise ValueError(f'digits: {num_digits} need a context of {needed}, and the model has '
+                     f'{model.config.context_length}; take fewer.')
+  return task
+
+
+def _check_distribution(name):
+  if name not in DISTRIBUTIONS:
+    raise ValueError(f'distribution: expected one of {tuple(DISTRIBUTIONS)}, got {name!r}.')
 
 
 def make_reader(model: GPT2, task: Task, mesh: Mesh | None = None) -> Callable:

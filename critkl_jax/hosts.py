@@ -4,9 +4,12 @@ Every process runs the same program, and calls what is collective in the same or
 saves, and the functions below. The workdir is one that all hosts see.
 """
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import numpy as np
@@ -63,6 +66,26 @@ def say(text: str) -> None:
   """Prints a line at once, on the first host only: what a slow phase does, before it begins."""
   if is_first():
     print(text, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(text: str, every: float = 20.0) -> Iterator[None]:
+  """Says what a slow phase does before it begins and, for what shows no progress of its own, such as a compilation, how
+  long it has taken so far, every so many seconds."""
+  say(text)
+  start, over = time.monotonic(), threading.Event()
+
+  def go_on_saying():
+    while not over.wait(every):
+      say(f'... {time.monotonic() - start:.0f} s so far')
+
+  thread = threading.Thread(target=go_on_saying, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()
 
 
 def wait_for_all(name: str) -> None:

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, runner, sharding
-from critkl_jax.config import PretrainConfig
+from critkl_jax.config import PretrainConfig, flat_values
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.records import TrainState
@@ -25,9 +25,11 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
     The last state.
 
   Raises:
-    CheckpointError, Interrupted: as `runner.run`.
+    CheckpointError: as `runner.run`, or if `WORKDIR/reference` was made with other settings.
+    Interrupted: as `runner.run`.
   """
   model, workdir = GPT2(config.model), pathlib.Path(workdir)
+  _refuse_other_reference(workdir / 'reference', config)
   tasks = {n: pretraining_task(config.known_digits, n) for n in range(1, config.known_digits + 1)}
   steps = {n: jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for n, task in tasks.items()}
   key = sharding.replicate(pretraining_keys(config)[1], mesh)
@@ -37,3 +39,16 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
       config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
   checkpoint.save_params(workdir / 'reference', state.params, info, int(state.step))
   return state
+
+
+def _refuse_other_reference(directory, config):
+  """Refuses parameters of another pre-training: they are never overwritten, and would be taken for this one's."""
+  path = checkpoint.latest(directory)
+  if path is None:
+    return
+  old, new = flat_values(checkpoint.read_info(path).training), flat_values(config)
+  different = [f'{name}: {old.get(name)!r} then, {value!r} now' for name, value in new.items()
+               if old.get(name) != value and name != 'save_every']
+  if different:
+    raise checkpoint.CheckpointError(f'{path}: made with other settings ({"; ".join(different)}); give the same ones, '
+                                     'or another --workdir.')

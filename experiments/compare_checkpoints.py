@@ -5,17 +5,21 @@
 
 import json
 import pathlib
+import time
 
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, hosts
 from critkl_jax.analysis.charts import plot_comparison
 from critkl_jax.analysis.comparison import compare
 
 from .flags import run
+from .tables import command
+from .workdirs import refuse_other_results, refuse_others
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png; without it '
+                              'nothing is written.')
 PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', lower_bound=1)
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the problems.')
@@ -24,7 +28,13 @@ SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', l
 
 def main(first: str, second: str) -> None:
   """Prints the comparison and writes it where asked."""
+  start, workdir = time.monotonic(), WORKDIR.value and pathlib.Path(WORKDIR.value)
+  hosts.say(f'Comparing {second} with {first} on {PROBLEMS.value} problems of each number of digits: two programs to '
+            'compile, each 10 to 40 s on a CPU.')
   one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
+  if workdir:
+    refuse_others(workdir, 'compare_checkpoints')
+    refuse_other_results(workdir / 'comparison.json', origin(one, two))
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else None
     found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
@@ -35,8 +45,18 @@ def main(first: str, second: str) -> None:
   print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
   print_drift(found['drift'], found['left_out'])
   print_answers(found)
-  if WORKDIR.value:
-    write(found, pathlib.Path(WORKDIR.value))
+  if workdir:
+    write(origin(one, two) | found, workdir)
+  kept = f'In {workdir}: comparison.json, comparison.png' if workdir else (
+      'Nothing was written: --workdir=DIRECTORY keeps all of this as comparison.json and comparison.png')
+  print(f'\n{time.monotonic() - start:.0f} s. {kept}.\nNext, token by token: '
+        f'{command("analyze", f"--checkpoints={second}", f"--reference={first}")}')
+
+
+def origin(one: checkpoint.Checkpoint, two: checkpoint.Checkpoint) -> dict[str, str | int]:
+  """Returns what is compared, and on which problems."""
+  return {'first': str(one.path), 'second': str(two.path), 'problems': PROBLEMS.value, 'seed': SEED.value,
+          'digits_asked': ','.join(DIGITS.value or [])}
 
 
 def print_drift(rows, left_out) -> None:
@@ -51,12 +71,15 @@ def print_drift(rows, left_out) -> None:
 
 def print_answers(found) -> None:
   """Prints accuracies, KL, and some of the answers that changed."""
-  print(f'\n{"digits":>6}{"first":>9}{"second":>9}   difference [95% interval]     gained   lost')
+  print('\nAccuracy of greedy answers with 95% intervals over problems, the same for both; gained and lost: answers '
+        f'that changed.\n{"digits":>6}{"problems":>10}{"first":>23}{"second":>23}   {"difference":<30}{"gained":>6}'
+        f'{"lost":>7}')
   for number, row in found['answers'].items():
     mean, low, high = (100 * x for x in row['difference'])
-    before, after = (f'{100 * x:.1f}%' for x in row['accuracy'])
-    print(f'{number:>6}{before:>9}{after:>9}   {f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]":<30}{row["gained"]:>6}'
-          f'{row["lost"]:>7}')
+    before, after = (f'{100 * x:.1f}% [{100 * least:.1f}, {100 * most:.1f}]'
+                     for x, (least, most) in zip(row['accuracy'], row['intervals']))
+    print(f'{number:>6}{row["num_problems"]:>10}{before:>23}{after:>23}   '
+          f'{f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]":<30}{row["gained"]:>6}{row["lost"]:>7}')
   kl = {name: 'none' if value is None else f'{value:.5f}' for name, value in found['kl'].items()
         if name != 'by_position'}
   print(f'\nKL(second || first) on right solutions, nats a token: {kl["mean"]}; at critical tokens {kl["critical"]}, '
@@ -75,7 +98,6 @@ def write(found, workdir: pathlib.Path) -> None:
   position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
   found = found | {'kl': found['kl'] | {'by_position': position}}
   (workdir / 'comparison.json').write_text(json.dumps(found, indent=2) + '\n')
-  print(f'\nIn {workdir}: comparison.json, comparison.png.')
 
 
 if __name__ == '__main__':

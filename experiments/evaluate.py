@@ -8,11 +8,11 @@ import pathlib
 
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate
+from critkl_jax import checkpoint, evaluate, hosts
 from critkl_jax.gpt2 import GPT2
 
 from .flags import run
-from .tables import accuracy_rows
+from .tables import command, print_accuracies
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
@@ -29,19 +29,28 @@ JSON = flags.DEFINE_string('json', None, 'File that takes the table as JSON.')
 
 def main() -> None:
   """Prints the table and writes it as JSON where asked."""
+  hosts.say(f'Reading {CHECKPOINT.value}.')
   loaded = checkpoint.load_checkpoint(CHECKPOINT.value, STEP.value)
   known = loaded.info.known_digits
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else [known, known + 1, known + 2]
-    table = evaluate.accuracy_table(GPT2(loaded.info.model), loaded.params, known, digits, DISTRIBUTION.value,
-                                    NUM_PROBLEMS.value, SEED.value, GREEDY.value, TEMPERATURE.value)
   except ValueError as error:
-    raise SystemExit(f'error: --digits: {error}') from error
-  print(f'{loaded.path}: step {loaded.step}, pre-trained on 1..{known} digits; accuracy with 95% bootstrap intervals')
-  print(accuracy_rows(table))
+    raise SystemExit(f'error: --digits: expected numbers, got {DIGITS.value}.') from error
+  hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
+            'compiled first, which takes 5 to 20 s on a CPU.')
+  try:
+    rows = evaluate.accuracies(GPT2(loaded.info.model), loaded.params, known, digits, DISTRIBUTION.value,
+                               NUM_PROBLEMS.value, SEED.value, GREEDY.value, TEMPERATURE.value)
+    whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
+    table = print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
+  except ValueError as error:
+    raise SystemExit(f'error: --{error}') from error
   if JSON.value:
     result = {'checkpoint': str(loaded.path), 'step': loaded.step, 'known_digits': known, 'accuracy': table}
     pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+  written = f'In {JSON.value}: the same table. ' if JSON.value else ''
+  path = CHECKPOINT.value if STEP.value is None else loaded.path
+  print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={path}")}')
 
 
 if __name__ == '__main__':

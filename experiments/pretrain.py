@@ -7,19 +7,21 @@ The same command goes on where it was stopped.
 
 import json
 import pathlib
+import time
 
 from absl import flags
 
 from critkl_jax import hosts, runner
 from critkl_jax.config import PretrainConfig
-from critkl_jax.evaluate import accuracy_table
+from critkl_jax.evaluate import DISTRIBUTIONS, accuracies
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 
 from .flags import define_config, define_devices, read_config, read_mesh, run
-from .tables import accuracy_rows
+from .tables import command, print_accuracies
+from .workdirs import refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
@@ -35,17 +37,21 @@ def main() -> None:
   if needed > config.model.context_length:
     raise SystemExit(f'error: --context_length: N+2 = {tested[-1]} digits need {needed}, got '
                      f'{config.model.context_length}.')
-  mesh, workdir = read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
+  start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
+  refuse_others(workdir, 'pretrain')
+  hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
+            f'{config.batch_size} texts, in {workdir}.')
   state = pretrain(config, workdir, mesh)
-  table = accuracy_table(
-      model, state.params, config.known_digits, tested, ['identical', 'varying', 'plus'], config.eval_problems,
-      mesh=mesh) if config.eval_problems else []
-  if not hosts.is_first():
-    return
-  print(f'Parameters for --reference: {workdir / "reference"}')
-  if table:
-    print(accuracy_rows(table))
+  if config.eval_problems:
+    lengths = list(DISTRIBUTIONS)
+    hosts.say('Testing the model. Each line of the table is compiled first, which takes 5 to 20 s on a CPU.')
+    rows = accuracies(model, state.params, config.known_digits, tested, lengths, config.eval_problems, mesh=mesh)
+    table = print_accuracies(rows, tested, lengths, config.known_digits, config.eval_problems)
     runner.write_text(workdir / 'summary.json', json.dumps({'accuracy': table}, indent=2) + '\n')
+  reference = workdir / 'reference'
+  hosts.say(f'{time.monotonic() - start:.0f} s. In {workdir}: reference/, checkpoints/, metrics.jsonl'
+            f'{", summary.json" if config.eval_problems else ""}.\nNext, fine-tune it: '
+            f'{command("finetune", f"--reference={reference}", f"--workdir={workdir}-finetune")}')
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ results.json, results.csv, pictures and a page, README.md, go to WORKDIR/studies
 short what all of them found.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, runner
+from critkl_jax import checkpoint, hosts, runner
 from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
@@ -31,15 +33,43 @@ from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 
 from .flags import run, take_cores
+from .tables import command
+from .workdirs import refuse_others
 
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+  """What is done at a preset where the flags do not say.
+
+  Attributes:
+    studies: names, or `core`, or `all`.
+    seeds: of each arm; each study's own number if None.
+    problems: of N and of N + k digits in the test of a run.
+  """
+
+  studies: tuple[str, ...] = ('core',)
+  seeds: int | None = None
+  problems: int = 512
+
+
+DEFAULTS = {
+    # That all of it works, in minutes: one group of runs, which three studies share.
+    'smoke': Defaults(('certainty_gap', 'prioritized_vs_standard', 'drift'), seeds=2, problems=16),
+    'tiny': Defaults(),
+    'small': Defaults(),
+    'paper': Defaults(),
+}
 WORKDIR = flags.DEFINE_string('workdir', 'runs/studies', 'Directory of runs and studies; one for each preset.')
-STUDY = flags.DEFINE_list('study', ['core'], 'Names of studies, or core, or all.')
-PRESET = flags.DEFINE_enum('preset', 'tiny', ['smoke', 'tiny', 'small', 'paper'],
+STUDY = flags.DEFINE_list('study', None, 'Names of studies, or core, or all; core if not given, and '
+                          f'{", ".join(DEFAULTS["smoke"].studies)} at preset smoke.')
+PRESET = flags.DEFINE_enum('preset', 'tiny', list(DEFAULTS),
                            'Settings of reference and runs, from which the arms depart.')
 LIST = flags.DEFINE_boolean('list', False, 'Name the studies, the runs they lack, and the time that these will take.')
-SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given.", lower_bound=1)
-PROBLEMS = flags.DEFINE_integer('problems', 512, 'Problems of N and of N + k digits in the test of a run.',
-                                lower_bound=1)
+SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given, and "
+                             f'{DEFAULTS["smoke"].seeds} at preset smoke.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k digits in the test of a run; '
+                                f'{DEFAULTS["tiny"].problems} if not given, and {DEFAULTS["smoke"].problems} at preset '
+                                'smoke.', lower_bound=1)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
@@ -47,25 +77,28 @@ GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 def main() -> None:
   """Makes the missing runs in groups, and writes the studies that they complete."""
-  start, workdir = time.monotonic(), pathlib.Path(WORKDIR.value)
-  plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value)
-  studies = chosen(STUDY.value)
+  start, workdir, usual = time.monotonic(), pathlib.Path(WORKDIR.value), DEFAULTS[PRESET.value]
+  plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
+  studies = chosen(STUDY.value or usual.studies)
   if LIST.value:
     print(table_of(plan, chosen(['all'])))
     return
   take_cores(MEMBERS.value)
+  hosts.say(f'{len(studies)} studies at preset {PRESET.value}, in {workdir}: '
+            f'{", ".join(study.name for study in studies)}.')
+  refuse_others(workdir, 'reproduce')
   check_workdir(workdir, plan)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
       break
     group = advance.next_group(missing, plan.base, workdir, MEMBERS.value, jax.device_count())
-    print(f'{len(missing)} runs to make, {len(group)} now: {run_name(group[0], plan.base)}, ...', flush=True)
+    hosts.say(f'{len(missing)} runs to make, {len(group)} now: {run_name(group[0], plan.base)}, ...')
     for study in studies:
       if study.reads == 'ladder':
         ladder.promote(plan, study, group[0].reference)
     ensemble = [reference_of(name, plan) for name in group[0].ensemble_paths]
-    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, PROBLEMS.value, ensemble)
+    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, problems(), ensemble)
   for study in studies:
     if study.reads == 'tokens':
       read_certainty(study, plan, reference_of('', plan))
@@ -74,17 +107,40 @@ def main() -> None:
     else:
       report(study, plan)
   files.write_index(workdir)
+  hosts.say(f'\n{time.monotonic() - start:.0f} s. In {workdir}: README.md (what all studies found), studies/ (a page '
+            f'of each), runs/.\nNext, {next_command(plan, studies)}')
+
+
+def problems() -> int:
+  """Returns the number of problems of each test."""
+  return PROBLEMS.value or DEFAULTS[PRESET.value].problems
+
+
+def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
+  """Returns what can be done next, and its command."""
+  if PRESET.value == 'smoke':
+    return f'what the studies take at preset tiny: {command("reproduce", "--list", f"--workdir={plan.workdir}-tiny")}'
+  if all_missing(plan, studies):
+    return 'the runs that are left: the same command.'
+  again = command('reproduce', f'--preset={PRESET.value}', f'--workdir={plan.workdir}', '--list')
+  return f'studies and runs that are left: {again}'
 
 
 def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
   """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
   file = workdir / 'studies.json'
-  wanted = {'preset': PRESET.value, 'problems': PROBLEMS.value, 'base': flat_values(plan.base)}
+  wanted = {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
   found = json.loads(file.read_text()) if file.is_file() else wanted
-  for name, value in wanted.items():
-    if found.get(name) != value:
-      sys.exit(f'error: --{"preset" if name == "base" else name}: the records in {workdir} were made with '
-               f'{found.get(name)!r}, not {value!r}; give the same, or another --workdir.')
+  for name in ('preset', 'problems'):
+    if found.get(name) != wanted[name]:
+      sys.exit(f'error: --{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
+               'give the same, or another --workdir.')
+  old, new = found['base'], wanted['base']
+  different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
+               if old.get(name) != new.get(name)]
+  if different:
+    sys.exit(f'error: --preset: the records in {workdir} were made when preset {PRESET.value} was another '
+             f'({"; ".join(different)}); give another --workdir.')
   workdir.mkdir(parents=True, exist_ok=True)
   runner.write_text(file, json.dumps(wanted, indent=1) + '\n')
 
@@ -109,14 +165,22 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
   if not plan.number_missing(study):
     print(f'\n{study.name}: is there, {plan.workdir / "studies" / study.name / "README.md"}')
     return
-  start, known, num_sets = time.monotonic(), reference.info.known_digits, len(plan.seeds(study))
-  tokens = read_tokens(reference, digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
-                       responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
+  start, known = time.monotonic(), reference.info.known_digits
+  tokens = read_generations(study, plan, reference)
   about = {name: advance.describe_machine()[name] for name in ('commit', 'device')}
   results = certainty_page.write_certainty(study, plan, tokens, known, about | {'seconds': time.monotonic() - start})
   print(f'\n{study.name}: {study.question} {plan.workdir / "studies" / study.name / "README.md"}')
   for sentence in certainty_page.certainty_verdicts(results):
     print(f'  {sentence.replace("**", "")}')
+
+
+def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
+  """Reads sampled answers of a reference, those of a set at a time."""
+  known, number = reference.info.known_digits, len(plan.seeds(study)) * GENERATIONS
+  hosts.say(f'Reading {number} sampled answers of the reference of N = {known} (two programs to compile, 5 to 40 s '
+            'each on a CPU).')
+  return read_tokens(reference, digits=[known + plan.base.extra_digits], num_problems=number, responses='sampled',
+                     seed=plan.base.seed, batch_size=GENERATIONS, progress=hosts.is_first())
 
 
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
@@ -129,7 +193,7 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
       if top and (home.is_dir() or advance.reading_path(plan.workdir, top.name, 'levels').is_file()):
         load = functools.partial(checkpoint.load_checkpoint, home)
         kept[top.name] = advance.accuracy_by_digits(
-            load, 1, top.known_digits + plan.base.extra_digits - 1, plan.workdir, PROBLEMS.value, top.name)
+            load, 1, top.known_digits + plan.base.extra_digits - 1, plan.workdir, problems(), top.name)
   results = ladder.ladder_results(plan, study, kept)
   home = ladder_page.write_ladder(study, plan, results)
   print(f'\n{study.name}: {study.question} {home / "README.md"}')
@@ -146,8 +210,9 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:
     several = [reference_of(name, plan) for name in names]
     digits = [several[0].info.known_digits + plan.base.extra_digits]
+    hosts.say(f'Reading {num_problems} sampled answers with {len(several)} references.')
     readings = [read_tokens(several[0], one, digits=digits, responses='sampled', num_problems=num_problems,
-                            seed=plan.base.seed) for one in several]
+                            seed=plan.base.seed, progress=hosts.is_first()) for one in several]
     about = advance.describe_machine() | {'references': [advance.describe_reference(one, plan.workdir, name)
                                                          for name, one in zip(names, several)]}
     files.write_json(file, overconfidence(readings) | {'about': about})
@@ -159,13 +224,11 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
   levels, certainty, num_sets = {}, {}, len(plan.seeds(study))
   for name in names:
     load = functools.partial(reference_of, name, plan)
-    levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, PROBLEMS.value, name)
+    levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, problems(), name)
     file = advance.reading_path(plan.workdir, name, 'certainty')
     if not file.is_file() or json.loads(file.read_text())['sets'] != num_sets:
-      known = load().info.known_digits
-      tokens = read_tokens(load(), digits=[known + plan.base.extra_digits], num_problems=num_sets * GENERATIONS,
-                           responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS)
-      files.write_json(file, {'known_digits': known, **certainty_results(tokens, num_sets),
+      files.write_json(file, {'known_digits': load().info.known_digits,
+                              **certainty_results(read_generations(study, plan, load()), num_sets),
                               'about': advance.describe_machine()})
     certainty[name] = json.loads(file.read_text())
   return {'levels': levels, 'certainty': certainty}
@@ -175,7 +238,7 @@ def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study as far as its runs go, and prints what they say."""
   names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
   loads = {name: functools.partial(reference_of, name, plan) for name in names}
-  records = {name: advance.reference_record(load, plan.base, plan.workdir, PROBLEMS.value, name)
+  records = {name: advance.reference_record(load, plan.base, plan.workdir, problems(), name)
              for name, load in loads.items()}
   results = study_results(study, plan, records)
   if study.beside == 'levels':
@@ -188,7 +251,7 @@ def report(study: catalog.Study, plan: Plan) -> None:
     print(f'  {sentence.replace("**", "")}')
 
 
-def chosen(names: list[str]) -> list[catalog.Study]:
+def chosen(names: Sequence[str]) -> list[catalog.Study]:
   """Returns the studies of these names, or exits with one line."""
   found = {}
   for name in names:

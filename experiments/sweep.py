@@ -7,13 +7,13 @@ where it was stopped. Writes results.json, results.csv and curves.png into the w
 `members/NAME`, a workdir as `experiments.finetune` writes it, for all that reads checkpoints.
 """
 
+import contextlib
 import csv
-import dataclasses
 import io
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,14 @@ from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
 from critkl_jax.analysis.curves import plot_study
-from critkl_jax.analysis.statistics import paired_difference
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
 from .flags import define_config, define_devices, read_config, run, take_cores
+from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
-from .tables import study_rows
+from .tables import command, study_rows
+from .workdirs import refuse_fewer_steps, refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
 SEEDS = flags.DEFINE_integer('seeds', 4, 'Number of seeds, from --seed on.', lower_bound=1)
@@ -46,33 +47,19 @@ define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """The members that differ in the seed alone.
-
-  Attributes:
-    label: what is the group's own.
-    config: of its first member.
-    members: their indices.
-  """
-
-  label: str
-  config: FinetuneConfig
-  members: tuple[int, ...]
-
-
 def main() -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start = time.monotonic()
   base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
   configs = read_members(base)
   names, mesh = population.names(configs), read_study_mesh(base, len(configs))
+  hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
+  check_workdir(workdir, base, names)
   reference = keep_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   model, task = model_and_task(base, reference)
-  if hosts.is_first():
-    print(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}', flush=True)
-  step, memory = compile_step(model, task, configs, mesh)
+  with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
+    step, memory = compile_step(model, task, configs, mesh)
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
   for name in names:
@@ -80,16 +67,28 @@ def main() -> None:
 
   one_mesh = sharding.without_members(mesh)
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
-  before = tested_before(test, reference.params, workdir)
+  said = (f'Testing the reference: greedy answers to 2 x {base.eval_problems} problems, {known} and '
+          f'{known + base.extra_digits} digits (with its compilation 10 to 40 s on a CPU).')
+  with hosts.waiting(said) if base.eval_problems else contextlib.nullcontext():
+    before = tested_before(test, reference.params, workdir)
   state = population.init_population(
       model, configs, reference.params, mesh, load_ensemble(base, reference, sharding.without_members(mesh)))
   del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
                                 base.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
+  if base.eval_problems:
+    hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
   if hosts.is_first():
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
+
+
+def check_workdir(workdir: pathlib.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
+  """Exits with one line if the workdir holds something else than this study."""
+  refuse_others(workdir, 'sweep')
+  for name in names:
+    refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
 
 
 def read_members(base: FinetuneConfig) -> tuple[FinetuneConfig, ...]:
@@ -163,44 +162,6 @@ def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any
   return tests
 
 
-def groups_of(configs: tuple[FinetuneConfig, ...]) -> list[Group]:
-  """Returns the groups in the order of their first members."""
-  found: dict[FinetuneConfig, list[int]] = {}
-  for i, member in enumerate(configs):
-    found.setdefault(config.replace(member, seed=configs[0].seed), []).append(i)
-  own = population.differences(configs)
-  return [Group(' '.join(f'{name}={value}' for name, value in own[some[0]].items() if name != 'seed') or 'all',
-                member, tuple(some)) for member, some in found.items()]
-
-
-def is_standard(member: FinetuneConfig) -> bool:
-  """Returns whether a penalty weighs all tokens alike."""
-  return member.loss.kl == 'standard' or (member.loss.kl == 'prioritized' and member.loss.certainty_exponent == 0)
-
-
-def baseline_of(group: Group, groups: list[Group]) -> Group | None:
-  """Returns the group that is like another but for a standard penalty; None if there is none, or it is the group."""
-  def key(member):
-    return config.replace(member, kl='standard', certainty_exponent=0.0, certainty_intercept=0.0)
-
-  like = [other for other in groups if is_standard(other.config) and key(other.config) == key(group.config)]
-  return like[0] if like and like[0] is not group else None
-
-
-def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
-  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty."""
-  rows = []
-  for group in groups:
-    rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
-    row = {'group': group.label, 'members': len(group.members), 'accuracy': float(rewards[group.label].mean())}
-    baseline = baseline_of(group, groups)
-    if baseline is not None:
-      mean, low, high = paired_difference(rewards[group.label], rewards[baseline.label])
-      row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high}
-    rows.append(row)
-  return rows
-
-
 def report(base, configs, known, before, tests, memory, workdir, seconds) -> None:
   """Prints the table and writes results and pictures."""
   names, groups = population.names(configs), groups_of(configs)
@@ -219,9 +180,14 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   runner.write_text(workdir / 'results.csv', as_csv(members))
   for name in tested:
     digits = known if name == 'N' else known + base.extra_digits
-    print(f'\n{name} ({digits} digits), {base.eval_problems} problems; the reference: {100 * before[name]:.1f}%')
+    low, high = evaluate.accuracy_interval(before[name], base.eval_problems)
+    print(f'\nGreedy answers to {base.eval_problems} problems of {digits} digits ({name}: '
+          f'{"as in pre-training" if name == "N" else "as in fine-tuning"}); right answers of the reference: '
+          f'{100 * before[name]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
     print(study_rows(comparison[name]))
-  print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.')
+  some = ','.join(str(workdir / 'members' / names[group.members[0]]) for group in groups[:2])
+  print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.\n'
+        f'Next, token by token: {command("analyze", f"--checkpoints={some}", f"--workdir={workdir}/analysis")}')
 
 
 def as_csv(members: list[dict[str, Any]]) -> str:

@@ -1,27 +1,68 @@
 """Tables as the binaries print them."""
 
 import math
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import tqdm
+
+from critkl_jax import hosts
 from critkl_jax.analysis.page import Table
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.summary import METRICS
 
 PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
 AGREEMENT = {'precision': 'precision', 'recall': 'recall', 'auroc': 'AUROC', 'average_precision': 'average precision',
              'base_rate': 'base rate'}
+LENGTHS = {'identical': 'as many', 'varying': '1 to as many',
+           'plus': '1..N or, as often, more, as in fine-tuning'}  # digits of the shorter operand
+
+
+def command(binary: str, *flags: str) -> str:
+  """Returns the command that starts another binary, as text to be shown."""
+  return shlex.join(['python', '-m', f'{__package__}.{binary}', *flags])
+
+
+def print_accuracies(rows: Iterable[dict[str, Any]], digits: Sequence[int], distributions: Sequence[str],
+                     known_digits: int, num_problems: int, whose: str = 'greedy answers') -> list[dict[str, Any]]:
+  """Prints the table of `evaluate.accuracies`, each line as soon as its cells are tested, and a bar meanwhile.
+
+  Args:
+    rows: of `evaluate.accuracies`; all hosts go through them, and the first one prints.
+    digits: of the lines.
+    distributions: of the columns.
+    known_digits: N.
+    num_problems: in a cell.
+    whose: what the accuracies are of.
+
+  Returns:
+    The rows.
+  """
+  lengths = '; '.join(f'{name}: {LENGTHS[name]}' for name in distributions)
+  hosts.say(f'Accuracy of {whose} with 95% intervals, {num_problems} problems in each cell.\n'
+            f'Lines: digits of the longer operand; the model was pre-trained on 1..{known_digits}. '
+            f'Columns: digits of the other one ({lengths}).\n'
+            f'{"digits":>8}' + ''.join(f'{name:>22}' for name in distributions))
+  found = []
+  bar = tqdm.tqdm(rows, 'tests', len(digits) * len(distributions), unit='cell', leave=False,
+                  disable=not hosts.is_first())
+  for row in bar:
+    found.append(row)
+    if len(found) % len(distributions) == 0 and hosts.is_first():
+      tqdm.tqdm.write(accuracy_rows(found[-len(distributions):]))
+      sys.stdout.flush()
+  return found
 
 
 def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
-  """Formats the rows of `evaluate.accuracy_table`: a line for each number of digits, a column for each distribution."""
-  distributions = list(dict.fromkeys(row['distribution'] for row in rows))
-  cells = {(row['digits'], row['distribution']): row for row in rows}
-  lines = [f'{"digits":>8}' + ''.join(f'{name:>22}' for name in distributions)]
-  for digits in dict.fromkeys(row['digits'] for row in rows):
-    found = [cells[digits, name] for name in distributions]
-    lines.append(f'{digits:>8}' + ''.join(
-        f'{100 * r["accuracy"]:>8.1f}% [{100 * r["low"]:>5.1f},{100 * r["high"]:>5.1f}]'.rjust(22) for r in found))
-  return '\n'.join(lines)
+  """Formats the rows of `evaluate.accuracies`: a line for each number of digits, a column for each distribution."""
+  cells = {}
+  for row in rows:
+    cells.setdefault(row['digits'], []).append(
+        f'{100 * row["accuracy"]:>8.1f}% [{100 * row["low"]:>5.1f},{100 * row["high"]:>5.1f}]'.rjust(22))
+  return '\n'.join(f'{digits:>8}' + ''.join(own) for digits, own in cells.items())
 
 
 def before_after_rows(accuracy: dict[str, dict[str, float]], meaning: dict[str, str]) -> str:
@@ -35,15 +76,27 @@ def before_after_rows(accuracy: dict[str, dict[str, float]], meaning: dict[str, 
 
 def study_rows(rows: Sequence[dict[str, Any]]) -> str:
   """Formats the groups of a study: mean accuracy, and the paired difference from the standard penalty where there is
-  one."""
-  width = max(len('group'), *(len(row['group']) for row in rows)) + 2
-  lines = [f'{"group":<{width}}{"members":>8}{"accuracy":>10}  difference from the standard penalty [95% interval]']
+  one, with their intervals, or where there are none what each run or pair of runs has."""
+  texts = []
   for row in rows:
-    difference = ''
-    if 'difference' in row:
-      difference = (f'{100 * row["difference"]:+6.1f} points [{100 * row["low"]:+.1f}, {100 * row["high"]:+.1f}]')
-    lines.append(f'{row["group"]:<{width}}{row["members"]:>8}{100 * row["accuracy"]:>9.1f}%  {difference}'.rstrip())
-  return '\n'.join(lines)
+    accuracy = _mean_text(row['accuracy'], row['accuracy_interval'], row['accuracies'], '.1f', '%')
+    difference = 'differences' in row and _mean_text(
+        row['difference'], (row['low'], row['high']), row['differences'], '+.1f', ' points')
+    texts.append([row['group'], str(row['members']), accuracy, difference or ''])
+  heads = ['group', 'runs', 'mean accuracy', 'difference from the standard penalty, same seeds']
+  widths = [max(len(line[i]) for line in (heads, *texts)) + 2 for i in range(len(heads))]
+  lines = [f'{line[0]:<{widths[0]}}{line[1]:>{widths[1] - 2}}  {line[2]:<{widths[2]}}{line[3]}'.rstrip()
+           for line in (heads, *texts)]
+  few = any(row['members'] < FEWEST_SEEDS for row in rows)
+  return '\n'.join([*lines, 'In brackets: 95% intervals over seeds and problems.' if not few else
+                    f'In parentheses: each run, or pair of runs, by seed; fewer than {FEWEST_SEEDS} seeds do not show '
+                    'how much runs differ, and have no interval.'])
+
+
+def _mean_text(mean, interval, each, form, unit):
+  few = interval[0] is None
+  texts = [format(100 * x, form) for x in (each if few else interval)]
+  return f'{100 * mean:{form}}{unit} ' + (f'({", ".join(texts)})' if few else f'[{", ".join(texts)}]')
 
 
 def summary_tables(summaries: dict[str, dict[str, Any]]) -> list[Table]:

@@ -43,6 +43,27 @@ def test_bootstrap_interval():
   assert evaluate.bootstrap_interval(np.ones(50)) == (1.0, 1.0)
 
 
+def test_accuracy_interval():
+  # Wilson's interval by hand: those shares p at which the accuracy lies 1.96 standard errors away.
+  for right, number in ((0, 4), (4, 4), (3, 8), (97, 200)):
+    low, high = evaluate.accuracy_interval(right / number, number)
+    assert 0 <= low <= right / number <= high <= 1
+    for p in (low, high):
+      if 1e-9 < p < 1 - 1e-9:
+        assert abs(right / number - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / number))
+  assert evaluate.accuracy_interval(0.0, 4)[1] > 0.4  # four wrong answers leave much open
+
+
+def test_what_cannot_be_tested_is_refused_before_anything_is():
+  model = GPT2(GPT2Config(context_length=384, num_layers=1, num_heads=1, width=8))
+  with pytest.raises(ValueError, match=r'digits: 9 need a context of \d+, and the model has 384'):
+    next(evaluate.accuracies(model, None, 1, [1, 9], ['plus'], 2))
+  with pytest.raises(ValueError, match='digits: expected 1 or more, got 0'):
+    next(evaluate.accuracies(model, None, 1, [0], ['plus'], 2))
+  with pytest.raises(ValueError, match='distribution: expected one of'):
+    next(evaluate.accuracies(model, None, 1, [1], ['equal'], 2))
+
+
 def test_errors():
   with pytest.raises(ValueError, match='distribution'):
     evaluate.draw_problems(jax.random.key(0), 2, 'equal', 3, 3, 3)

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.analysis.statistics import paired_difference
+from critkl_jax.analysis.reading import read_answers, read_tokens
+from critkl_jax.analysis.statistics import problem_statistics
 from critkl_jax.checkpoint import Checkpoint
+from critkl_jax.evaluate import accuracy_interval
 
 
 def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
@@ -51,25 +52,29 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
     seed: of the problems.
     progress: whether to show it.
 
+  Two programs are compiled, one that answers and one that reads; a third if the models differ.
+
   Returns:
     `drift`: of `parameter_drift`, of the arrays that both have in one shape, and `left_out`, names of the others.
-    `answers`: of each number of digits the `accuracy` of both, `difference` (mean, low, high; paired over problems),
-    and numbers `gained` and `lost`. `flipped`: the problems whose answer changed from right to wrong or back, with both
-    responses. `kl`: KL(second || first) on the right solutions, nats a token at the temperature of the second's loss:
-    `mean`, `critical`, `other`, and `by_position` `[T]` (NaN where no solution is so long).
+    `answers`: of each number of digits the greedy `accuracy` of both and its 95% `intervals`, `num_problems`,
+    `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`. `flipped`: the problems whose
+    answer changed from right to wrong or back, with both responses. `kl`: KL(second || first) on the right solutions,
+    nats a token at the temperature of the second's loss: `mean`, `critical`, `other`, and `by_position` `[T]` (NaN
+    where no solution is so long).
 
   Raises:
     CheckpointError: if they do not belong together.
   """
   own = {'digits': digits, 'num_problems': num_problems, 'seed': seed, 'progress': progress}
-  # Each is its own reference where only its answers are asked for.
-  first, second = (read_tokens(c, c, **own) for c in (one, two))
+  first, second = read_answers((one, two), **own)
   solutions = read_tokens(two, one, responses='solution', **own)
   answers = {}
   for number in np.unique(first['digits']):
     before, after = (x['reward'][x['digits'] == number] for x in (first, second))
-    answers[str(number)] = {'accuracy': [float(before.mean()), float(after.mean())],
-                            'difference': paired_difference(after[None], before[None]),
+    accuracy = [float(x.mean()) for x in (before, after)]
+    answers[str(number)] = {'accuracy': accuracy, 'intervals': [accuracy_interval(x, before.size) for x in accuracy],
+                            'num_problems': before.size,
+                            'difference': problem_statistics(after - before),
                             'gained': int(((after > 0) & (before == 0)).sum()),
                             'lost': int(((after == 0) & (before > 0)).sum())}
   flipped = [{'problem': first['problem'][i], 'digits': int(first['digits'][i]),

@@ -8,8 +8,9 @@ Letters: B responses, T tokens, V vocabulary.
 """
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -107,6 +108,46 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     found |= {'reward': rewards, 'digits': jnp.full(rewards.shape, number)}
     parts.append(jax.device_get(found) | _texts(task, problems, rollout))
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_answers(policies: Sequence[Checkpoint], *, digits: list[int] | None = None, num_problems: int = PROBLEMS,
+                 seed: int = 0, batch_size: int = 64, progress: bool = False) -> list[dict[str, np.ndarray]]:
+  """Reads the greedy answers of several policies to the problems of `read_tokens`, and nothing of their tokens.
+
+  Policies of one architecture share a compiled program.
+
+  Args:
+    policies: checkpoints of models that were pre-trained on the same number of digits.
+    digits: numbers of digits of the longer operand; N and N + 1 if None.
+    num_problems: problems of each.
+    seed: of the problems.
+    batch_size: problems answered at a time; fewer for a large vocabulary.
+    progress: whether to show it.
+
+  Returns:
+    For each policy NumPy arrays `[B]`: `problem` (text), `digits`, `response` (text) and `reward`.
+
+  Raises:
+    CheckpointError: if the policies do not belong together.
+    ValueError: if problems do not fit into the context.
+  """
+  first, known = policies[0], policies[0].info.known_digits
+  for policy in policies[1:]:
+    load_pair(policy, first)
+  digits = digits or [known, known + 1]
+  task = task_of(first, digits)
+  answers = {model: make_answer(model, task) for model in map(_model_of, policies)}
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  batch_size = _batch_size(batch_size, first, task)
+  drawn = _problems(first, digits, num_problems, problem_key)
+  parts = [[] for _ in policies]
+  batches = list(itertools.product(range(len(policies)), digits, range(0, num_problems, batch_size)))
+  for i, number, start in tqdm.tqdm(batches, 'answers', unit='batch', disable=not progress):
+    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
+    rollout, rewards = answers[_model_of(policies[i])](policies[i].params, problems, answer_key)
+    own = {name: text for name, text in _texts(task, problems, rollout).items() if name in ('problem', 'response')}
+    parts[i].append(own | {'reward': np.asarray(rewards), 'digits': np.full(rewards.shape, number)})
+  return [{name: np.concatenate([part[name] for part in own]) for name in own[0]} for own in parts]
 
 
 def task_of(policy: Checkpoint, digits: list[int]) -> Task:

@@ -19,11 +19,12 @@ from typing import Any
 
 import flax
 import jax
+import tqdm
 
-from critkl_jax import checkpoint, population, runner
+from critkl_jax import checkpoint, hosts, population, runner
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
-from critkl_jax.evaluate import accuracy_table
+from critkl_jax.evaluate import accuracies, accuracy_interval
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
@@ -105,9 +106,10 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
                                      f'{needed}, and this reference has {model.config.context_length}.')
   group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
   about = describe_machine()
-  state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
-  probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
-  step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
+  with hosts.waiting(f'Compiling the training step of {len(configs)} runs (once, 20 to 90 s on a CPU).'):
+    state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
+    probe = make_probe(model, jax.device_get(state.ref_params), known, first.extra_digits, temperature)
+    step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
   infos = {name: CheckpointInfo(model.config, known, config) for name, config in zip(names, configs)}
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(
@@ -115,7 +117,8 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
       show=('accuracy', 'kl', 'critical_right', 'weight'))
 
   start = time.monotonic()
-  test = make_test(model, known, first.extra_digits, num_problems, mesh, temperature)
+  say_testing(f'{len(configs)} runs', num_problems)
+  test = make_test(model, known, first.extra_digits, num_problems, mesh, temperature, progress=hosts.is_first())
   tests = test(state.params, state.ref_params)
   test_seconds = (time.monotonic() - start) / len(configs)
   records = []
@@ -131,6 +134,12 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
       write_record(record_path(workdir, record.name), record)
   shutil.rmtree(group)
   return records
+
+
+def say_testing(what: str, num_problems: int) -> None:
+  """Says that a model, or several, are tested."""
+  hosts.say(f'Testing {what}: greedy and sampled answers to 2 x {num_problems} problems (four programs to compile, 5 '
+            'to 20 s each on a CPU).')
 
 
 def _keep_params(workdir, info, name, params):
@@ -155,7 +164,9 @@ def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workd
   mesh = population.members_mesh(1)
   model = GPT2(dataclasses.replace(reference.info.model, remat=False))
   stacked = jax.tree.map(lambda x: x[None], reference.params)
-  test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature)
+  say_testing(f'the reference {name}', num_problems)
+  test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature,
+                   progress=hosts.is_first())
   tests = test(stacked, reference.params)
   about = {'test_seconds': round(time.monotonic() - start, 1), **describe_reference(reference, workdir, name),
            **describe_machine()}
@@ -175,7 +186,7 @@ def describe_reference(reference: Checkpoint, workdir: pathlib.Path, name: str) 
 def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, workdir: pathlib.Path, num_problems: int,
                        name: str) -> list[dict[str, Any]]:
   """Returns the accuracy of a model by number of digits, as far as its context goes, for operands of identical and of
-  varying length: rows of `evaluate.accuracy_table`, kept by the name of the model beside the records of references.
+  varying length: rows of `evaluate.accuracies`, kept by the name of the model beside the records of references.
 
   Args:
     load: gives the model, if it was not tested before.
@@ -187,13 +198,17 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   """
   path = reading_path(workdir, name, 'levels')
   if path.is_file():
-    return json.loads(path.read_text())['rows']
+    rows = json.loads(path.read_text())['rows']  # of an older version their intervals are a bootstrap's
+    return [row | dict(zip(('low', 'high'), accuracy_interval(row['accuracy'], row['num_problems']))) for row in rows]
   policy = load()
+  hosts.say(f'Testing {name or "the reference base"} by number of digits.')
   first = first or policy.info.known_digits
   fitting = [n for n in range(first, first + most + 1)
              if prompt_length(n) + solution_length(n) + LENGTH_MARGIN <= policy.info.model.context_length]
-  rows = accuracy_table(GPT2(dataclasses.replace(policy.info.model, remat=False)), policy.params,
-                        policy.info.known_digits, fitting, ['identical', 'varying'], num_problems)
+  lengths = ['identical', 'varying']
+  cells = accuracies(GPT2(dataclasses.replace(policy.info.model, remat=False)), policy.params,
+                     policy.info.known_digits, fitting, lengths, num_problems)
+  rows = list(tqdm.tqdm(cells, 'tests', len(fitting) * len(lengths), unit='cell', disable=not hosts.is_first()))
   path.parent.mkdir(parents=True, exist_ok=True)
   runner.write_text(path, json.dumps({'rows': rows, 'about': describe_machine()}, indent=1) + '\n')
   return rows

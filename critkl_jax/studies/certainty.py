@@ -11,7 +11,7 @@ import scipy.stats
 
 from critkl_jax.analysis.agreement import agreement
 from critkl_jax.analysis.reading import CERTAINTIES
-from critkl_jax.analysis.statistics import clip_interval, seed_statistics
+from critkl_jax.analysis.statistics import clip_interval, problem_statistics, seed_statistics
 from critkl_jax.critical_tokens import THRESHOLD
 
 PAPER_GAPS = {3: (-0.33, 0.01), 5: (-0.21, 0.18), 7: (-0.13, 0.04)}  # table 1 of arXiv 2502.06533, N -> mean, deviation
@@ -70,7 +70,7 @@ def _first_wrong(wrong, critical, unsure, confidence):
   rows = wrong.any(1)
   if not rows.any():
     return None
-  shares = {name: seed_statistics((wrong & where)[rows].any(1)[None].astype(float), confidence)['mean']
+  shares = {name: problem_statistics((wrong & where)[rows].any(1).astype(float), confidence)
             for name, where in (('critical', critical), ('unsure', unsure))}
   return {'generations': int(rows.sum())} | {name: clip_interval(share, 0, 1) for name, share in shares.items()}
 

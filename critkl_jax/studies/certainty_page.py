@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from critkl_jax.analysis import charts
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.critical_tokens import THRESHOLD
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.certainty import PAPER_GAPS, certainty_results, generation_gaps, position_means
@@ -50,13 +51,13 @@ def certainty_verdicts(results: dict[str, Any]) -> list[str]:
   found, known = results['kinds']['negentropy'], results['known_digits']
   if found['gap'] is None:
     return ['No generation gets as far as a critical token: nothing can be said.']
-  (gap, low, high), detector = found['gap'], found['detector']
+  (_, low, high), detector = found['gap'], found['detector']
   said = 'less certain' if high < 0 else 'more certain' if low > 0 else 'not shown to be less certain'
   paper = f' (the paper, N = {known}: {PAPER_GAPS[known][0]:+.2f} +- {PAPER_GAPS[known][1]:.2f})' if (
       known in PAPER_GAPS) else ''
   auroc, precision = detector['auroc'], detector['average_precision']
   sentences = [
-      f'The reference is **{said}** at critical tokens: {gap:+.3f} [{low:+.3f}, {high:+.3f}]{paper}.',
+      f'The reference is **{said}** at critical tokens: {interval_text(found["gap"], "+.3f")}{paper}.',
       f'As a detector of critical tokens 1 - certainty has an AUROC of {auroc[0]:.3f} [{auroc[1]:.3f}, {auroc[2]:.3f}] '
       f'and an average precision of {precision[0]:.3f} [{precision[1]:.3f}, {precision[2]:.3f}], at a base rate of '
       f'{detector["base_rate"]:.4f}.',
@@ -90,7 +91,8 @@ def _certainty_page(results):
       f'{results["generations"]} generations in {results["sets"]} sets, sampled from the reference of N = '
       f'{results["known_digits"]} digits on {results["known_digits"] + results["extra_digits"]}; '
       f'{results["critical_tokens"]} critical tokens and {results["other_tokens"]} others that follow right ones. The '
-      'interval of the gap is over sets, the others over generations (95 % bootstrap). Correlations are across '
+      f'interval of the gap is over sets, if there are {FEWEST_SEEDS} of them, the others over generations (95 % '
+      'bootstrap). Correlations are across '
       'positions of the response, of means over generations; negentropy is a function of entropy, so that theirs is -1 '
       'by definition, and the probability of a wrong token is read from the same distributions, so that theirs is near '
       'it.', '', '## What it says', '', *(f'- {sentence}' for sentence in certainty_verdicts(results)), '',

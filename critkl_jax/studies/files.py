@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from critkl_jax import runner
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.signatures import MEANING
 
 TOLD_APART = ('in bold where the intervals of mean and interquartile mean both leave out zero, in italics where the '
               'first alone does')
+FEW = f'Fewer than {FEWEST_SEEDS} seeds have no interval: so few runs do not show how much runs differ.'
 
 
 def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -46,8 +48,8 @@ def signature_lines(found: Sequence[str]) -> list[str]:
 def write_index(workdir: pathlib.Path) -> None:
   """Writes `WORKDIR/README.md`: what each study says, taken from its page."""
   lines = ['# Studies', '', 'What each asked and found; its page has more figures, pictures and how it was made. Of '
-           f'runs these are mean differences with their 95 % interval, {TOLD_APART}, and the number of pairs in which '
-           'they are above zero.', '']
+           f'runs these are mean differences with their 95 % interval, {TOLD_APART}, and the number of pairs of runs '
+           f'in which they are above zero and, if there are any, in which they are zero (ties). {FEW}', '']
   for page in sorted((workdir / 'studies').glob('*/README.md')):
     text = page.read_text().splitlines()
     start = next((i for i, line in enumerate(text) if re.fullmatch(r'## What (it says|the \w+ say)', line)), len(text))
@@ -59,11 +61,18 @@ def write_index(workdir: pathlib.Path) -> None:
 
 
 def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:
-  """Returns `(value, low, high)` as text, each number times `scale` in a format; `none` where there is none."""
+  """Returns `(value, low, high)` as text, each number times `scale` in a format; the value alone if its bounds are NaN,
+  `none` where there is no value."""
   if value is None or math.isnan(value[0]):
     return 'none'
   texts = [format(scale * x, form) for x in value]
-  return f'{texts[0]} [{texts[1]}, {texts[2]}]'
+  return texts[0] if math.isnan(value[1]) else f'{texts[0]} [{texts[1]}, {texts[2]}]'
+
+
+def pairs_text(pairs: dict[str, int]) -> str:
+  """Returns `count_pairs` as text: in how many pairs the difference is above zero, and how many ties there are."""
+  ties = pairs['equal']
+  return f'{pairs["higher"]} of {sum(pairs.values())}' + (f', {ties} {"tie" if ties == 1 else "ties"}' if ties else '')
 
 
 def _plain(value):

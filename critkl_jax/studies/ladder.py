@@ -120,7 +120,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
   Args:
     plan: knows the runs.
     study: the ladder.
-    kept: of the `top` of each climb, by the name of its run, rows of `evaluate.accuracy_table`.
+    kept: of the `top` of each climb, by the name of its run, rows of `evaluate.accuracies`.
 
   Returns:
     `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of

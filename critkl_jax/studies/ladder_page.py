@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
-from critkl_jax.studies.files import interval_text, signature_lines, table, write_files
+from critkl_jax.studies.files import FEW, interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
 from critkl_jax.studies.plan import Plan
 
@@ -96,8 +96,8 @@ def _ladder_page(results):
       'reference of the next. A rung is reached with at least half of its problems answered (greedy); else it is tried '
       f'again, until a try gains less than {100 * GAIN:.0f} points: there the climb ends, or after {results["rungs"]} '
       'rungs. What is still known is that of the run that reached the highest rung. Intervals are 95 % bootstrap over '
-      "seeds, widened by Student's quantile; where all climbs reach the same there is nothing to resample, and an "
-      'interval without width is no certainty.', '',
+      f"seeds, widened by Student's quantile. {FEW} Where all climbs reach the same there is nothing to resample, and "
+      'an interval without width is no certainty.', '',
       results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',

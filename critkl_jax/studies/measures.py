@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from jax.sharding import Mesh
 
 from critkl_jax import population, sharding
@@ -90,7 +91,7 @@ def begin_solutions(task: Task, problems: Any) -> tuple[Rollout, Solution]:
 
 
 def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
-              temperature: float = 1.0, batch_size: int = 128, seed: int = SEED) -> Callable:
+              temperature: float = 1.0, batch_size: int = 128, seed: int = SEED, progress: bool = False) -> Callable:
   """Makes the test of the members of a population, on fixed problems of N and of N + k digits (`plus`).
 
   Args:
@@ -102,6 +103,7 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
     temperature: of sampled answers, and of policy and reference where these are read.
     batch_size: problems answered at a time.
     seed: of problems and samples.
+    progress: whether to show it, batch by batch.
 
   Returns:
     `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards
@@ -122,28 +124,35 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
   problems, begun, answer_key = sharding.replicate((problems, begun, answer_key), mesh)
   batch_size = min(batch_size, num_problems)
 
-  def answers(params, ref_params, drawn, greedy):
+  def answers(params, ref_params, drawn, greedy, bar):
     parts = []
     for start, batch in _batches(drawn, num_problems, batch_size):
       some = read if not greedy and start < READ_PROBLEMS else answer[greedy]
       parts.append(jax.device_get(some(params, ref_params, batch, jax.random.fold_in(answer_key, start))))
+      bar.update()
     return {name: np.concatenate([part[name] for part in parts if name in part], 1)[:, :num_problems]
             for name in parts[0]}
 
-  def probabilities(params):
-    parts = [jax.device_get(right(params, *batch)) for _, batch in _batches(begun, num_problems, batch_size)]
+  def probabilities(params, bar):
+    parts = []
+    for _, batch in _batches(begun, num_problems, batch_size):
+      parts.append(jax.device_get(right(params, *batch)))
+      bar.update()
     return np.concatenate(parts, 1)[:, :num_problems].astype(np.float64)
 
   def test(params: Any, ref_params: Any) -> list[dict[str, dict[str, Any]]]:
     members = [{} for _ in range(jax.tree.leaves(params)[0].shape[0])]
     ref_params = sharding.replicate(ref_params, mesh)
-    for name, drawn in problems.items():
-      found = {kind: answers(params, ref_params, drawn, kind == 'greedy') for kind in ('greedy', 'sampled')}
-      for i, member in enumerate(members):
-        member[name] = _of_member(*({key: value[i] for key, value in found[kind].items()}
-                                    for kind in ('greedy', 'sampled')))
-    for member, probability in zip(members, probabilities(params)):
-      member[f'N+{extra_digits}']['critical_probability'] = probability
+    passes = 2 * len(problems) + 1  # greedy and sampled answers of each, and right solutions
+    with tqdm.tqdm(total=passes * len(range(0, num_problems, batch_size)), desc='tests', unit='batch',
+                   disable=not progress) as bar:
+      for name, drawn in problems.items():
+        found = {kind: answers(params, ref_params, drawn, kind == 'greedy', bar) for kind in ('greedy', 'sampled')}
+        for i, member in enumerate(members):
+          member[name] = _of_member(*({key: value[i] for key, value in found[kind].items()}
+                                      for kind in ('greedy', 'sampled')))
+      for member, probability in zip(members, probabilities(params, bar)):
+        member[f'N+{extra_digits}']['critical_probability'] = probability
     return members
 
   return test

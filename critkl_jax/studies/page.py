@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from critkl_jax.analysis.curves import plot_study
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save, split_label
 from critkl_jax.studies.catalog import PRIORITIZED, Study
-from critkl_jax.studies.files import TOLD_APART, signature_lines, table, write_files
+from critkl_jax.studies.files import FEW, TOLD_APART, interval_text, pairs_text, signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
 from critkl_jax.studies.results import FIGURES, TARGETS
@@ -122,35 +123,39 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 
 
 def _verdict(row, name, results):
-  told_apart, value = _told_apart(row['figures'][name], len(row['seeds'])), row['figures'][name]['difference'][0]
+  found, number = row['figures'][name], len(row['seeds'])
+  told_apart, value, ties = _told_apart(found), found['difference'][0], found['pairs']['equal']
   said = 'is not shown to differ' if not told_apart else ('is higher' if value > 0 else 'is lower') + (
       ' by the mean, not by the interquartile mean' if told_apart == 1 else '')
-  unit = ' points' if FIGURES[name][1] else ''
-  more, pairs = row['figures'][name]['improvement'][0], len(row['seeds'])
-  return (f'**{row["arm"]}** minus **{row["against"]}**: {_named(name, results)} {said}, '
-          f'{_cell(name, row["figures"][name]["difference"], "+")}{unit}; higher in {more * pairs:g} of {pairs} pairs.')
+  if number < FEWEST_SEEDS:
+    said = 'cannot be judged by so few pairs'
+  arms, unit = f'**{row["arm"]}** minus **{row["against"]}**: {_named(name, results)}', ' points' * FIGURES[name][1]
+  if math.isnan(value):
+    return f'{arms} cannot be compared.'
+  return (f'{arms} {said}, {_cell(name, found["difference"], "+")}{unit}; higher in {found["pairs"]["higher"]} of '
+          f'{number} {"pair" if number == 1 else "pairs"}{f", equal in {ties}" if ties else ""}.')
 
 
 def _judged_table(results):
   rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['judged'])]
           for row in results['contrasts']]
   heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['judged']]
-  return [f'Mean differences, {TOLD_APART}, and in how many pairs they are above zero, where ties are halves. There '
-          f'are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
+  return [f'Mean differences, {TOLD_APART}, and in how many pairs of runs they are above zero; ties are pairs in which '
+          f'they are zero. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
           *table(['arms', *heads], rows)] if rows else ['- No two arms can be compared yet.']
 
 
 def _judged_cell(row, name):
-  found, pairs = row['figures'][name], len(row['seeds'])
-  text, mark = _cell(name, found['difference'], '+'), {2: '**', 1: '*', 0: ''}[_told_apart(found, pairs)]
-  return f'{mark}{text}{mark}; {found["improvement"][0] * pairs:g} of {pairs}' if text != 'none' else text
+  found = row['figures'][name]
+  text, mark = _cell(name, found['difference'], '+'), {2: '**', 1: '*', 0: ''}[_told_apart(found)]
+  return f'{mark}{text}{mark}; {pairs_text(found["pairs"])}' if text != 'none' else text
 
 
-def _told_apart(found, pairs):
+def _told_apart(found):
   """Returns 2 where the intervals of mean and interquartile mean both leave out zero, 1 where that of the mean alone
-  does, else 0, as where there is a single pair, whose interval has no width."""
+  does, else 0, as where there are no intervals."""
   apart = [low > 0 or high < 0 for _, low, high in (found['difference'], found['iqm_difference'])]
-  return 0 if pairs == 1 or not apart[0] else 1 + apart[1]
+  return 1 + apart[1] if apart[0] else 0
 
 
 def _arms_table(results):
@@ -194,17 +199,17 @@ def _design(results):
   """Says what was done, and what its figures mean."""
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
-          "seeds and, of accuracies, over problems, widened by Student's quantile for few seeds; pairs share seed and "
-          f'problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary fine-tuning '
-          f'alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes to '
-          f'{TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes with '
-          "the reference's test as the first point and, but for both ends, averaged over three; a run that never gets "
-          'there counts with all of its episodes. The '
+          f"seeds and, of accuracies, over problems, widened by Student's quantile for few seeds. {FEW} Pairs share "
+          'seed and problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary '
+          f'fine-tuning alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes '
+          f'to {TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes '
+          "with the reference's test as the first point and, but for both ends, averaged over three; a run that never "
+          'gets there counts with all of its episodes. The '
           "probability of the right critical token is a mean over the test's problems, after right beginnings; KL in "
           "the tables is that of the policy's own answers to the first 128 of them, up to the first error at critical "
           'tokens, and KL in curves of right solutions is of 16 other problems, at critical tokens of 256. The '
           'penalty that is paid for a nat of KL has its coefficient in it. Probabilities of improvement are shares of '
-          'pairs, with the interval of Clopper and Pearson over seeds.')
+          'pairs, a tie counting as half of one, with the interval of Clopper and Pearson over seeds.')
 
 
 def _number_of_references(results):
@@ -247,12 +252,11 @@ def _named(name, results):
 
 
 def _cell(name, value, sign=''):
-  """Returns a figure with its interval: shares in percent, others with three digits."""
+  """Returns a figure with its interval, if it has one: shares in percent, others with three digits."""
   if value is None:
     return ''
-  value = (value,) if np.isscalar(value) else value
-  if math.isnan(value[0]):
-    return 'none'
   share = name in FIGURES and FIGURES[name][1]
-  texts = [f'{100 * x:{sign}.1f}' if share else f'{x:{sign}.3g}' for x in value]
-  return f'{texts[0]} [{texts[1]}, {texts[2]}]' if len(texts) > 1 else texts[0]
+  form, scale = (f'{sign}.1f', 100) if share else (f'{sign}.3g', 1)
+  if np.isscalar(value):
+    return 'none' if math.isnan(value) else format(scale * value, form)
+  return interval_text(value, form, scale)

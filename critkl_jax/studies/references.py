@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, hosts
 from critkl_jax.checkpoint import Checkpoint, CheckpointError
 from critkl_jax.config import PretrainConfig, replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
@@ -81,6 +81,7 @@ def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: 
       return checkpoint.load_checkpoint()
     if name and not changes:
       raise CheckpointError(f'{home}: no such reference; it was the result of a run.')
-    print(f'Pre-training of the reference {name or preset}:', flush=True)
-    pretrain(pretrain_config(preset, changes), home)
+    config = pretrain_config(preset, changes)
+    hosts.say(f'Pre-training the reference {name or preset}: {config.num_steps} steps.')
+    pretrain(config, home)
   return checkpoint.load_checkpoint(home / 'reference')

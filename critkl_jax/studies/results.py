@@ -9,7 +9,9 @@ import numpy as np
 from critkl_jax.analysis.statistics import (
     area_under_curve,
     clip_interval,
+    count_pairs,
     paired_statistics,
+    problem_statistics,
     seed_statistics,
     smooth,
     steps_to_target,
@@ -128,9 +130,9 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
     (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs),
     whether what is sampled of it `compares_with_reference`, `critical_kinds`, and the `mean_weight` of the penalty;
-    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`); `runs`, a row for
-    each; `commits`, `devices` and `seconds`, the runs' times summed.
-    Everything is plain JSON but for NaN, which stands where there is no value.
+    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`, and `pairs`, of
+    `count_pairs`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
+    Everything is plain JSON but for NaN, which stands where there is no value and for bounds that there are not.
   """
   records = plan.records(study)
   names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
@@ -201,13 +203,13 @@ def _contrast(arm, against, records, figures, most):
     for name in FIGURES.keys() - {'greedy', 'greedy_known'}:
       pairs[name] = [np.full_like(values, np.nan) for values in pairs[name]]
   return {'arm': arm, 'against': against, 'seeds': seeds,
-          'figures': {name: _within(paired_statistics(*pair), -most[name], most[name])
+          'figures': {name: _within(paired_statistics(*pair), -most[name], most[name]) | {'pairs': count_pairs(*pair)}
                       for name, pair in pairs.items()}}
 
 
 def _reference(record):
   test = {'N': record.test['N'], 'longer': record.longer}
-  found = {name: seed_statistics(np.asarray(test[digits][kind], np.float64)[None])['mean']
+  found = {name: problem_statistics(np.asarray(test[digits][kind], np.float64))
            for name, (digits, kind) in _OF_PROBLEMS.items()}
   return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 

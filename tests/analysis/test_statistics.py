@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 
 from critkl_jax.analysis.statistics import (
+    FEWEST_SEEDS,
     area_under_curve,
+    count_pairs,
+    curve_band,
     interquartile_mean,
     paired_statistics,
+    problem_statistics,
+    seed_statistics,
     share_interval,
     smooth,
     steps_to_target,
@@ -90,3 +95,42 @@ def test_steps_to_target():
   assert steps_to_target(steps, [0.8, 0.5, 1.0], 0.75) == 0
   assert steps_to_target(steps, [0.0, 0.5, 0.6], 0.75) == np.inf
   np.testing.assert_allclose(steps_to_target(steps, [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]], 0.5), [5, np.inf])
+
+
+@pytest.mark.parametrize('seeds', [1, 2, 3])
+def test_few_seeds_have_no_interval(seeds):
+  values = np.random.default_rng(0).random((seeds, 16))
+  for value, low, high in seed_statistics(values).values():
+    assert 0 < value < 1
+    assert np.isnan([low, high]).all()
+  found = paired_statistics(values, np.zeros_like(values))
+  for name in ('difference', 'iqm_difference'):
+    assert np.isnan(found[name][1:]).all()
+  _, low, high = found['improvement']  # is exact for any number
+  assert 0 < low < high == 1
+  mean, low, high = curve_band(values)
+  np.testing.assert_allclose(mean, values.mean(0))
+  assert np.isnan([low, high]).all()
+
+
+def test_bands_cover_as_intervals_of_means_do():
+  curves = np.random.default_rng(0).random((FEWEST_SEEDS, 3))
+  mean, low, high = curve_band(curves, num_resamples=20_000)
+  for step in range(3):
+    wanted = seed_statistics(curves[:, step], num_resamples=20_000)['mean']
+    np.testing.assert_allclose((mean[step], low[step], high[step]), wanted, atol=0.03)
+
+
+def test_one_model_has_an_interval_over_problems():
+  rewards = (np.arange(100) < 30).astype(float)
+  value, low, high = problem_statistics(rewards)
+  assert value == 0.3
+  np.testing.assert_allclose((low, high), 0.3 + 1.96 * np.sqrt(0.21 / 100) * np.array([-1, 1]), atol=0.015)
+  with pytest.raises(ValueError, match=r'expected \[M\]'):
+    problem_statistics(np.zeros((2, 3)))
+
+
+def test_ties_are_neither_higher_nor_lower():
+  values = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [np.nan, 1.0]])
+  baseline = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+  assert count_pairs(values, baseline) == {'higher': 1, 'equal': 2, 'lower': 1}

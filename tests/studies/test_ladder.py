@@ -132,7 +132,7 @@ def test_results_and_page(plan):
   assert (rung['digits'], rung['seeds']) == (2, [0, 1])
   assert rung['difference'][0] == pytest.approx(0.88)
   assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few to say
-      '**prioritized** is not shown to climb higher than **standard**: +1.50 [-')
+      '**prioritized** is not shown to climb higher than **standard**: +1.50 digits, 2 pairs; on 2 digits, ')
   assert ladder_page.ladder_verdict(row | {'difference': (1.5, 0.5, 2.5)}) == (
       '**prioritized** climbs higher than **standard**: +1.50 [+0.50, +2.50] digits, 2 pairs; on 2 digits, the most '
       f'that both tried, {interval_text(rung["difference"], "+.1f", 100)} points, 2 pairs.')
@@ -142,6 +142,7 @@ def test_results_and_page(plan):
   text = (home / 'README.md').read_text()
   assert '3 climbs are not at their end' in text
   assert '2: 90 3: 60; 2: 90 3: 20 3: 22' in text
-  assert '| prioritized | standard | 2 | 2 | +88.0 [' in text
+  assert '| prioritized | standard | 2 | 2 | +88.0 |' in text
+  assert 'Fewer than 4 seeds have no interval' in text
   assert (home / 'climbs.png').read_bytes().startswith(b'\x89PNG')
   json.loads((home / 'results.json').read_text())

@@ -154,12 +154,12 @@ def test_results_say_what_was_put_in(plan):
 
 
 def test_intervals_stay_where_figures_can_be(plan):
-  make(plan, 'prioritized', range(2), greedy=1.0, sampled=1.0)  # of two seeds they are nine times as wide
-  make(plan, 'standard', [0], greedy=1 / PROBLEMS, sampled=1.0)
-  make(plan, 'standard', [1], greedy=1 / PROBLEMS, sampled=0.0)  # never reaches the target
+  make(plan, 'prioritized', range(4), greedy=1.0, sampled=1.0)  # of four seeds they are almost twice as wide
+  make(plan, 'standard', [0, 1, 2], greedy=1 / PROBLEMS, sampled=1.0)
+  make(plan, 'standard', [3], greedy=1 / 4, sampled=0.0)  # never reaches the target
   found = results.study_results(catalog.STUDIES['prioritized_vs_standard'], plan, references())
   value, low, high = found['contrasts'][0]['figures']['greedy']['difference']
-  assert value == 1 - 1 / PROBLEMS
+  assert value == 1 - (3 / PROBLEMS + 1 / 4) / 4
   assert low < value < high == 1
   value, low, high = found['arms']['standard']['figures']['greedy']['mean']
   assert low == 0 < value < high
@@ -190,13 +190,16 @@ def test_other_temperatures_do_not_compare(plan):
 
 
 def test_a_run_without_critical_tokens_leaves_no_comparison(plan):
-  make(plan, 'prioritized', [0], greedy=0.5, sampled=0.5)
+  make(plan, 'prioritized', [0, 2, 3], greedy=0.5, sampled=0.5)
   make(plan, 'prioritized', [1], greedy=0.5, sampled=0.5, kl_critical=float('nan'))
-  make(plan, 'standard', range(2), greedy=0.5, sampled=0.5)
+  make(plan, 'standard', range(4), greedy=0.5, sampled=0.5)
   study = catalog.STUDIES['drift']
   found = results.study_results(study, plan, references())
-  assert all(math.isnan(x) for values in found['contrasts'][0]['figures']['kl_critical'].values() for x in values)
+  compared = dict(found['contrasts'][0]['figures']['kl_critical'])
+  assert compared.pop('pairs') == {'higher': 0, 'equal': 3, 'lower': 0}
+  assert all(math.isnan(x) for values in compared.values() for x in values)
   assert '| prioritized minus standard | none | ' in page.page_of(found)
+  assert page.verdicts(found)[0].endswith(': KL at critical tokens, N+1 cannot be compared.')
 
 
 def test_marks_say_which_means_tell_arms_apart(plan):
@@ -208,7 +211,10 @@ def test_marks_say_which_means_tell_arms_apart(plan):
     row = next(line for line in page.page_of(found).splitlines() if line.startswith('| prioritized minus standard | '))
     return row.split(' | ')[1], page.verdicts(found)[0]
 
-  assert marked([0.5])[0].startswith('+50.0 [')  # of one pair, whose interval tells of problems alone
+  for few in ([0.5], [0.5] * 2, [0.5] * 3):  # alike as they are, they do not show how much runs differ
+    cell, sentence = marked(few)
+    assert cell == f'+50.0; {len(few)} of {len(few)}'
+    assert 'cannot be judged by so few pairs, +50.0 points; higher in ' in sentence
   cell, sentence = marked([0.5, 0.5, 0.5, 0.5])
   assert cell.startswith('**+50.0 [')
   assert 'is higher, +50.0' in sentence
@@ -229,13 +235,15 @@ def test_records_of_an_older_version_are_named(plan):
 
 
 def test_nothing_is_claimed_where_nothing_is_shown(plan):
-  for label in ('prioritized', 'standard'):
-    make(plan, label, range(3), greedy=0.5, sampled=0.5)
+  make(plan, 'prioritized', range(3), greedy=0.5, sampled=0.5)
+  make(plan, 'prioritized', [3], greedy=0.75, sampled=0.5)
+  make(plan, 'standard', range(4), greedy=0.5, sampled=0.5)
   study = catalog.STUDIES['prioritized_vs_standard']
   found = results.study_results(study, plan, references())
   assert page.verdicts(found)[0].startswith(
-      '**prioritized** minus **standard**: greedy accuracy, N+1 is not shown to differ, +0.0 [')
-  assert page.verdicts(found)[0].endswith('points; higher in 1.5 of 3 pairs.')
+      '**prioritized** minus **standard**: greedy accuracy, N+1 is not shown to differ, +6.2 [')
+  assert page.verdicts(found)[0].endswith('points; higher in 1 of 4 pairs, equal in 3.')  # a tie is no half
+  assert '; 1 of 4, 3 ties | ' in page.page_of(found)
   assert [row['against'] for row in found['contrasts']] == ['standard']  # no run without a penalty
 
 

@@ -1,0 +1,63 @@
+"""A workdir that holds results of something else is refused, and nothing in it is touched."""
+
+import pytest
+from checkpoints import SMOKE, finetuned_workdir, write
+from processes import refused
+
+from critkl_jax import checkpoint, runner
+from critkl_jax.config import replace
+from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.pretraining import pretrain
+
+
+@pytest.fixture(scope='module')
+def finetuned(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('finetuned')
+  finetuned_workdir(workdir)
+  return workdir
+
+
+def contents(workdir):
+  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('binary', ['pretrain', 'sweep', 'reproduce'])
+def test_the_workdir_of_a_fine_tuning_run_is_refused(finetuned, binary):
+  before = contents(finetuned)
+  line = refused(binary, '--preset=smoke', f'--workdir={finetuned}')
+  assert 'holds a fine-tuning run (experiments.finetune); give another directory.' in line
+  assert contents(finetuned) == before
+
+
+def test_a_comparison_of_others_is_not_written_over(finetuned, tmp_path):
+  for mark, words in (('studies.json', 'holds studies'), ('members.json', 'holds a sweep')):
+    (tmp_path / mark).write_text('{}')
+    assert words in refused('compare_checkpoints', finetuned / 'reference', finetuned, f'--workdir={tmp_path}')
+    (tmp_path / mark).unlink()
+  (tmp_path / 'comparison.json').write_text('{"first": "elsewhere", "problems": 3}')
+  line = refused('compare_checkpoints', finetuned / 'reference', finetuned, f'--workdir={tmp_path}', '--problems=3')
+  assert "first: 'elsewhere' then, " in line
+  assert 'problems' not in line
+  assert (tmp_path / 'comparison.json').read_text() == '{"first": "elsewhere", "problems": 3}'
+
+
+def test_fewer_iterations_than_a_sweep_has_made_are_refused(finetuned, tmp_path):
+  config = FINETUNE_PRESETS['smoke']
+  names = [f'certainty_exponent={x}' for x in ('0.0', '150.0')]
+  params = checkpoint.load_checkpoint(finetuned).params
+  for name, exponent in zip(names, (0.0, 150.0)):
+    write(tmp_path / 'members' / name / 'checkpoints', params, 2, training=replace(
+        config, certainty_exponent=exponent, reference=str(finetuned / 'reference')))
+  line = refused('sweep', '--preset=smoke', '--seeds=1', '--num_iterations=1',
+                 f'--reference={finetuned / "reference"}', f'--workdir={tmp_path}')
+  assert line.startswith('error: --num_iterations: ')
+  assert 'holds step 2, which is beyond 1' in line
+
+
+def test_the_reference_of_another_pretraining_is_refused(finetuned, tmp_path):
+  params = checkpoint.load_checkpoint(finetuned / 'reference').params
+  write(tmp_path / 'reference', params, 4)
+  with pytest.raises(checkpoint.CheckpointError, match=r'learning_rate: 0\.\d+ then, 0\.5 now'):
+    pretrain(replace(SMOKE, learning_rate=0.5), tmp_path)
+  assert not (tmp_path / 'metrics.jsonl').exists()
+  assert runner.read_metrics(tmp_path / 'metrics.jsonl') == []
