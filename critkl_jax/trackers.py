@@ -20,9 +20,9 @@ GROUPED = {
     'value_loss': 'loss/value',
     'entropy': 'policy/entropy',
     'clip_fraction': 'policy/clip_fraction',
-    'grad_norm': 'policy/grad_norm',
+    'grad_norm': 'optim/grad_norm',
     'response_length': 'rollout/response_length',
-    'num_tokens': 'rollout/tokens',
+    'num_tokens': 'rollout/num_tokens',
     'seconds': 'time/seconds',
     'tokens_per_second': 'time/tokens_per_second',
 }

@@ -38,7 +38,7 @@ def test_wandb_gets_each_step_in_one_run_a_workdir(tmp_path, monkeypatch):
     writer.write(first + 1, {'accuracy': 0.5, 'num_tokens': 3})
     writer.close()
   assert [run.rows for run in runs] == [
-      [(1, {'reward/accuracy': 0.5, 'rollout/tokens': 3.0})], [(2, {'reward/accuracy': 0.5, 'rollout/tokens': 3.0})]]
+      [(1, {'reward/accuracy': 0.5, 'rollout/num_tokens': 3.0})], [(2, {'reward/accuracy': 0.5, 'rollout/tokens': 3.0})]]
   assert all(run.finished and run.kwargs['project'] == 'critical' for run in runs)
   assert runs[0].kwargs['id'] == runs[1].kwargs['id']
   assert runs[0].kwargs['config']['kl'] == 'prioritized'
