@@ -48,18 +48,18 @@ class GPT2Config:
   """Sizes and numerics of the model.
 
   Attributes:
-    vocab_size: V, number of token ids.
-    context_length: number of positions.
-    num_layers: L, number of blocks.
-    num_heads: H, a divisor of the width.
-    width: D, width of the residual stream.
-    value_head: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
-    value_head_detached: whether the gradient of the values stops before the trunk.
-    dtype: type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
-    attention: how a whole text attends to itself: `auto` in blocks of queries, or an implementation of
+    vocab_size: V, the number of token ids.
+    context_length: The number of positions that the model knows.
+    num_layers: L, the number of blocks.
+    num_heads: H, the number of attention heads, a divisor of the width.
+    width: D, the width of the residual stream.
+    value_head: The critic: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
+    value_head_detached: Whether the gradient of the critic stops before the trunk.
+    dtype: Type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
+    attention: How a whole text attends to itself: `auto` in blocks of queries, or an implementation of
       `jax.nn.dot_product_attention`, `xla` or `cudnn` (NVIDIA GPUs, bfloat16).
-    remat: whether blocks are recomputed in the backward pass, to save memory.
-    scan_layers: whether the blocks are one loop in the program: it compiles as fast as one block, and on several
+    remat: Whether the backward pass computes blocks again, to save memory.
+    scan_layers: Whether the blocks are one loop in the program: it compiles as fast as one block, and on several
       devices a pass gathers the parameters of one block at a time. For deep models.
   """
 
@@ -91,19 +91,19 @@ class PretrainConfig:
   """Pre-training from scratch on additions of up to N digits.
 
   Attributes:
-    model: the model.
-    known_digits: N, the most digits of an operand.
-    batch_size: B, examples in a step.
-    num_steps: number of updates.
-    optimizer: `muon` or `adamw`.
-    learning_rate: its peak.
-    warmup_steps: steps of linear warm-up; a cosine follows.
-    final_learning_rate: where the cosine ends, as a fraction of the peak.
-    weight_decay: decoupled weight decay.
-    max_grad_norm: gradients are scaled down to this global norm.
-    seed: seed of parameters and problems.
-    save_every: steps between checkpoints.
-    eval_problems: problems in each cell of the final accuracy table.
+    model: The model.
+    known_digits: N, the most digits that an operand has.
+    batch_size: B, the number of examples in a step.
+    num_steps: The number of updates.
+    optimizer: The optimizer, `muon` or `adamw`.
+    learning_rate: The peak learning rate.
+    warmup_steps: Steps of linear warm-up; a cosine follows.
+    final_learning_rate: The end of the cosine, as a fraction of the peak.
+    weight_decay: Decoupled weight decay.
+    max_grad_norm: Gradients are scaled down to this global norm.
+    seed: Seed of parameters and problems.
+    save_every: Steps between checkpoints.
+    eval_problems: Problems in each cell of the final accuracy table.
   """
 
   model: GPT2Config = GPT2Config()
@@ -133,25 +133,28 @@ class LossConfig:
   """The loss: policy gradient, critic, entropy bonus and weighted KL penalty.
 
   Attributes:
-    algorithm: `ppo`, with clipped importance ratios, or `a2c`, without ratios.
-    clip_ratio: PPO's epsilon.
-    value_clip: how far values may move from those of the rollout before they are clipped; 0 does not clip.
-    value_coefficient: weight of the critic's loss.
-    entropy_coefficient: weight of the entropy bonus.
-    temperature: of the policy; logits of policy and reference are divided by it.
-    kl: `prioritized` (weighted by certainty), `standard` (weight 1) or `none`.
-    kl_estimator: `exact`, `k1`, `k2` or `k3`. In the loss, k1 has zero expected gradient: it is there to be compared.
-    kl_placement: `loss`, or `reward` for a penalty taken off each token's reward.
-    kl_coefficient: alpha, weight of the penalty.
-    certainty: `negentropy` (paper), `min_entropy` (released code) or `max_prob`.
-    certainty_exponent: beta.
-    certainty_intercept: c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
-    certainty_temperature: temperature at which the reference's certainty is taken.
-    kl_gate: rule that switches the penalty of single tokens off, beside its weight, see `gates.kl_gate`: `none`,
-      `oracle`, `threshold`, `uncritical`, `random`, `top_entropy`, `response_entropy`, `negative_advantage` or
-      `kl_cov`.
-    gate_threshold: certainty below which `threshold` and `uncritical` switch it off.
-    gate_fraction: share of tokens that `top_entropy` and `response_entropy` switch it off at, `kl_cov` on.
+    algorithm: The policy gradient: `ppo`, with clipped importance ratios, or `a2c`, without ratios.
+    clip_ratio: PPO's epsilon: importance ratios are clipped to 1 - epsilon .. 1 + epsilon.
+    value_clip: How far values may move from those of the rollout before they are clipped; 0 does not clip.
+    value_coefficient: Weight of the critic's loss.
+    entropy_coefficient: Weight of the entropy bonus.
+    temperature: The temperature: logits of policy and reference are divided by it.
+    kl: The KL penalty: `prioritized` (weighted by certainty), `standard` (weight 1) or `none`.
+    kl_estimator: The estimator of the KL, `exact`, `k1`, `k2` or `k3`; k1 in the loss has zero expected gradient.
+    kl_placement: Where the penalty enters: `loss`, or `reward` for a penalty taken off the reward of each token.
+    kl_coefficient: The KL coefficient alpha, which multiplies the penalty.
+    certainty: How the reference's certainty J is measured: `negentropy` (paper), `min_entropy` (released code) or
+      `max_prob`.
+    certainty_exponent: The certainty exponent beta: a token's penalty is multiplied by J^beta; 0 is the standard
+      penalty.
+    certainty_intercept: The intercept c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
+    certainty_temperature: Temperature at which the reference's certainty is measured.
+    kl_gate: Rule that switches the penalty of single tokens off, on top of its weight, for ablations (see
+      `gates.kl_gate`): `none`, `oracle`, `threshold`, `uncritical`, `random`, `top_entropy`, `response_entropy`,
+      `negative_advantage` or `kl_cov`.
+    gate_threshold: Certainty below which the gates `threshold` and `uncritical` switch the penalty off.
+    gate_fraction: Share of tokens at which the gates `top_entropy` and `response_entropy` switch the penalty off, and
+      `kl_cov` leaves it on.
   """
 
   algorithm: str = 'ppo'
@@ -195,38 +198,38 @@ class FinetuneConfig:
   """Fine-tuning by reinforcement on additions of N + k digits.
 
   Attributes:
-    loss: the loss.
-    reference: checkpoint directory of the pre-trained model; empty for the one that comes with the package.
-    certainty_ensemble: further references, checkpoint directories with commas between; if there are some, the certainty
-      is that of the mean of their distributions and the reference's (footnote 2 of the paper). Empty for none.
-    extra_digits: k, digits beyond the N of pre-training.
-    num_iterations: rollouts, each followed by `epochs` x `minibatches` updates.
-    episodes: B, episodes in a rollout.
-    episodes_per_problem: how many of them in a row answer the same problem, a divisor of `episodes`.
-    epochs: passes over a rollout.
-    minibatches: updates in a pass, a divisor of `episodes`.
-    learning_rate: of Adam.
-    max_grad_norm: gradients are scaled down to this global norm.
-    wrong_reward: of a response that is not right, where a right one gets 1: 0 in the paper, -1 in its released code.
-    advantage: `group_relative` (return minus the group's mean, over its standard deviation), `leave_one_out` (return
-      minus the mean of the others) or `gae` (generalised advantage estimation with the critic). A group is the episodes
-      of one problem, or the whole rollout where episodes_per_problem is 1.
-    whiten_advantages: whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
-    discount: gamma of GAE.
-    gae_lambda: lambda of GAE.
-    critic_warmup: first iterations in which the critic alone learns; only `gae` has a critic to train.
-    value_head: the critic, `linear` or `mlp`.
-    value_head_detached: whether the critic's gradient stops before the trunk.
-    dtype: type of activations; empty for the reference's.
-    attention: implementation of attention; empty for the reference's.
-    remat: whether blocks are recomputed in the backward pass, to save memory.
-    scan_layers: whether the blocks are one loop in the program, for deep models.
-    rollout: how responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
+    loss: The loss.
+    reference: Checkpoint directory of the pre-trained model; empty for the one that comes with the package.
+    certainty_ensemble: Further references, checkpoint directories separated by commas: the certainty is then that of
+      the mean of all references' distributions (footnote 2 of the paper).
+    extra_digits: k: problems have N + k digits, where N is the most that the reference was pre-trained on.
+    num_iterations: The number of rollouts, each followed by `epochs` x `minibatches` updates.
+    episodes: B, the number of episodes (sampled answers) in a rollout.
+    episodes_per_problem: How many episodes in a row answer the same problem, a divisor of `episodes`.
+    epochs: Passes over a rollout.
+    minibatches: Updates in a pass, a divisor of `episodes`.
+    learning_rate: The learning rate of Adam.
+    max_grad_norm: Gradients are scaled down to this global norm.
+    wrong_reward: Reward of a wrong answer, where a right one gets 1: 0 in the paper, -1 in its released code.
+    advantage: The advantage estimator: `group_relative` (return minus the group's mean, over its standard deviation),
+      `leave_one_out` (return minus the mean of the others) or `gae` (generalised advantage estimation with the
+      critic). A group is the episodes of one problem, or the whole rollout where episodes_per_problem is 1.
+    whiten_advantages: Whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
+    discount: The discount gamma of GAE.
+    gae_lambda: The lambda of GAE, between one-step (0) and Monte-Carlo (1) advantages.
+    critic_warmup: The number of first iterations in which the critic alone learns; only `gae` has a critic to train.
+    value_head: The critic, `linear` or `mlp`.
+    value_head_detached: Whether the gradient of the critic stops before the trunk.
+    dtype: Type of activations, `float32` or `bfloat16`; empty for the reference's.
+    attention: Implementation of attention, `auto`, `xla` or `cudnn`; empty for the reference's.
+    remat: Whether the backward pass computes blocks again, to save memory.
+    scan_layers: Whether the blocks are one loop in the program, for deep models.
+    rollout: How responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
       time, or `auto` for `speculative` where the task has a draft. The samples are the same up to rounding.
-    window: tokens of a window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
-    seed: seed of problems and samples.
-    save_every: iterations between checkpoints.
-    eval_problems: problems in each accuracy before and after.
+    window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
+    seed: Seed of problems and samples.
+    save_every: Iterations between checkpoints.
+    eval_problems: Problems in each accuracy before and after.
   """
 
   loss: LossConfig = LossConfig()

@@ -67,7 +67,7 @@ def draw_problems(key: chex.PRNGKey, num_problems: int, distribution: str, num_d
     raise ValueError(f'num_digits: expected 1..{max_digits}, got {num_digits}.')
   lengths = functools.partial(DISTRIBUTIONS[distribution], num_digits=num_digits, known=known_digits)
   sample = addition.addition(known_digits, max_digits, lengths).sample
-  return jax.vmap(sample)(jax.random.split(key, num_problems))
+  return jax.jit(lambda key: jax.vmap(sample)(jax.random.split(key, num_problems)))(key)  # one program, not fifty
 
 
 def answer_all(answer: Callable, params: Any, problems: Problem, key: chex.PRNGKey, batch_size: int = 128
@@ -84,14 +84,17 @@ def answer_all(answer: Callable, params: Any, problems: Problem, key: chex.PRNGK
   Returns:
     float32 NumPy `[B]` rewards.
   """
-  total = problems.lengths.shape[0]
-  batch_size = min(batch_size, total)
-  rewards = []
-  for start in range(0, total, batch_size):
-    indices = (start + np.arange(batch_size)) % total
+  total, rewards = problems.lengths.shape[0], []
+  for indices in _batches(total, batch_size):
     batch = jax.tree.map(lambda x, i=indices: x[i], problems)
-    rewards.append(np.asarray(answer(params, batch, jax.random.fold_in(key, start))[1]))
+    rewards.append(np.asarray(answer(params, batch, jax.random.fold_in(key, indices[0]))[1]))
   return np.concatenate(rewards)[:total]
+
+
+def _batches(total: int, size: int) -> list[np.ndarray]:
+  """Returns the indices of batches of one size, the last one filled up with the first indices."""
+  size = min(size, total)
+  return [(start + np.arange(size)) % total for start in range(0, total, size)]
 
 
 def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
@@ -191,7 +194,7 @@ def make_reader(model: GPT2, task: Task, mesh: Mesh | None = None) -> Callable:
   return jax.jit(sharding.on_mesh(mesh, read))
 
 
-def solution_statistics(read: Callable, params: Any, problems: Problem, batch_size: int = 50
+def solution_statistics(read: Callable, params: Any, problems: Problem, batch_size: int = 64
                         ) -> dict[str, float | None]:
   """Reads right solutions to a model and compares critical tokens with the others.
 
@@ -199,17 +202,17 @@ def solution_statistics(read: Callable, params: Any, problems: Problem, batch_si
     read: what `make_reader` returns.
     params: the model's parameters.
     problems: with a leading axis B.
-    batch_size: problems read at a time; those that do not fill a last batch are read in a smaller one.
+    batch_size: problems read at a time; the last batch is filled up with the first problems, which count once.
 
   Returns:
     `critical_probability` and `other_probability` of the right token, `critical_certainty` and `other_certainty` of the
     prediction (negentropy), means over the tokens; None where there are none.
   """
-  parts = []
-  for start in range(0, problems.lengths.shape[0], batch_size):
-    batch = jax.tree.map(lambda x, i=start: x[i:i + batch_size], problems)
+  total, parts = problems.lengths.shape[0], []
+  for indices in _batches(total, batch_size):
+    batch = jax.tree.map(lambda x, i=indices: x[i], problems)
     parts.append(jax.device_get(read(params, batch)))
-  found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  found = {name: np.concatenate([part[name] for part in parts])[:total] for name in parts[0]}
   places = {'critical': found['critical'], 'other': found['mask'] & ~found['critical']}
   return {f'{place}_{name}': float(found[name][where].mean()) if where.any() else None
           for place, where in places.items() for name in ('probability', 'certainty')}

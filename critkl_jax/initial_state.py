@@ -64,7 +64,8 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: 
     ensemble: parameters of the config's further references.
 
   Returns:
-    A `TrainState`; none of its arrays is shared with the arguments, so it may be donated.
+    A `TrainState`; none of its arrays is shared with the arguments, so it may be donated. Its arrays are bound to their
+    devices, as those that a train step returns are: a loop over the step compiles once.
   """
 
   def init(key, ref_params, ensemble):
@@ -74,7 +75,7 @@ def init_finetuning(model: GPT2, config: FinetuneConfig, ref_params: Any, mesh: 
 
   (init_key, _), ensemble = finetuning_keys(config), check_ensemble(config, ensemble)
   if mesh is None:
-    return init(init_key, ref_params, ensemble)
+    return sharding.bound(jax.jit(init)(init_key, ref_params, ensemble))
   init_key, (ref_params, ensemble) = sharding.replicate(init_key, mesh), sharding.place((ref_params, ensemble), mesh)
   places = sharding.shardings(jax.eval_shape(init, init_key, ref_params, ensemble), mesh)
   return jax.jit(init, out_shardings=places)(init_key, ref_params, ensemble)

@@ -55,7 +55,7 @@ def init_pretraining(model: GPT2, config: PretrainConfig, mesh: Mesh | None = No
 
   init_key, _ = pretraining_keys(config)
   if mesh is None:
-    return init(init_key)
+    return sharding.bound(init(init_key))
   places = sharding.shardings(jax.eval_shape(init, init_key), mesh)
   return jax.jit(init, out_shardings=places)(sharding.replicate(init_key, mesh))
 

@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -18,37 +18,32 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, population, sharding
+from critkl_jax import checkpoint, hosts, interruption, population, sharding, trackers
+from critkl_jax.compilation import compilation_seconds
 from critkl_jax.records import TrainState
 from critkl_jax.signatures import MEANING, signatures
 
-try:
-  import tensorboardX
-except ImportError:  # an extra
-  tensorboardX = None
-
-
-class Interrupted(Exception):
-  """A signal ended the run after a finished step, which has been saved."""
+# How the progress bar calls its metrics.
+_SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
 
 
 class MetricsWriter:
-  """Writes metrics as JSON lines and, where tensorboardX is installed, as TensorBoard events; of several hosts only the
-  first one writes.
+  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
+  one writes.
 
   Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
   adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
   Metrics of critical tokens have no entry where there were none.
   """
 
-  def __init__(self, workdir: pathlib.Path, first_step: int):
-    self._path, self._events, self._rows, self._warned = workdir / 'metrics.jsonl', None, [], set()
+  def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
+    self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
     if not hosts.is_first():
       return
     workdir.mkdir(parents=True, exist_ok=True)
     self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
     write_text(self._path, ''.join(json.dumps(row) + '\n' for row in self._rows))
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1) if tensorboardX else None
+    self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
     """Adds the metrics of one step, Python or NumPy numbers."""
@@ -59,9 +54,8 @@ class MetricsWriter:
     metrics |= self._signatures(step)
     with self._path.open('a') as file:
       file.write(json.dumps({'step': step, **metrics}) + '\n')
-    if self._events:
-      for name, value in metrics.items():
-        self._events.add_scalar(name, value, step)
+    for tracker in self._trackers:
+      tracker.write(step, metrics)
 
   def _signatures(self, step):
     found = signatures(self._rows)
@@ -71,9 +65,9 @@ class MetricsWriter:
     return {f'signature/{name}': float(seen) for name, seen in found.items()}
 
   def close(self) -> None:
-    """Finishes the event file."""
-    if self._events:
-      self._events.close()
+    """Finishes what the trackers write."""
+    for tracker in self._trackers:
+      tracker.close()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -99,7 +93,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
         num_steps: int, info: checkpoint.CheckpointInfo, workdir: str | pathlib.Path, save_every: int,
-        show: tuple[str, ...] = ('loss',)) -> TrainState:
+        show: tuple[str, ...] = ('loss',), track: Callable | None = None) -> TrainState:
   """Advances a state to `num_steps`, from the latest checkpoint of the workdir if there is one.
 
   Under the workdir: `checkpoints/` (every `save_every` steps, at the end and on SIGINT or SIGTERM), `metrics.jsonl` and
@@ -113,6 +107,7 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     workdir: directory of this run.
     save_every: steps between checkpoints.
     show: metrics in the progress bar.
+    track: (workdir, number of finished steps) -> trackers of the metrics; `trackers.open_trackers` if None.
 
   Returns:
     The last state.
@@ -122,11 +117,12 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     Interrupted: after a signal on any host, once the state is saved.
   """
   workdir = pathlib.Path(workdir)
-  state = _bound(resume(state, info, workdir))
+  state = sharding.bound(resume(state, info, workdir))
   first = int(state.step)
+  _say_where(first, num_steps, workdir)
   if first >= num_steps:
     return state
-  with (contextlib.closing(MetricsWriter(workdir, first)) as writer,
+  with (contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
         contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager):
     return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
                     save=lambda state: checkpoint.save(manager, state, info))
@@ -134,7 +130,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
 
 def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
                    num_steps: int, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path,
-                   save_every: int, show: tuple[str, ...] = ('loss',)) -> TrainState:
+                   save_every: int, show: tuple[str, ...] = ('loss',), track: Callable | None = None
+                   ) -> TrainState:
   """Advances a population to `num_steps`, from the latest step that all members have saved.
 
   Each member has a workdir of its own, `members/NAME` under the study's, as `run` would have left it; `seconds` in its
@@ -148,6 +145,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     workdir: directory of the study.
     save_every: steps between checkpoints.
     show: metrics whose means over the members the progress bar shows.
+    track: as in `run`, called for each member's workdir.
 
   Returns:
     The last state.
@@ -158,12 +156,13 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
   """
   workdir = pathlib.Path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
-  state = _bound(resume_population(state, infos, workdir))
+  state = sharding.bound(resume_population(state, infos, workdir))
   first = int(state.step)
+  _say_where(first, num_steps, workdir)
   if first >= num_steps:
     return state
   with contextlib.ExitStack() as stack:
-    writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first))) for home in homes.values()]
+    writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
     managers = [stack.enter_context(contextlib.closing(checkpoint.open_manager(home / 'checkpoints')))
                 for home in homes.values()]
 
@@ -182,39 +181,90 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     return _advance(step, state, num_steps, workdir, save_every, show, write, save)
 
 
-def _bound(state):
-  """Binds arrays to their devices: a restored state is bound, a fresh one is not, and to jit the two differ."""
-  return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
+  """Says from which step a run goes on, if it does."""
+  if first >= num_steps:
+    hosts.say(f'Step {first} of {num_steps} is in {workdir} already: there is nothing to train.')
+  elif first:
+    hosts.say(f'Going on from step {first} of {num_steps} in {workdir}.')
 
 
 def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
   """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
-  first, number = int(state.step), int(state.step)
+  first = int(state.step)
   signalled = hosts.any_host_before()
   next(signalled)
-  with (_caught_signals() as caught,
-        tqdm.tqdm(total=num_steps, initial=first, unit='it', dynamic_ncols=True, disable=not hosts.is_first()) as bar):
-    log = _Log(write, bar, show)
-    for number in range(first + 1, num_steps + 1):
-      state, metrics = step(state, number - 1)
-      log.add(number, metrics)
-      stop = signalled.send(caught[0] if caught else 0)
-      if stop or number % save_every == 0 or number == num_steps:
-        log.flush()  # before the save, so that a resumed run has a line for every step
-        save(state)
-      if stop and number < num_steps:
-        raise Interrupted(f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is '
-                          f'saved in {workdir}, and the same command goes on from there.')
+  with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
+    log = _Log(write, bar)
+    try:
+      for number in range(first + 1, num_steps + 1):
+        state, metrics = step(state, number - 1)
+        watch.deferring = True  # not before: the first step may have to be compiled, which no signal should wait for
+        log.add(number, metrics)
+        stop = signalled.send(watch.caught[0] if watch.caught else 0)
+        if stop or number % save_every == 0 or number == num_steps:
+          log.flush()  # before the save, so that a resumed run has a line for every step
+          save(state)
+          watch.text = _last_save(workdir, number)
+        if stop and number < num_steps:
+          raise interruption.Interrupted(
+              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, '
+              'and the same command goes on from there.')
+    finally:
+      watch.deferring = False
   return state
+
+
+def _last_save(workdir: pathlib.Path, step: int) -> str:
+  """Returns what is lost if the process ends now, to follow `Stopped by SIGINT`."""
+  if not step:
+    return ' before the first step was saved: there is nothing to go on from.'
+  return f'; step {step} is saved in {workdir}, and the same command goes on from there.'
+
+
+class _Bar:
+  """A progress bar of at most 80 columns, whose estimate leaves compilation out."""
+
+  def __init__(self, first: int, num_steps: int, show: tuple[str, ...]):
+    self._show, self._compiled = show, compilation_seconds()
+    self._bar = tqdm.tqdm(
+        total=num_steps, initial=first, ncols=min(80, shutil.get_terminal_size().columns), smoothing=0,
+        bar_format='{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}', disable=not hosts.is_first())
+
+  def __enter__(self) -> '_Bar':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._bar.close()
+
+  def update(self, metrics: dict[str, Any]) -> None:
+    """Moves on by a step and shows its metrics, means over members if there are some."""
+    compiled = compilation_seconds()
+    self._bar.start_t = getattr(self._bar, 'start_t', 0.0) + compiled - self._compiled
+    self._compiled = compiled
+    shown = [f'{_SHORT.get(name, name)} {_number(np.mean(metrics[name]))}' for name in self._show]
+    rate = np.sum(metrics['num_tokens']) / np.sum(metrics['seconds'])
+    self._bar.set_postfix_str('  '.join([*shown, f'{_number(rate)} tok/s']), refresh=False)
+    self._bar.update()
+
+
+def _number(value: float) -> str:
+  """Formats a number in five characters or so: 0.54, .0043, 2.8k."""
+  if not np.isfinite(value):
+    return str(value)
+  if abs(value) >= 1000:
+    return f'{value / 1000:.1f}k' if abs(value) < 1e6 else f'{value / 1e6:.1f}M'
+  text = f'{value:.2g}' if abs(value) < 0.1 else f'{value:.2f}' if abs(value) < 10 else f'{value:.0f}'
+  return text.replace('0.0', '.0', 1) if text.startswith('0.0') and text != '0.00' else text
 
 
 class _Log:
   """Holds back the metrics of the last step until the next one is under way, so that the device never waits."""
 
-  def __init__(self, write: Callable[[int, dict[str, Any]], None], bar: tqdm.tqdm, show: tuple[str, ...]):
-    self._write, self._bar, self._show = write, bar, show
+  def __init__(self, write: Callable[[int, dict[str, Any]], None], bar: _Bar):
+    self._write, self._bar = write, bar
     self._pending: tuple[int, dict[str, chex.Array]] | None = None
-    self._time = time.monotonic()
+    self._time, self._compiled = time.monotonic(), compilation_seconds()
 
   def add(self, number: int, metrics: dict[str, chex.Array]) -> None:
     """Logs what was held back, and holds back these metrics of a step that has been dispatched."""
@@ -229,14 +279,29 @@ class _Log:
     self._pending = None
     values = {name: value[()] for name, value in jax.tree.map(np.asarray, jax.device_get(metrics)).items()}
     tokens = values['num_tokens']
-    now = time.monotonic()
-    seconds = np.full(np.shape(tokens), (now - self._time) / np.size(tokens))[()]
+    seconds = np.full(np.shape(tokens), self._lap() / np.size(tokens))[()]
     values |= {'seconds': seconds, 'tokens_per_second': tokens / seconds}
-    self._time = now
     self._write(number, values)
-    shown = {name: f'{np.mean(values[name]):.3g}' for name in (*self._show, 'tokens_per_second')}
-    self._bar.set_postfix(shown, refresh=False)
-    self._bar.update()
+    self._bar.update(values)
+
+  def _lap(self) -> float:
+    """Returns the seconds since the last call, compilation left out."""
+    before, self._time = self._time, time.monotonic()
+    compiled_before, self._compiled = self._compiled, compilation_seconds()
+    return max(self._time - before - (self._compiled - compiled_before), 1e-9)
+
+
+def check_workdir(workdir: str | pathlib.Path, info: checkpoint.CheckpointInfo) -> int:
+  """Returns the number of steps that a workdir's run has finished and saved, 0 for a new workdir.
+
+  Raises:
+    CheckpointError: if the workdir holds the run of another config.
+  """
+  directory = pathlib.Path(workdir) / 'checkpoints'
+  step = hosts.as_first_says(max(checkpoint.steps_in(directory), default=0))
+  if step:
+    _check_same(directory / str(step), info)
+  return step
 
 
 def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pathlib.Path) -> TrainState:
@@ -245,14 +310,8 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
   Raises:
     CheckpointError: if the checkpoint is damaged or was made with another config.
   """
-  directory = pathlib.Path(workdir) / 'checkpoints'
-  step = hosts.as_first_says(max(checkpoint.steps_in(directory), default=-1))
-  if step < 0:
-    return state
-  path = directory / str(step)
-  _check_same(path, info)
-  logging.info('Going on from %s.', path)
-  return checkpoint.restore(path, state)
+  step = check_workdir(workdir, info)
+  return checkpoint.restore(pathlib.Path(workdir) / 'checkpoints' / str(step), state) if step else state
 
 
 def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path
@@ -320,23 +379,3 @@ def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo)
   old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(info), sep='/') for info in (old, new))
   return [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old.keys() | new.keys())
           if old.get(name) != new.get(name) and name.split('/')[-1] not in _FREE_FIELDS]
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM in a list instead of dying of them; a second one of a kind acts as usual."""
-  caught: list[int] = []
-  old = {}
-
-  def handler(number, frame):
-    del frame
-    caught.append(number)
-    signal.signal(number, old[number])
-
-  for number in (signal.SIGINT, signal.SIGTERM):
-    old[number] = signal.signal(number, handler)
-  try:
-    yield caught
-  finally:
-    for number, previous in old.items():
-      signal.signal(number, previous)

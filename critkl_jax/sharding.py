@@ -243,6 +243,12 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
   return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def bound(tree: Any) -> Any:
+  """Binds arrays to the devices on which they lie: a fresh array is free to move, and jit compiles once for free and
+  once for bound arguments."""
+  return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, tree))
+
+
 def shapes(tree: Any, places: Any) -> Any:
   """Returns shapes that lie somewhere, to compile for: `places` is one sharding, or a PyTree of them."""
   places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places

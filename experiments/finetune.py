@@ -1,54 +1,90 @@
-"""Fine-tunes a pre-trained GPT-2 by reinforcement on additions longer than it has ever seen.
+"""Fine-tunes a pre-trained GPT-2 by reinforcement on additions with more digits than it has ever seen.
 
     python -m experiments.finetune --kl=prioritized --workdir=runs/finetune
 
-Without flags: the reference that comes with the package, N + 1 digits, PPO, the prioritized KL penalty. The same
-command goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.png and summary.json into the workdir.
+Without flags: the reference that comes with the package (N = 5), N + 1 digits, PPO, the prioritized KL penalty. The
+same command goes on where it was stopped. Writes checkpoints, metrics.jsonl, curves.png and summary.json into the
+workdir.
 """
 
+import concurrent.futures
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from absl import flags
 
 from critkl_jax import checkpoint, evaluate, hosts, runner, sharding
-from critkl_jax.analysis.curves import plot_learning_curves
+from critkl_jax.compilation import compilation_seconds
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import make_train_step
 
-from .flags import define_config, define_devices, read_config, read_mesh, run
+from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import before_after_rows
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
+define_wandb()
 
 
 def main() -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
   config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
+  track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
   reference = keep_reference(config, workdir, mesh)
   known = reference.info.known_digits
   model, task = model_and_task(config, reference)
+  info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
+  finished = runner.check_workdir(workdir, info)
   state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, reference, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
-  info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
   del reference  # the state has its own
-  before = tested_before(test, state.ref_params, workdir)
-  step = make_train_step(model, task, config, mesh)
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
+  step = make_train_step(model, task, config, mesh)
+  say_what_comes(config, known, finished)
+  with concurrent.futures.ThreadPoolExecutor(1) as other:  # the compiler leaves a core to the test
+    compiled = other.submit(compile_unless, finished >= config.num_iterations, step, state, key, hyperparameters)
+    before = tested_before(test, state.ref_params, workdir)
+    step = compiled.result()
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
-                     config.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
+                     config.save_every, show=('accuracy', 'kl'), track=track)
+  if config.eval_problems:
+    hosts.say(f'Testing the fine-tuned model on the same 2 x {config.eval_problems} problems ...')
   report(config, known, before, test(state.params)[0], workdir, time.monotonic() - start)
+
+
+def compile_unless(done: bool, step: Callable, *arguments: Any) -> Callable:
+  """Compiles the step for its arguments, unless no step is left to make."""
+  return step if done else step.lower(*arguments).compile()
+
+
+def say_what_comes(config: FinetuneConfig, known: int, finished: int) -> None:
+  """Says in a few lines what the run does, and what its progress bar shows."""
+  longest, loss = known + config.extra_digits, config.loss
+  penalty = {'prioritized': f'prioritized KL penalty (weight certainty^{loss.certainty_exponent:g})',
+             'standard': 'standard KL penalty', 'none': 'no KL penalty'}[loss.kl]
+  hosts.say(
+      f'The reference was pre-trained on additions of up to N = {known} digits. Reinforcement learning trains a copy '
+      f'of it on {longest}.\n{config.num_iterations} iterations of {config.episodes} sampled answers, '
+      f'{loss.algorithm.upper()}, {penalty}.')
+  tests = f'Testing the reference on 2 x {config.eval_problems} problems' if config.eval_problems else ''
+  compiles = finished < config.num_iterations
+  doing = ' and '.join(filter(None, [tests, 'compiling the training step' if compiles else '']))
+  if doing:
+    hosts.say(f'{doing[0].upper()}{doing[1:]} (20 to 90 s on a CPU; less once the programs are in the cache) ...')
+  if compiles:
+    hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
+              'from the reference\nin nats a token; tok/s, tokens trained on in a second.')
 
 
 def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
@@ -56,6 +92,8 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   """Prints the table, draws the curves and writes the summary; of several hosts the first one does."""
   if not hosts.is_first():
     return
+  from critkl_jax.analysis.curves import plot_learning_curves  # draws, for which a run should not wait at its start
+
   rows = runner.read_metrics(workdir / 'metrics.jsonl')
   loss = config.loss
   name = loss.kl if loss.kl != 'prioritized' else f'prioritized, exponent {loss.certainty_exponent:g}'
@@ -68,8 +106,9 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   summary = {
       'accuracy': accuracy,
       'tokens': {'before': before.get('tokens'), 'after': after.get('tokens')},
-      'wall_seconds': seconds,
-      'training_seconds': sum(row['seconds'] for row in rows),
+      # An interrupted run is several commands: iterations are those of all of them, without compilation.
+      'seconds': {'this_command': seconds, 'compilation_in_this_command': compilation_seconds(),
+                  'all_iterations': sum(row['seconds'] for row in rows)},
       'tokens_sampled': sum(row['num_tokens'] for row in rows),
       'last_iteration': rows[-1] if rows else None,
       'signatures': [name for name, seen in signatures(rows).items() if seen],
@@ -79,10 +118,11 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   }
   runner.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
   if config.eval_problems:
-    print(before_after_rows(accuracy, {'N': f'{known} digits', longer: f'{known + config.extra_digits} digits'}))
+    print(before_after_rows(accuracy, known, config.extra_digits, config.eval_problems))
   for name in summary['signatures']:
     print(f'{name}: {MEANING[name]}.')
-  print(f'{seconds:.0f} s. In {workdir}: summary.json, curves.png, metrics.jsonl, checkpoints/, reference/.')
+  print(f'{seconds:.0f} s. Learning curves: {workdir / "curves.png"}; numbers: {workdir / "summary.json"}.\n'
+        f'Next, look inside: python -m experiments.analyze --checkpoints={workdir}')
 
 
 if __name__ == '__main__':

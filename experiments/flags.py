@@ -12,14 +12,17 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
+from critkl_jax import compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
-from critkl_jax import hosts, sharding
 from critkl_jax.checkpoint import CheckpointError
-from critkl_jax.runner import Interrupted
+
+from . import help as help_lib
 
 ConfigT = TypeVar('ConfigT')
 
 flags.disclaim_key_flags()  # the flags belong to the binary that calls `define_config`: its --help lists them
+flags.DEFINE_string('compilation_cache', str(compilation.default_cache()), 'Directory in which compiled programs are '
+                    'kept, so that the same command starts faster the next time; empty to keep none.')
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string}
 
 
@@ -35,13 +38,30 @@ def define_config(config_class: type, presets: dict[str, Any], default_preset: s
     _DEFINE[field.type](name, None, help_text)
 
 
+def define_wandb() -> None:
+  """Defines the flag that sends metrics to Weights & Biases."""
+  flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
+                      'none. TensorBoard events are written into the workdir wherever tensorboardX is installed.')
+
+
+def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callable:
+  """Returns what opens the trackers of a run, for `runner.run`, or exits with one line if wandb is not installed."""
+  if not values.wandb:
+    return trackers.open_trackers
+  try:
+    return trackers.with_wandb(values.wandb, config_lib.flat_values(config))
+  except ImportError:
+    sys.exit("error: --wandb: wandb is not installed; pip install 'critkl-jax[wandb]'.")
+
+
 def define_devices() -> None:
   """Defines the flags that say on which devices a binary runs, and how its hosts find each other."""
-  flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model, data:4,model:2 for example; -1 for '
-                      'all that are left. If not given, as many as there are: of members in a study, of data else.')
+  flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model, for example data:4,model:2; -1 '
+                      'stands for all that are left. By default all devices are used: for members in a study, for data '
+                      'else.')
   flags.DEFINE_boolean('multi_host', False, 'Join the processes on other hosts that SLURM, Open MPI, Cloud TPU or '
-                       'Kubernetes tells of.')
-  flags.DEFINE_string('coordinator_address', None, 'Host and port of process 0, where the environment does not tell.')
+                       'Kubernetes announces.')
+  flags.DEFINE_string('coordinator_address', None, 'Host and port of process 0, where the environment does not say.')
   flags.DEFINE_integer('num_processes', None, 'Number of processes, with --coordinator_address.')
   flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0, with --coordinator_address.')
   flags.DEFINE_integer('host_timeout', 100, 'Seconds without a sign of life after which a host is taken for lost.',
@@ -123,10 +143,13 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     def ended():
       pass
 
+    if flags.FLAGS.compilation_cache:
+      compilation.keep_programs(flags.FLAGS.compilation_cache)
     try:
       ended = join_hosts()
-      main(*argv[1:])
-    except Interrupted as reason:
+      with interruption.watch():
+        main(*argv[1:])
+    except interruption.Interrupted as reason:
       sys.exit(str(reason))
     except CheckpointError as error:
       sys.exit(f'error: {error}')
@@ -142,6 +165,9 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
   logging.set_verbosity(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  if {'-h', '-help', '--help'} & set(sys.argv[1:]):
+    print(help_lib.text(sys.modules['__main__'].__doc__))
+    return
   app.run(guarded)
 
 

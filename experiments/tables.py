@@ -10,7 +10,7 @@ import tqdm
 
 from critkl_jax import hosts
 from critkl_jax.analysis.page import Table
-from critkl_jax.analysis.statistics import FEWEST_SEEDS
+from critkl_jax.analysis.statistics import FEWEST_SEEDS, share_interval
 from critkl_jax.analysis.summary import METRICS
 
 PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
@@ -65,12 +65,26 @@ def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(f'{digits:>8}' + ''.join(own) for digits, own in cells.items())
 
 
-def before_after_rows(accuracy: dict[str, dict[str, float]], meaning: dict[str, str]) -> str:
-  """Formats accuracies before and after fine-tuning: `accuracy[when][name]` with `meaning[name]` to explain it."""
-  lines = [f'{"problems":<34}{"before":>9}{"after":>9}']
-  for name, text in meaning.items():
-    before, after = (f'{100 * accuracy[when][name]:.1f}%' for when in ('before', 'after'))
-    lines.append(f'{f"{name}  ({text})":<34}{before:>9}{after:>9}')
+def before_after_rows(accuracy: dict[str, dict[str, float]], known: int, extra: int, num_problems: int) -> str:
+  """Formats a fine-tuning run's test: accuracies with 95% intervals, before and after.
+
+  Args:
+    accuracy: `before` and `after` -> `N` and `N+k` -> share of right answers.
+    known: N of pre-training.
+    extra: k.
+    num_problems: behind each accuracy.
+  """
+  lines = [f'Accuracy: right answers to {num_problems} fixed problems each, greedy decoding [95% interval]', '',
+           f'{"":<42}{"reference":<22}{"fine-tuned"}']
+  meanings = {'N': f'N = {known} digits (known from pre-training)',
+              f'N+{extra}': f'N + {extra} = {known + extra} digits (trained here)'}
+  for name, meaning in meanings.items():
+    cells = []
+    for when in ('before', 'after'):
+      share = accuracy[when][name]
+      _, low, high = share_interval(share * num_problems, num_problems)
+      cells.append(f'{100 * share:5.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
+    lines.append(f'{meaning:<42}{cells[0]:<22}{cells[1]}')
   return '\n'.join(lines)
 
 

@@ -5,7 +5,7 @@ import pytest
 from letters import TOKENIZER, letter_task
 from tiers import slow_except
 
-from critkl_jax import checkpoint, population, runner, sharding
+from critkl_jax import checkpoint, population, runner, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -83,7 +83,7 @@ def test_shard_takes_as_many_devices_as_divide_the_members():
 
 @pytest.mark.slow
 def test_members_share_an_ensemble(reference, tmp_path, monkeypatch):
-  monkeypatch.setattr(runner, 'tensorboardX', None)
+  monkeypatch.setattr(trackers, 'open_trackers', lambda *_: ())
   config = config_lib.replace(BASE, certainty_ensemble='another', certainty_exponent=3.0, kl_coefficient=1.0)
   configs, mesh = population.product(config, seed=(0, 1)), population.members_mesh(2)
   other = jax.tree.map(lambda x: 2.0 * x, reference)
@@ -160,7 +160,7 @@ def run(workdir, configs, reference, num_steps, dies_at=None):
 
 
 def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_path, monkeypatch):
-  monkeypatch.setattr(runner, 'tensorboardX', None)
+  monkeypatch.setattr(trackers, 'open_trackers', lambda *_: ())
   configs = mixed()[:2]
   whole = run(tmp_path / 'whole', configs, reference, 5)
   with pytest.raises(KeyboardInterrupt):

@@ -1,13 +1,14 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax import checkpoint, runner, signatures
+from critkl_jax import checkpoint, interruption, runner, signatures, trackers
 from critkl_jax.config import replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
@@ -18,7 +19,7 @@ INFO = checkpoint.CheckpointInfo(model=PRETRAIN_PRESETS['smoke'].model, known_di
 
 @pytest.fixture(autouse=True)
 def no_events(monkeypatch):
-  monkeypatch.setattr(runner, 'tensorboardX', None)
+  monkeypatch.setattr(trackers, 'open_trackers', lambda *_: ())
 
 
 def start():
@@ -84,7 +85,7 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
     return draw(state)
 
   before = signal.getsignal(number)
-  with pytest.raises(runner.Interrupted, match=f'{number.name} after step 3 of 9; it is saved'):
+  with pytest.raises(interruption.Interrupted, match=f'{number.name} after step 3 of 9; it is saved'):
     run(tmp_path, 9, signalled, save_every=100)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [3]
   assert signal.getsignal(number) == before
@@ -133,8 +134,45 @@ def test_the_host_looks_at_metrics_one_step_late(tmp_path, monkeypatch):
   assert order == ['step 1', 'step 2', 'log 1', 'step 3', 'log 2', 'log 3']
 
 
+def test_the_bar_fits_80_columns(tmp_path, capsys):
+  def step(state, number):
+    state, metrics = draw(state)
+    return state, metrics | {'accuracy': jnp.float32(0.5), 'kl': jnp.float32(0.0043)}
+
+  runner.run(step, start(), 3, INFO, tmp_path, 2, show=('accuracy', 'kl'))
+  bars = [line for line in capsys.readouterr().err.replace('\r', '\n').splitlines() if '|' in line]
+  assert 'acc 0.50  kl .0043' in bars[-1]
+  assert 'tok/s' in bars[-1]
+  assert max(map(len, bars)) <= 80
+
+
+def test_where_a_run_goes_on_is_said(tmp_path, capsys):
+  run(tmp_path, 2)
+  assert 'Going on' not in capsys.readouterr().out
+  run(tmp_path, 3)
+  assert f'Going on from step 2 of 3 in {tmp_path}.' in capsys.readouterr().out
+  run(tmp_path, 3)
+  assert 'there is nothing to train' in capsys.readouterr().out
+
+
+def test_seconds_and_the_estimate_leave_compilation_out(tmp_path, monkeypatch, capsys):
+  compiled = [0.0]
+  monkeypatch.setattr(runner, 'compilation_seconds', lambda: compiled[0])
+
+  def compiling(state, number):
+    if number == 1:
+      time.sleep(1.2)
+      compiled[0] += 1.2
+    return draw(state)
+
+  runner.run(compiling, start(), 3, INFO, tmp_path, 5)
+  rows = runner.read_metrics(tmp_path / 'metrics.jsonl')
+  assert sum(row['seconds'] for row in rows) < 1.0
+  assert '| 00:00<' in capsys.readouterr().err.replace('\r', '\n').splitlines()[-1]
+
+
 def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, monkeypatch):
-  tensorboard = pytest.importorskip('tensorboardX')
-  monkeypatch.setattr(runner, 'tensorboardX', tensorboard)
+  pytest.importorskip('tensorboardX')
+  monkeypatch.undo()
   run(tmp_path, 2)
   assert list(tmp_path.glob('events.out.tfevents.*'))

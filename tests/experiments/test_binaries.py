@@ -33,13 +33,16 @@ def test_pretrain_writes_what_the_others_read(reference):
 @pytest.mark.slow
 def test_finetune_writes_everything_and_evaluate_reads_it(reference, tmp_path):
   out = run('finetune', *finetune(reference, tmp_path / 'run', '--kl=standard'))
-  assert 'before' in out
+  assert 'N + 1 = 2 digits (trained here)' in out
+  assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 120
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert set(summary['accuracy']) == {'before', 'after'}
   for when in ('before', 'after'):
     assert set(summary['accuracy'][when]) == {'N', 'N+1'}
     assert all(0 <= value <= 1 for value in summary['accuracy'][when].values())
-  assert summary['wall_seconds'] > summary['training_seconds'] > 0
+  seconds = summary['seconds']
+  assert seconds['this_command'] > seconds['all_iterations'] > 0
+  assert seconds['this_command'] > seconds['compilation_in_this_command'] > 0
   assert summary['config']['kl'] == 'standard'
   assert (tmp_path / 'run' / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert [row['step'] for row in metrics(tmp_path / 'run')] == [1, 2]
@@ -72,6 +75,19 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
   assert len(metrics(tmp_path / 'whole')) == 6
 
 
+def test_ctrl_c_is_answered_at_once_before_the_first_step(reference, tmp_path):
+  process = start('finetune', *finetune(reference, tmp_path, '--eval_problems=0', '--episodes=6', '--minibatches=3'))
+  said = [process.stdout.readline() for _ in range(3)]
+  assert 'ompiling the training step' in said[-1]
+  process.send_signal(signal.SIGINT)
+  sent = time.monotonic()
+  code, _, err = finish(process)
+  assert time.monotonic() - sent < 3
+  assert code == 1
+  assert 'Traceback' not in err
+  assert 'Stopped by SIGINT' in err
+
+
 @pytest.mark.slow
 def test_what_a_user_can_mend_is_said_in_one_line(reference, tmp_path):
   processes = {
@@ -100,7 +116,7 @@ def test_another_config_in_the_same_workdir_is_refused(reference, tmp_path):
 def test_help_names_every_field_with_its_default():
   process = start('finetune', '--help')
   out, _ = process.communicate(timeout=200)
-  for words in ('--kl_coefficient', 'alpha, weight of the penalty. (tiny: 0.5)', '--certainty_exponent', '--preset'):
+  for words in ('--kl_coefficient', 'alpha, which multiplies the penalty. (tiny: 0.5)', '--certainty_exponent', '--preset'):
     assert words in ' '.join(out.split())
 
 

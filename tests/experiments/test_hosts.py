@@ -41,8 +41,8 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
   processes = start_hosts('finetune', *finetune(reference, tmp_path / 'two', '--mesh=data:2,model:2'))
   (code, out, err), (other_code, other_out, other_err) = map(finish, processes)
   assert (code, other_code) == (0, 0), (err, other_err)
-  assert 'before' in out
-  assert 'before' not in other_out
+  assert 'trained here' in out
+  assert 'trained here' not in other_out
   one, two = (metrics(tmp_path / name) for name in ('one', 'two'))
   assert [row['step'] for row in two] == [1, 2]
   for wanted, got in zip(one, two):

@@ -1,0 +1,109 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard and Weights & Biases, there in groups such as `kl/critical`."""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+# Metric of metrics.jsonl -> its name in TensorBoard and W&B, where a slash makes a group.
+GROUPED = {
+    'accuracy': 'reward/accuracy',
+    'critical_right': 'reward/critical_right',
+    'format_errors': 'reward/format_errors',
+    'kl': 'kl/mean',
+    'kl_critical': 'kl/critical',
+    'weighted_kl': 'kl/weighted',
+    'weight': 'kl/weight',
+    'weight_critical': 'kl/weight_critical',
+    'loss': 'loss/total',
+    'policy_loss': 'loss/policy',
+    'value_loss': 'loss/value',
+    'entropy': 'policy/entropy',
+    'clip_fraction': 'policy/clip_fraction',
+    'grad_norm': 'optim/grad_norm',
+    'response_length': 'rollout/response_length',
+    'num_tokens': 'rollout/num_tokens',
+    'seconds': 'time/seconds',
+    'tokens_per_second': 'time/tokens_per_second',
+}
+
+
+class Tracker(Protocol):
+  """Takes the metrics of each step."""
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Takes the metrics of a step by their names in metrics.jsonl."""
+
+  def close(self) -> None:
+    """Finishes what is written."""
+
+
+def grouped(metrics: dict[str, Any]) -> dict[str, Any]:
+  """Returns metrics under their grouped names; those that have none keep theirs."""
+  return {GROUPED.get(name, name): value for name, value in metrics.items()}
+
+
+def open_trackers(workdir: pathlib.Path, first_step: int) -> Sequence[Tracker]:
+  """Opens TensorBoard where tensorboardX (the extra `tensorboard`) is installed.
+
+  Args:
+    workdir: of the run; takes the event files.
+    first_step: number of finished steps; events of later ones, which an interrupted run left, are purged.
+  """
+  try:
+    return (TensorBoard(workdir, first_step),)
+  except ImportError:
+    return ()
+
+
+def with_wandb(project: str, config: dict[str, Any], open_others: Callable = open_trackers) -> Callable:
+  """Makes an `open_trackers` that opens a run of Weights & Biases too.
+
+  Args:
+    project: the project of W&B.
+    config: flat values that describe the run.
+    open_others: opens the other trackers.
+
+  Raises:
+    ImportError: if wandb, the extra `wandb`, is not installed.
+  """
+  import wandb  # an extra
+
+  return lambda workdir, first_step: (
+      *open_others(workdir, first_step), WeightsAndBiases(wandb, project, config, workdir))
+
+
+class TensorBoard:
+  """Event files in the workdir."""
+
+  def __init__(self, workdir: pathlib.Path, first_step: int):
+    import tensorboardX  # an extra
+
+    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Adds a scalar for each metric."""
+    for name, value in grouped(metrics).items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Finishes the event file."""
+    self._events.close()
+
+
+class WeightsAndBiases:
+  """A run of W&B, the same one each time a workdir's run goes on."""
+
+  def __init__(self, wandb: Any, project: str, config: dict[str, Any], workdir: pathlib.Path):
+    home = workdir.absolute()
+    self._run = wandb.init(
+        project=project, name=home.name, id=hashlib.sha256(str(home).encode()).hexdigest()[:16], resume='allow',
+        dir=str(home), config=config, reinit='create_new')
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Logs the metrics of a step."""
+    self._run.log(grouped(metrics), step=step)
+
+  def close(self) -> None:
+    """Finishes the run."""
+    self._run.finish()
