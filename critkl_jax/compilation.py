@@ -12,9 +12,8 @@ _LONGEST_INTERVALS = 4096  # older ones are summed up
 
 
 def default_cache() -> pathlib.Path:
-  """Returns the directory of compiled programs in the user's cache directory."""
-  root = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  return pathlib.Path(root).expanduser() / 'critkl_jax' / 'programs'
+  """Returns the directory of compiled programs in the user's cache directory, which may begin with `~`."""
+  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'critkl_jax' / 'programs'
 
 
 def keep_programs(directory: str | os.PathLike) -> None:

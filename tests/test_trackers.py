@@ -1,6 +1,7 @@
 """Metrics reach the trackers in groups."""
 
 import json
+import sys
 import types
 
 from critkl_jax import trackers
@@ -30,15 +31,15 @@ def test_names_are_grouped_and_none_is_lost():
 def test_wandb_gets_each_step_in_one_run_a_workdir(tmp_path, monkeypatch):
   runs = []
   fake = types.SimpleNamespace(init=lambda **kwargs: runs.append(FakeRun(**kwargs)) or runs[-1])
-  monkeypatch.setitem(__import__('sys').modules, 'wandb', fake)
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
   config = FINETUNE_PRESETS['smoke']
   track = trackers.with_wandb('critical', flat_values(config), open_others=lambda *_: ())
   for first in (0, 1):
     writer = MetricsWriter(tmp_path, first, track)
     writer.write(first + 1, {'accuracy': 0.5, 'num_tokens': 3})
     writer.close()
-  assert [run.rows for run in runs] == [
-      [(1, {'reward/accuracy': 0.5, 'rollout/num_tokens': 3.0})], [(2, {'reward/accuracy': 0.5, 'rollout/tokens': 3.0})]]
+  logged = {'reward/accuracy': 0.5, 'rollout/num_tokens': 3.0}
+  assert [run.rows for run in runs] == [[(1, logged)], [(2, logged)]]
   assert all(run.finished and run.kwargs['project'] == 'critical' for run in runs)
   assert runs[0].kwargs['id'] == runs[1].kwargs['id']
   assert runs[0].kwargs['config']['kl'] == 'prioritized'

@@ -116,7 +116,8 @@ def test_another_config_in_the_same_workdir_is_refused(reference, tmp_path):
 def test_help_names_every_field_with_its_default():
   process = start('finetune', '--help')
   out, _ = process.communicate(timeout=200)
-  for words in ('--kl_coefficient', 'alpha, which multiplies the penalty. (tiny: 0.5)', '--certainty_exponent', '--preset'):
+  for words in ('--kl_coefficient', 'alpha, which multiplies the penalty. (tiny: 0.5)', '--certainty_exponent',
+                '--preset'):
     assert words in ' '.join(out.split())
 
 
