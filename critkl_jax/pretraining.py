@@ -1,6 +1,7 @@
 """Pre-training from the first step to the parameters that fine-tuning starts from."""
 
 import pathlib
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -13,13 +14,15 @@ from critkl_jax.records import TrainState
 from critkl_jax.tasks.addition import pretraining_task
 
 
-def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | None = None) -> TrainState:
+def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | None = None,
+             track: Callable | None = None) -> TrainState:
   """Pre-trains a model, from where it was stopped if it was, and leaves its parameters in `WORKDIR/reference`.
 
   Args:
     config: model, problems and optimizer.
     workdir: directory of checkpoints and metrics, as in `runner.run`.
     mesh: the devices over which examples and model are spread; None for one device.
+    track: opens the trackers of the metrics, as in `runner.run`.
 
   Returns:
     The last state.
@@ -36,7 +39,7 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
   info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
   state = runner.run(
       lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
-      config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'))
+      config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'), track=track)
   checkpoint.save_params(workdir / 'reference', state.params, info, int(state.step))
   return state
 

@@ -27,7 +27,7 @@ from critkl_jax.train_step import make_train_step
 
 from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
-from .tables import before_after_rows
+from .tables import before_after_rows, command
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
@@ -122,7 +122,7 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
   for name in summary['signatures']:
     print(f'{name}: {MEANING[name]}.')
   print(f'{seconds:.0f} s. Learning curves: {workdir / "curves.png"}; numbers: {workdir / "summary.json"}.\n'
-        f'Next, look inside: python -m experiments.analyze --checkpoints={workdir}')
+        f'Next, look inside: {command("analyze", f"--checkpoints={workdir}")}')
 
 
 if __name__ == '__main__':

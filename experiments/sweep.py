@@ -27,7 +27,7 @@ from critkl_jax.analysis.curves import plot_study
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
-from .flags import define_config, define_devices, read_config, run, take_cores
+from .flags import define_config, define_devices, define_wandb, read_config, read_trackers, run, take_cores
 from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import command, study_rows
@@ -45,13 +45,14 @@ MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPI
                             'How members are computed: side by side, one after another, or spread over the devices.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
+define_wandb()
 
 
 def main() -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start = time.monotonic()
   base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
-  configs = read_members(base)
+  configs, track = read_members(base), read_trackers(base)
   names, mesh = population.names(configs), read_study_mesh(base, len(configs))
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
   check_workdir(workdir, base, names)
@@ -76,7 +77,7 @@ def main() -> None:
   del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
-                                base.save_every, show=('accuracy', 'kl', 'entropy', 'weight'))
+                                base.save_every, show=('accuracy', 'kl'), track=track)
   if base.eval_problems:
     hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
