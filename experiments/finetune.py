@@ -8,6 +8,7 @@ workdir.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import pathlib
 import time
@@ -28,6 +29,7 @@ from critkl_jax.train_step import make_train_step
 from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import before_after_rows, command
+from .workdirs import refuse_fewer_steps, refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
@@ -41,6 +43,8 @@ def main() -> None:
   config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
   track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
+  refuse_others(workdir, 'finetune')
+  refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
   reference = keep_reference(config, workdir, mesh)
   known = reference.info.known_digits
   model, task = model_and_task(config, reference)
@@ -51,11 +55,16 @@ def main() -> None:
   del reference  # the state has its own
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   step = make_train_step(model, task, config, mesh)
-  say_what_comes(config, known, finished)
-  with concurrent.futures.ThreadPoolExecutor(1) as other:  # the compiler leaves a core to the test
+  hosts.say(plan_of(config, known))
+  doing = preparation(config, finished)
+  with (hosts.waiting(doing) if doing else contextlib.nullcontext(),
+        concurrent.futures.ThreadPoolExecutor(1) as other):  # the compiler leaves a core to the test
     compiled = other.submit(compile_unless, finished >= config.num_iterations, step, state, key, hyperparameters)
     before = tested_before(test, state.ref_params, workdir)
     step = compiled.result()
+  if finished < config.num_iterations:
+    hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
+              'from the\nreference in nats a token; tok/s, tokens trained on in a second.')
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
                      config.save_every, show=('accuracy', 'kl'), track=track)
   if config.eval_problems:
@@ -68,23 +77,23 @@ def compile_unless(done: bool, step: Callable, *arguments: Any) -> Callable:
   return step if done else step.lower(*arguments).compile()
 
 
-def say_what_comes(config: FinetuneConfig, known: int, finished: int) -> None:
-  """Says in a few lines what the run does, and what its progress bar shows."""
-  longest, loss = known + config.extra_digits, config.loss
+def plan_of(config: FinetuneConfig, known: int) -> str:
+  """Returns what the run does, in two lines."""
+  loss = config.loss
   penalty = {'prioritized': f'prioritized KL penalty (weight certainty^{loss.certainty_exponent:g})',
              'standard': 'standard KL penalty', 'none': 'no KL penalty'}[loss.kl]
-  hosts.say(
+  return (
       f'The reference was pre-trained on additions of up to N = {known} digits. Reinforcement learning trains a copy '
-      f'of it on {longest}.\n{config.num_iterations} iterations of {config.episodes} sampled answers, '
-      f'{loss.algorithm.upper()}, {penalty}.')
-  tests = f'Testing the reference on 2 x {config.eval_problems} problems' if config.eval_problems else ''
-  compiles = finished < config.num_iterations
-  doing = ' and '.join(filter(None, [tests, 'compiling the training step' if compiles else '']))
-  if doing:
-    hosts.say(f'{doing[0].upper()}{doing[1:]} (20 to 90 s on a CPU; less once the programs are in the cache) ...')
-  if compiles:
-    hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
-              'from the reference\nin nats a token; tok/s, tokens trained on in a second.')
+      f'of it on {known + config.extra_digits}.\n'
+      f'{config.num_iterations} iterations of {config.episodes} sampled answers, {loss.algorithm.upper()}, {penalty}.')
+
+
+def preparation(config: FinetuneConfig, finished: int) -> str:
+  """Returns what comes before the iterations that are left, and how long it takes; empty if nothing does."""
+  parts = [f'testing the reference on 2 x {config.eval_problems} problems'] if config.eval_problems else []
+  parts += ['compiling the training step'] if finished < config.num_iterations else []
+  text = ' and '.join(parts)
+  return text and f'{text[0].upper()}{text[1:]} (20 to 90 s on a CPU; less once the programs are in the cache) ...'
 
 
 def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
