@@ -15,8 +15,11 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']),
-    package_data={'critkl_jax': ['checkpoints/**/*', 'analysis/page.*']},
+    # The binaries are a folder of the checkout and, where the package is installed, a package inside of it.
+    packages=[*setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']), 'critkl_jax.experiments'],
+    package_dir={'critkl_jax.experiments': 'experiments'},
+    entry_points={'console_scripts': ['critkl = critkl_jax.experiments.cli:main']},
+    package_data={'critkl_jax': ['py.typed', 'checkpoints/**/*', 'analysis/page.*']},
     install_requires=[
         'absl-py>=2.1',
         'chex>=0.1.90',
@@ -37,6 +40,6 @@ setuptools.setup(
         'tensorboard': TENSORBOARD,
         'wandb': ['wandb>=0.19'],
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', *TENSORBOARD],
+        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
     },
 )

@@ -27,7 +27,8 @@ def test_every_file_has_a_fast_test(fast):
 
 
 def test_every_binary_is_run(fast):
-  binaries = {path.stem for path in (ROOT / 'experiments').glob('*.py') if "__name__ == '__main__'" in path.read_text()}
+  binaries = {path.stem for path in (ROOT / 'experiments').glob('*.py')
+              if "\nif __name__ == '__main__'" in path.read_text()}
   assert 'finetune' in binaries
   refused = {'compile_only'}  # a compiler is seldom installed: what the binary says without one is tested
   assert any(line.startswith('tests/experiments/test_compile_only.py::') for line in fast)
