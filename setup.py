@@ -15,8 +15,10 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']),
-    package_data={'critkl_jax': ['checkpoints/**/*', 'analysis/*.html']},
+    packages=[*setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']), 'critkl_jax.experiments'],
+    package_dir={'critkl_jax.experiments': 'experiments'},  # `experiments` is no name for everybody's site-packages
+    package_data={'critkl_jax': ['checkpoints/**/*', 'analysis/*.html', 'py.typed']},
+    entry_points={'console_scripts': ['critkl = critkl_jax.experiments.__main__:main']},
     install_requires=[
         'absl-py>=2.1',
         'chex>=0.1.90',

@@ -23,6 +23,8 @@ jax.config.update('jax_threefry_partitionable', True)
 
 def pytest_configure(config):
   """Gives all workers, and the binaries that tests start, one cache of compiled programs: many are compiled again."""
+  if os.environ.get('WARNINGS_ARE_ERRORS'):
+    config.getini('filterwarnings').insert(0, 'error')  # first, so that the exceptions after it hold
   if not hasattr(config, 'workerinput'):
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
