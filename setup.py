@@ -18,7 +18,7 @@ setuptools.setup(
     # The binaries are a folder of the checkout and, where the package is installed, a package inside of it.
     packages=[*setuptools.find_packages(include=['critkl_jax', 'critkl_jax.*']), 'critkl_jax.experiments'],
     package_dir={'critkl_jax.experiments': 'experiments'},
-    entry_points={'console_scripts': ['critkl = critkl_jax.experiments.cli:main']},
+    entry_points={'console_scripts': ['critkl = critkl_jax.experiments.__main__:main']},
     package_data={'critkl_jax': ['py.typed', 'checkpoints/**/*', 'analysis/page.*']},
     install_requires=[
         'absl-py>=2.1',

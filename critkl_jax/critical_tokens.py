@@ -14,7 +14,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import struct
 
 from critkl_jax.confidence import certainty
@@ -138,6 +137,8 @@ def counterfactual(model: GPT2, params: Any, task: Task, key: chex.PRNGKey, *, n
   if num_alternatives >= model.config.vocab_size:
     raise ValueError(f'num_alternatives: expected less than the vocabulary of {model.config.vocab_size}, got '
                      f'{num_alternatives}.')
+
+  import tqdm  # whoever finds no counterfactuals needs no bar
 
   @jax.jit
   def success(params, problems, rollout, position, token, key):

@@ -21,18 +21,10 @@ jax.config.update('jax_default_prng_impl', 'threefry2x32')
 jax.config.update('jax_threefry_partitionable', True)
 
 
-# With CRITKL_STRICT_WARNINGS set, as in CI, warnings are errors; not where a user runs the tests with newer packages.
-WARNINGS = (
-    'error',
-    # A restore that fails on a damaged file leaves reads of TensorStore behind, which end after Orbax's event loop.
-    'ignore:(?s)Exception ignored in. None.*Event loop is closed:pytest.PytestUnraisableExceptionWarning',
-    'ignore:Exception ignored in. <coroutine object _read_array_index:pytest.PytestUnraisableExceptionWarning')
-
-
 def pytest_configure(config):
   """Gives all workers, and the binaries that tests start, one cache of compiled programs: many are compiled again."""
-  for line in WARNINGS if os.environ.get('CRITKL_STRICT_WARNINGS') else ():
-    config.addinivalue_line('filterwarnings', line)
+  if os.environ.get('WARNINGS_ARE_ERRORS'):
+    config.getini('filterwarnings').insert(0, 'error')  # first, so that the exceptions after it hold
   if not hasattr(config, 'workerinput'):
     os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'

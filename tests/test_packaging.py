@@ -9,30 +9,31 @@ import zipfile
 
 import pytest
 
-from experiments import cli
+from experiments.__main__ import programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_the_command_names_every_binary(capsys):
-  cli.main(['--help'])
-  out = capsys.readouterr().out
-  assert set(cli.binaries()) == {'analyze', 'compare_checkpoints', 'compile_only', 'evaluate', 'finetune', 'pretrain',
-                                 'reproduce', 'sweep'}
-  assert all(f'  {name} ' in out and sentence in out for name, sentence in cli.binaries().items())
+def critkl(*arguments):
+  return subprocess.run([sys.executable, '-m', 'experiments', *arguments], cwd=ROOT, text=True, capture_output=True)
 
 
-def test_an_unknown_command_gets_the_nearest_one(capsys):
-  with pytest.raises(SystemExit) as error:
-    cli.main(['finetun'])
-  assert error.value.code == 2
-  assert capsys.readouterr().err == "error: critkl has no command 'finetun'; did you mean finetune?\n"
+def test_the_command_names_every_binary():
+  out = critkl('--help').stdout
+  assert set(programs()) == {'analyze', 'compare_checkpoints', 'compile_only', 'evaluate', 'finetune', 'pretrain',
+                             'reproduce', 'sweep'}
+  assert all(f'  {name} ' in out for name in programs())
+  assert all(sentence in ' '.join(out.split()) for sentence in programs().values())
+
+
+def test_an_unknown_command_gets_the_nearest_one():
+  done = critkl('finetun')
+  assert done.returncode == 2
+  assert done.stderr == "critkl: there is no program 'finetun'; the nearest is 'finetune', and --help lists all.\n"
 
 
 def test_the_command_starts_a_binary():
-  command = 'from experiments import cli; cli.main()'
-  out = subprocess.run([sys.executable, '-c', command, 'evaluate', '--help'], cwd=ROOT, text=True, capture_output=True,
-                       check=True).stdout
+  out = critkl('evaluate', '--help').stdout
   assert out.startswith('Tests a checkpoint')
   assert '--num_problems' in out
 
@@ -48,8 +49,8 @@ def test_distributions_hold_what_runs_and_nothing_at_the_top(tmp_path):
   (wheel,), (sdist,) = built.glob('*.whl'), built.glob('*.tar.gz')
   names = zipfile.ZipFile(wheel).namelist()
   assert {name.split('/')[0] for name in names} == {'critkl_jax', f'{wheel.name.split("-py3")[0]}.dist-info'}
-  for wanted in ('py.typed', 'experiments/finetune.py', 'experiments/cli.py', 'analysis/page.html', 'analysis/page.css',
-                 'analysis/page.js', 'ops/weighted_kl/api.py'):
+  for wanted in ('py.typed', 'experiments/finetune.py', 'experiments/__main__.py', 'analysis/page.html',
+                 'analysis/page.css', 'analysis/page.js', 'ops/weighted_kl/api.py'):
     assert f'critkl_jax/{wanted}' in names
   assert any(name.startswith('critkl_jax/checkpoints/addition_n5/') for name in names)
   with tarfile.open(sdist) as file:

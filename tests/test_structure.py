@@ -82,7 +82,43 @@ def test_public_functions_have_docstrings():
         assert ast.get_docstring(node), f'{path.name}: {node.name}'
 
 
-def test_importing_the_package_draws_no_pictures_and_starts_no_device():
-  code = ("import sys, critkl_jax; from jax._src import xla_bridge; assert 'matplotlib' not in sys.modules; "
+def test_the_homes_of_public_names_are_those_that_type_checkers_see():
+  (block,) = (node for node in ast.parse((PACKAGE / '__init__.py').read_text()).body if isinstance(node, ast.If))
+  seen = {alias.name: node.module.removeprefix('critkl_jax.') for node in block.body for alias in node.names}
+  assert seen == critkl_jax._HOMES
+  assert sorted(seen) == sorted(critkl_jax.__all__)
+  assert set(critkl_jax.__all__) <= set(dir(critkl_jax))
+  with pytest.raises(AttributeError, match="module 'critkl_jax' has no attribute 'ppo_los'"):
+    critkl_jax.ppo_los  # noqa: B018
+  with pytest.raises(ImportError, match="cannot import name 'ppo_los'"):
+    from critkl_jax import ppo_los  # noqa: F401
+
+
+TRAINS, SAVES, DRAWS = {'optax'}, {'orbax', 'tensorstore'}, {'matplotlib', 'tqdm', 'scipy'}
+KERNELS = {'jax.experimental.pallas'}
+FRAMEWORKS = {'jax', 'flax', 'chex'}
+
+
+@pytest.mark.parametrize(('statement', 'absent'), [
+    ('import critkl_jax', TRAINS | SAVES | DRAWS | KERNELS | FRAMEWORKS),
+    ('from critkl_jax import certainty, ppo_loss, gae, linear_weighted_kl', TRAINS | SAVES | DRAWS | KERNELS),
+    ('from critkl_jax import GPT2, generate, plus_task, oracle', TRAINS | SAVES | DRAWS | KERNELS),
+    ('from critkl_jax import init_finetuning, make_train_step', SAVES | DRAWS | KERNELS),
+    ('from critkl_jax import *', DRAWS | KERNELS),
+])
+def test_only_what_is_used_is_imported_and_no_device_is_started(statement, absent):
+  """Modules are named, no time is taken: what is absent cannot take any."""
+  code = (f"import sys; {statement}; print(*sys.modules); from jax._src import xla_bridge; "
           'assert not xla_bridge.backends_are_initialized()')
+  out = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
+  assert not absent & set(out)
+  assert ('critkl_jax.checkpoint' in out) == ('*' in statement)
+
+
+def test_names_may_be_asked_for_while_a_program_is_traced():
+  """A module that computed an array when it is imported would keep a tracer."""
+  code = ('import sys, jax, critkl_jax; '
+          'f = jax.jit(lambda x: [getattr(critkl_jax, name) for name in critkl_jax.__all__] and x); f(1.0); '
+          'found = [(m, n) for m in list(sys.modules) if m.startswith("critkl_jax") for n, v in '
+          'vars(sys.modules[m]).items() if isinstance(v, jax.core.Tracer)]; assert not found, found')
   subprocess.run([sys.executable, '-c', code], check=True)

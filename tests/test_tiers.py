@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from experiments.__main__ import programs
+
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -27,8 +29,7 @@ def test_every_file_has_a_fast_test(fast):
 
 
 def test_every_binary_is_run(fast):
-  binaries = {path.stem for path in (ROOT / 'experiments').glob('*.py')
-              if "\nif __name__ == '__main__'" in path.read_text()}
+  binaries = set(programs())
   assert 'finetune' in binaries
   refused = {'compile_only'}  # a compiler is seldom installed: what the binary says without one is tested
   assert any(line.startswith('tests/experiments/test_compile_only.py::') for line in fast)
