@@ -112,6 +112,7 @@ from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from experiments.flags import read_config
 
 POSITIONAL = {'experiments.compare_checkpoints': 2}
+PACKAGES = {'benchmarks.accelerator': 'benchmarks.accelerator.__main__'}  # module -> where its flags are defined
 PRESETS = {'experiments.pretrain': PRETRAIN_PRESETS, 'experiments.finetune': FINETUNE_PRESETS,
            'experiments.sweep': FINETUNE_PRESETS, 'experiments.compile_only': FINETUNE_PRESETS}
 wrong, shared = [], set(flags.FLAGS) - absl
@@ -119,7 +120,7 @@ names = {'help'} | shared
 for module, lines in json.load(sys.stdin).items():
   before = set(flags.FLAGS)
   try:
-    importlib.import_module(module)
+    importlib.import_module(PACKAGES.get(module, module))
   except SystemExit as reason:
     if module == 'benchmarks.peers' and 'is not installed' in str(reason):
       continue  # packages of the extra `bench` define its flags only when they are there
@@ -158,7 +159,8 @@ def parse(lines):
 
 def binaries():
   return [f'{path.parent.name}.{path.stem}' for folder in ('experiments', 'benchmarks')
-          for path in sorted((ROOT / folder).glob('*.py')) if "__name__ == '__main__'" in path.read_text()]
+          for path in sorted((ROOT / folder).glob('*.py')) if "__name__ == '__main__'" in path.read_text()] + [
+              f'{path.parent.parent.name}.{path.parent.name}' for path in sorted(ROOT.glob('benchmarks/*/__main__.py'))]
 
 
 def test_every_block_is_run_or_marked_as_output():

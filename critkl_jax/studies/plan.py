@@ -12,7 +12,7 @@ from critkl_jax.studies.advance import record_path
 from critkl_jax.studies.catalog import STANDARD, Arm, Study, arm_config
 from critkl_jax.studies.records import Record, RecordError, read_record, run_name
 
-SECONDS_PER_RUN = 80.0  # of `tiny`, on two CPU cores (BUILD_NOTES.md)
+SECONDS_PER_RUN = 80.0  # of `tiny`, on two CPU cores (docs/log.md)
 
 
 def matched_scale(found: Record, standard: Record | None, by: str) -> float:
