@@ -42,7 +42,7 @@ def main() -> None:
   refuse_others(workdir, 'pretrain')
   hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
             f'{config.batch_size} texts, in {workdir}.\nThe first steps compile a program for each number of digits, '
-            'some 5 to 20 s each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
+            'up to a minute each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
   state = pretrain(config, workdir, mesh, track)
   if config.eval_problems:
     lengths = list(DISTRIBUTIONS)

@@ -52,8 +52,9 @@ def main() -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start = time.monotonic()
   base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
-  configs, track = read_members(base), read_trackers(base)
+  configs = read_members(base)
   names, mesh = population.names(configs), read_study_mesh(base, len(configs))
+  tracks = {name: read_trackers(member) for name, member in zip(names, configs)}
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
   check_workdir(workdir, base, names)
   reference = keep_reference(base, workdir, sharding.without_members(mesh))
@@ -77,7 +78,8 @@ def main() -> None:
   del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
-                                base.save_every, show=('accuracy', 'kl'), track=track)
+                                base.save_every, show=('accuracy', 'kl'),
+                                track=lambda home, first: tracks[home.name](home, first))
   if base.eval_problems:
     hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)

@@ -10,8 +10,9 @@ import tqdm
 
 from critkl_jax import hosts
 from critkl_jax.analysis.page import Table
-from critkl_jax.analysis.statistics import FEWEST_SEEDS, share_interval
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.summary import METRICS
+from critkl_jax.evaluate import accuracy_interval
 
 PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
 AGREEMENT = {'precision': 'precision', 'recall': 'recall', 'auroc': 'AUROC', 'average_precision': 'average precision',
@@ -82,7 +83,7 @@ def before_after_rows(accuracy: dict[str, dict[str, float]], known: int, extra: 
     cells = []
     for when in ('before', 'after'):
       share = accuracy[when][name]
-      _, low, high = share_interval(share * num_problems, num_problems)
+      low, high = accuracy_interval(share, num_problems)
       cells.append(f'{100 * share:5.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
     lines.append(f'{meaning:<42}{cells[0]:<22}{cells[1]}')
   return '\n'.join(lines)

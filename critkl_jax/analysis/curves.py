@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from critkl_jax.analysis.statistics import curve_band
+from critkl_jax.analysis.statistics import FEWEST_SEEDS, curve_band
 from critkl_jax.analysis.style import (
     OTHERS,
     PENALTIES,
@@ -22,7 +22,6 @@ from critkl_jax.analysis.style import (
 )
 
 WIDEST = 3  # panels in a row
-FEWEST_RUNS = 4  # for a band; of fewer each is a thin line
 MOST_BANDS = 4  # groups of a panel that all have bands; of more groups only the three penalties have them
 SHARES = ('accuracy', 'critical_right', 'format_errors')  # shown in percent, with what is right at critical tokens
 PANELS = {
@@ -158,7 +157,7 @@ def _draw_group(axis, name, runs, colour, band):
   curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
   mean, low, high = curve_band(curves)
   line, = axis.plot(steps, mean, linewidth=1.6, color=colour)
-  if band and 1 < len(runs) < FEWEST_RUNS:
+  if band and 1 < len(runs) < FEWEST_SEEDS:
     axis.plot(steps, curves.T, linewidth=0.6, color=colour, alpha=0.6)
   elif band:
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -206,6 +205,6 @@ def _meaning(groups, banded, number):
     return 'One seed each.' if number > 1 else ''
   many = f'{seeds[0]}' if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'
   whose = '' if len(banded) == number else f' (of {", ".join(banded)})'
-  bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded and seeds[-1] >= FEWEST_RUNS else ''
-  thin = f'; thin lines{whose}: single seeds' if banded and seeds[0] < FEWEST_RUNS else ''
+  bands = f'; bands{whose}: 95 % interval of the mean over seeds' if banded and seeds[-1] >= FEWEST_SEEDS else ''
+  thin = f'; thin lines{whose}: single seeds' if banded and seeds[0] < FEWEST_SEEDS else ''
   return f'Lines: mean over {many} seeds{bands}{thin}.'
