@@ -38,6 +38,6 @@ setuptools.setup(
         'h100': ['jax[cuda13-local]', 'nvidia-cuda-nvcc>=13', 'nvidia-nvvm>=13'],  # its compiler alone, to run nothing
         'tensorboard': TENSORBOARD,
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', *TENSORBOARD],
+        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
     },
 )
