@@ -1,6 +1,8 @@
-"""What is installed: the command, and what distributions hold."""
+"""The package as people install it: archives, the console command; and warnings, which are errors only in CI."""
 
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,53 +11,106 @@ import zipfile
 
 import pytest
 
-from experiments.__main__ import programs
+from experiments import __main__ as console
 
 ROOT = pathlib.Path(__file__).parents[1]
+# What lies in a checkout and is no part of the project, and results, of which no archive needs the megabytes.
+LEFT_OUT = shutil.ignore_patterns('.*_cache', '.git', '.venv', 'venv', '__pycache__', '*.egg-info', 'build', 'dist',
+                                  'runs', 'results')
 
 
-def critkl(*arguments):
-  return subprocess.run([sys.executable, '-m', 'experiments', *arguments], cwd=ROOT, text=True, capture_output=True)
+@pytest.fixture(scope='module')
+def archives(tmp_path_factory):
+  """Returns the folder of the sdist of this checkout, and the wheel that is built from what the sdist holds."""
+  pytest.importorskip('setuptools', '77')  # builds wheels alone, and knows licenses by name
+  folder = tmp_path_factory.mktemp('archives')
+  checkout = shutil.copytree(ROOT, folder / 'checkout', ignore=LEFT_OUT)
+  (checkout / 'docs' / 'results').mkdir(parents=True)
+  (checkout / 'docs' / 'results' / 'README.md').touch()
+
+  def build(source, what):
+    code = f'import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])'
+    subprocess.run([sys.executable, '-c', code, folder], cwd=source, check=True, capture_output=True)
+
+  build(checkout, 'sdist')
+  (sdist,) = folder.glob('*.tar.gz')
+  with tarfile.open(sdist) as archive:
+    archive.extractall(folder, filter='data')
+  unpacked = folder / sdist.name.removesuffix('.tar.gz')
+  build(unpacked, 'wheel')
+  (wheel,) = folder.glob('*.whl')
+  return unpacked, wheel
 
 
-def test_the_command_names_every_binary():
-  out = critkl('--help').stdout
-  assert set(programs()) == {'analyze', 'compare_checkpoints', 'compile_only', 'evaluate', 'finetune', 'pretrain',
-                             'reproduce', 'sweep'}
-  assert all(f'  {name} ' in out for name in programs())
-  assert all(sentence in ' '.join(out.split()) for sentence in programs().values())
+def files_of(folder, *patterns):
+  return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)
+          if path.is_file() and '__pycache__' not in path.parts}
 
 
-def test_an_unknown_command_gets_the_nearest_one():
-  done = critkl('finetun')
-  assert done.returncode == 2
-  assert done.stderr == "critkl: there is no program 'finetun'; the nearest is 'finetune', and --help lists all.\n"
+def test_an_sdist_holds_binaries_tests_and_benchmarks_but_no_results(archives):
+  unpacked, _ = archives
+  wanted = files_of(ROOT, '*.md', '*.py', '*.toml', 'LICENSE', '.ci/run', 'critkl_jax/**/*', 'experiments/**/*',
+                    'tests/**/*', 'benchmarks/**/*', 'docs/*.md')
+  assert wanted <= files_of(unpacked, '*', '**/*', '.ci/*')
+  assert not files_of(unpacked, 'docs/results/**/*')
 
 
-def test_the_command_starts_a_binary():
-  out = critkl('evaluate', '--help').stdout
-  assert out.startswith('Tests a checkpoint')
-  assert '--num_problems' in out
+def test_a_wheel_has_all_of_the_package_and_one_name_at_the_top(archives, tmp_path):
+  _, wheel = archives
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(tmp_path)
+  wanted = files_of(ROOT, 'critkl_jax/**/*') | {f'critkl_jax/{x}' for x in files_of(ROOT, 'experiments/**/*')}
+  assert files_of(tmp_path, 'critkl_jax/**/*') == wanted
+  assert {'critkl_jax/py.typed', 'critkl_jax/experiments/finetune.py'} <= wanted
+  assert [x.name for x in tmp_path.iterdir() if not x.name.endswith('.dist-info')] == ['critkl_jax']
+  (entry,) = tmp_path.glob('*.dist-info/entry_points.txt')
+  assert 'critkl = critkl_jax.experiments.__main__:main' in entry.read_text()
+
+  def started(*arguments):
+    code = 'import sys; sys.argv[0] = "critkl"; from critkl_jax.experiments.__main__ import main; main()'
+    return subprocess.run([sys.executable, '-c', code, *arguments], cwd=(tmp_path / 'empty'), text=True,
+                          capture_output=True, env=os.environ | {'PYTHONPATH': str(tmp_path)})
+
+  (tmp_path / 'empty').mkdir()
+  help_of_one = started('finetune', '--help')
+  assert str(tmp_path) in help_of_one.stdout  # flags are listed by the file that defines them
+  assert '--preset' in help_of_one.stdout
+  refused = started('finetune', '--preset=smal')
+  assert refused.returncode == 1
+  assert 'smal' in refused.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_distributions_hold_what_runs_and_nothing_at_the_top(tmp_path):
-  source, built = tmp_path / 'source', tmp_path / 'built'
-  shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
-      '.git', 'results', 'runs', 'build', '*.egg-info', '__pycache__', '.venv'))
-  build = 'from setuptools import build_meta; build_meta.build_{}({!r})'
-  for kind in ('wheel', 'sdist'):
-    subprocess.run([sys.executable, '-c', build.format(kind, str(built))], cwd=source, check=True)
-  (wheel,), (sdist,) = built.glob('*.whl'), built.glob('*.tar.gz')
-  names = zipfile.ZipFile(wheel).namelist()
-  assert {name.split('/')[0] for name in names} == {'critkl_jax', f'{wheel.name.split("-py3")[0]}.dist-info'}
-  for wanted in ('py.typed', 'experiments/finetune.py', 'experiments/__main__.py', 'analysis/page.html',
-                 'analysis/page.css', 'analysis/page.js', 'ops/weighted_kl/api.py'):
-    assert f'critkl_jax/{wanted}' in names
-  assert any(name.startswith('critkl_jax/checkpoints/addition_n5/') for name in names)
-  with tarfile.open(sdist) as file:
-    members = {name.partition('/')[2] for name in file.getnames()}
-  for wanted in ('README.md', 'experiments/finetune.py', 'benchmarks/timing.py', 'tests/conftest.py',
-                 'tests/test_gpt2.py', 'critkl_jax/analysis/page.js', 'docs/training.md'):
-    assert wanted in members
-  assert not any(name.startswith('docs/results/') for name in members)
+def test_the_console_command_lists_programs_and_imports_none():
+  code = ("import sys; sys.argv = ['critkl']; from experiments.__main__ import main; main(); "
+          "assert not {'jax', 'absl', 'critkl_jax'} & set(sys.modules)")
+  out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, text=True, capture_output=True).stdout
+  assert max(map(len, out.splitlines())) < 80
+  assert re.search(r'^  finetune +Fine-tunes ', out, re.MULTILINE)
+  programs = {path.stem for path in (ROOT / 'experiments').glob('*.py') if 'def main(' in path.read_text()}
+  assert set(re.findall(r'^  (\w+) ', out, re.MULTILINE)) == set(console.programs()) == programs - {'__main__'}
+  assert all(re.fullmatch(r'[A-Z].*[^.]\.', says) for says in console.programs().values())
+
+
+def test_an_unknown_program_is_refused_in_one_line_with_the_nearest(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['critkl', 'finetun'])
+  with pytest.raises(SystemExit) as stop:
+    console.main()
+  assert stop.value.code == 2
+  said = capsys.readouterr()
+  assert said.err == "critkl: there is no program 'finetun'; the nearest is 'finetune', and --help lists all.\n"
+  assert not said.out
+
+
+@pytest.mark.parametrize(('strict', 'outcome'), [('', '2 passed'), ('1', '1 failed, 1 passed')])
+def test_warnings_are_errors_where_ci_says_so_and_exceptions_hold(strict, outcome, tmp_path):
+  path = tmp_path / 'test_warnings.py'
+  path.write_text('import warnings\nimport pytest\n\n'
+                  'def test_unknown():\n  warnings.warn("a package of next year")\n\n'
+                  'def test_known():\n  warnings.warn(pytest.PytestUnraisableExceptionWarning('
+                  '"Exception ignored in: <coroutine object _read_array_index at 0x1>"))\n')
+  done = subprocess.run(
+      [sys.executable, '-m', 'pytest', '-n', '0', '-p', 'no:cacheprovider', '-p', 'conftest', '-c',
+       ROOT / 'pyproject.toml', f'--rootdir={tmp_path}', path],
+      text=True, capture_output=True, env=os.environ | {
+          'WARNINGS_ARE_ERRORS': strict, 'PYTHONPATH': os.pathsep.join([str(ROOT / 'tests'), str(ROOT)])})
+  assert outcome in done.stdout.splitlines()[-1], done.stdout
