@@ -130,7 +130,8 @@ def in_own_process(target: str, program: str, size: list[str]) -> dict[str, Any]
 
 def gpu_environment(folder: str) -> dict[str, str]:
   """Returns flags by which XLA leaves the assembly of its kernels in a folder."""
-  found = os.environ.get('XLA_FLAGS', ''), f'--xla_dump_to={folder}', *(
+  emitted = ('--xla_dump_emitter_re=.*',) * (jax.__version_info__ >= (0, 11))  # older ones write assembly unasked
+  found = os.environ.get('XLA_FLAGS', ''), f'--xla_dump_to={folder}', *emitted, *(
       f'--xla_gpu_cuda_data_dir={root}' for root in cuda_folders()[:1])
   return {'XLA_FLAGS': ' '.join(found)}
 
