@@ -177,6 +177,7 @@ def test_pictures(greedy, solutions, tmp_path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_itself(workdir):
   one = load_checkpoint(workdir)
   found = compare(one, one, num_problems=2)
