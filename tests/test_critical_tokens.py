@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from letters import TOKENIZER, letter_task
-from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
 from critkl_jax.critical_tokens import (
@@ -156,7 +155,8 @@ def test_detectors_have_one_signature(params):
     assert one.score.shape == one.critical.shape == one.weight.shape == (2, 4)
 
 
-@pytest.mark.parametrize('with_draft', slow_except((False,), (True, False)))
+@pytest.mark.parametrize('with_draft', [True, False])
+@pytest.mark.slow
 def test_a_response_goes_on_as_it_was(with_draft):
   """Greedy, and from any place, the rest is what was sampled before; the end of the scratchpad is known of too."""
   task = plus_task(1, 1)

@@ -173,6 +173,7 @@ def test_kl_against_float64():
     np.testing.assert_allclose(token_kl(logits, ref_logits, batch.actions, estimator), value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_estimators_agree_in_expectation_where_they_should():
   logits, ref_logits = 0.3 * jax.random.normal(jax.random.key(0), (2, V))
   actions = jax.random.categorical(jax.random.key(1), logits, shape=(200_000,))

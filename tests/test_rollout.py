@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -278,7 +277,8 @@ def long_model():
   return model, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
 
-@pytest.mark.parametrize('outlived', slow_except((1,), (1, 8)))
+@pytest.mark.parametrize('outlived', [1, 8])
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_no_token(long_model, many_prompts, outlived):
   """Some episodes outlive the usual length; by how many of them it is, they go on by themselves or all together."""
   options = {'max_new_tokens': 150, 'stop': stop_after([[3], [3]]), 'temperature': 4.0}
@@ -295,7 +295,8 @@ def test_a_cache_that_grows_changes_no_token(long_model, many_prompts, outlived)
   np.testing.assert_allclose(plain.log_probs, jnp.where(plain.mask, log_probs, 0.0), atol=2e-5)
 
 
-@pytest.mark.parametrize('impl', slow_except(('rbg',), ('rbg', 'unsafe_rbg', 'raw')))
+@pytest.mark.parametrize('impl', ['rbg', 'unsafe_rbg', 'raw'])
+@pytest.mark.slow
 def test_keys_of_any_generator_give_equal_tokens(small_model, many_prompts, impl):
   key = jax.random.PRNGKey(3) if impl == 'raw' else jax.random.key(3, impl=impl)
   options = {'max_new_tokens': 20, 'stop': STOP}

@@ -128,6 +128,7 @@ def test_parameters_at_rest_are_shared_out(reference):
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(('data',), 'model')
 
 
+@pytest.mark.slow
 def test_no_device_gathers_the_cache_or_the_weights_of_others():
   """The loop of a rollout moves activations between devices along `model`, and no array of many episodes."""
   task, model = plus_task(1, 1), GPT2(GPT2Config(context_length=384, num_layers=1, num_heads=2, width=16))

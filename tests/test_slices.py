@@ -80,6 +80,7 @@ def iteration():
 
 
 @pytest.mark.usefixtures('standard_promotion')
+@pytest.mark.slow
 def test_slices_and_lengths_change_nothing(iteration, monkeypatch):
   model, task, config, state, rollout, rewards = iteration
   numbers = initial_state.Hyperparameters.of(config)

@@ -212,6 +212,7 @@ def test_a_wrong_response_may_cost(model, reference):
   np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, 2 * rewards[:, None] - 1, 0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_metrics_at_critical_tokens_are_those_of_the_first_letters(model, reference):
   """The critical token of a letter is the first one; before the first update the policy is as when it sampled."""
   config = config_lib.replace(SMALL, minibatches=1, kl_coefficient=0.0, certainty_exponent=3.0)
@@ -294,6 +295,7 @@ def test_kl_in_the_reward_lowers_the_returns_by_the_weighted_kl(model, reference
   np.testing.assert_allclose((plain.returns - batch.returns)[:, 0], 0.7 * kl.sum(-1), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_trains_on_hidden_states_as_on_logits(reference, model, monkeypatch):
   """The step holds logits below `SMALL_VOCABULARY`; with that at 0 the same model must learn the same."""
   config = config_lib.replace(SMALL, kl_estimator='exact', kl_coefficient=1.0, certainty_exponent=2.0,

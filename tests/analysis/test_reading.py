@@ -191,6 +191,7 @@ def test_positions_say_how_many_responses_reach_them(greedy, tmp_path, monkeypat
   assert reach.get_lines()[0].get_ydata().tolist() == greedy['on_path'].sum(0)[:length].tolist()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_itself(workdir):
   one = load_checkpoint(workdir)
   found = compare(one, one, num_problems=2)

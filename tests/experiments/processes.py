@@ -11,9 +11,9 @@ from compilation import QUICK
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def start(binary, *flags, devices=1):
+def start(binary, *flags, devices=1, quick=None):
   flags_of_xla = []
-  if binary not in ('analyze', 'compare_checkpoints'):
+  if binary not in ('analyze', 'compare_checkpoints') if quick is None else quick:
     flags_of_xla.append(QUICK)
   if devices:
     flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
@@ -27,8 +27,8 @@ def finish(process):
   return process.returncode, out, err
 
 
-def run(binary, *flags, devices=1):
-  code, out, err = finish(start(binary, *flags, devices=devices))
+def run(binary, *flags, devices=1, quick=None):
+  code, out, err = finish(start(binary, *flags, devices=devices, quick=quick))
   assert code == 0, err
   return out
 
