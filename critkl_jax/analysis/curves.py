@@ -156,6 +156,8 @@ def _draw_group(axis, name, runs, colour, band):
     return None
   curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
   mean, low, high = curve_band(curves)
+  if _is_share(name):
+    low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
   line, = axis.plot(steps, mean, linewidth=1.6, color=colour)
   if band and 1 < len(runs) < FEWEST_SEEDS:
     axis.plot(steps, curves.T, linewidth=0.6, color=colour, alpha=0.6)
