@@ -33,13 +33,14 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
-from experiments.flags import run
+from experiments.flags import keep_no_programs, run
 from experiments.targets import GPU, backend_of, devices_of, environment, missing_compiler
 
 TPUS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 PROGRAMS = ('naive', 'pallas_tpu', 'pallas_gpu', 'chunked, vocabulary mode', 'chunked, token mode')
 VOCABULARY_MODE_BUDGET = 32 * 2**20
 
+keep_no_programs()
 SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
 TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
 TARGETS = flags.DEFINE_multi_enum('target', [*TPUS, GPU], [*TPUS, GPU], 'What to compile for; may be repeated.')

@@ -27,8 +27,9 @@ from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_fine
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.train_step import make_train_step
-from experiments.flags import run
+from experiments.flags import keep_no_programs, run
 
+keep_no_programs()
 MEMBERS = flags.DEFINE_integer('members', 16, 'Members of the study.', lower_bound=1)
 SINGLES = flags.DEFINE_integer('singles', 3, 'Single runs that are made.', lower_bound=1)
 ITERATIONS = flags.DEFINE_integer('iterations', 2, 'Timed iterations of a run.', lower_bound=1)

@@ -25,8 +25,9 @@ from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
 
 from . import targets
-from .flags import define_config, read_config, run
+from .flags import define_config, keep_no_programs, read_config, run
 
+keep_no_programs()
 TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'Kind and number of devices: v4, v5e, v5p or v6e with the shape '
                                'of the slice, or H100:8 for GPUs of one machine.')
 MESH = flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model; all along data if not given.')

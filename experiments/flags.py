@@ -38,6 +38,11 @@ def define_config(config_class: type, presets: dict[str, Any], default_preset: s
     _DEFINE[field.type](name, None, help_text)
 
 
+def keep_no_programs() -> None:
+  """Makes an empty `--compilation_cache` the default, for binaries that report how long compilation takes."""
+  flags.FLAGS.set_default('compilation_cache', '')
+
+
 def define_wandb() -> None:
   """Defines the flag that sends metrics to Weights & Biases."""
   flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
