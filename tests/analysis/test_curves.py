@@ -3,7 +3,8 @@ from matplotlib import image
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from critkl_jax.analysis.curves import FEWEST_RUNS, MOST_BANDS, plot_learning_curves, plot_study
+from critkl_jax.analysis.curves import MOST_BANDS, plot_learning_curves, plot_study
+from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.style import OTHERS, PENALTIES, REFERENCE
 
 BLUE, ORANGE, GREY = PENALTIES['prioritized'], PENALTIES['standard'], PENALTIES['none']
@@ -17,7 +18,7 @@ def figures(monkeypatch):
   return found
 
 
-def runs(number=FEWEST_RUNS, **metrics):
+def runs(number=FEWEST_SEEDS, **metrics):
   return [[{'step': step, 'accuracy': 0.1 * step + 0.01 * i, **metrics} for step in (1, 2, 3)] for i in range(number)]
 
 
@@ -96,16 +97,16 @@ def test_many_groups_share_a_panel_without_their_bands(tmp_path, figures):
   assert len(curves(figures[1].axes[0])) == len(many)
   assert bands(figures[2].axes[0]) == []
   titles = [' '.join(figure.get_suptitle().split()) for figure in figures]
-  assert titles[0] == f'title Lines: mean over {FEWEST_RUNS} seeds; bands: 95 % interval of the mean over seeds.'
+  assert titles[0] == f'title Lines: mean over {FEWEST_SEEDS} seeds; bands: 95 % interval of the mean over seeds.'
   assert titles[1].endswith('bands (of standard, prioritized): 95 % interval of the mean over seeds.')
   assert 'band' not in titles[2]
 
 
 def test_few_seeds_have_thin_lines_instead_of_an_interval(tmp_path, figures):
-  plot_study({'prioritized': runs(FEWEST_RUNS - 1)}, tmp_path / 'x.png', 'title')
+  plot_study({'prioritized': runs(FEWEST_SEEDS - 1)}, tmp_path / 'x.png', 'title')
   (axis,) = figures[0].axes
   assert not axis.collections
-  assert len(axis.get_lines()) == 1 + FEWEST_RUNS - 1
+  assert len(axis.get_lines()) == 1 + FEWEST_SEEDS - 1
   assert figures[0].get_suptitle().endswith('single seeds.')
 
 
