@@ -75,8 +75,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
   assert len(metrics(tmp_path / 'whole')) == 6
 
 
-def test_ctrl_c_is_answered_at_once_before_the_first_step(reference, tmp_path):
-  process = start('finetune', *finetune(reference, tmp_path, '--eval_problems=0', '--episodes=6', '--minibatches=3'))
+def test_ctrl_c_is_answered_at_once_before_the_first_step(tmp_path):
+  process = start('finetune', '--preset=smoke', '--eval_problems=0', '--episodes=6', f'--workdir={tmp_path}')
   said = [process.stdout.readline() for _ in range(3)]
   assert 'ompiling the training step' in said[-1]
   process.send_signal(signal.SIGINT)
