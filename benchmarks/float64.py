@@ -7,7 +7,7 @@ from benchmarks.losses import ALPHA, BONUS, EXPONENT
 
 def weighted_kl_truth(hidden: np.ndarray, embedding: np.ndarray, ref_hidden: np.ndarray, ref_embedding: np.ndarray,
                       actions: np.ndarray, advantages: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns what `losses.token_loss` and its gradients are, for arrays of any float type.
+  """Computes `losses.token_loss` and its gradients for arrays of any float type.
 
   Args:
     hidden: `[N, D]` of the policy.

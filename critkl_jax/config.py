@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 ConfigT = TypeVar('ConfigT')
 
-# Fields that checkpoints of older versions lack.
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble'}
+          'certainty_ensemble'}  # which checkpoints of older versions lack
 
 
 # Checks.
@@ -292,8 +291,7 @@ class FinetuneConfig:
     """Returns the policy's config: the reference's, with the critic and the numerics of this one."""
     return dataclasses.replace(
         reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
-        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
-        attention=self.attention or reference.attention)
+        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype, attention=self.attention or reference.attention)
 
   @property
   def ensemble_paths(self) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
 
 
 def _last_save(workdir: pathlib.Path, step: int) -> str:
-  """Returns what is lost if the process ends now, to follow `Stopped by SIGINT`."""
+  """Completes `Stopped by SIGINT` with the step that is saved."""
   if not step:
     return ' before the first step was saved: there is nothing to go on from.'
   return f'; step {step} is saved in {workdir}, and the same command goes on from there.'

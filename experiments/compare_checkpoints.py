@@ -54,7 +54,7 @@ def main(first: str, second: str) -> None:
 
 
 def origin(one: checkpoint.Checkpoint, two: checkpoint.Checkpoint) -> dict[str, str | int]:
-  """Returns what is compared, and on which problems."""
+  """Describes the comparison and its problems."""
   return {'first': str(one.path), 'second': str(two.path), 'problems': PROBLEMS.value, 'seed': SEED.value,
           'digits_asked': ','.join(DIGITS.value or [])}
 

@@ -78,7 +78,7 @@ def compile_unless(done: bool, step: Callable, *arguments: Any) -> Callable:
 
 
 def plan_of(config: FinetuneConfig, known: int) -> str:
-  """Returns what the run does, in two lines."""
+  """Describes the run in two lines."""
   loss = config.loss
   penalty = {'prioritized': f'prioritized KL penalty (weight certainty^{loss.certainty_exponent:g})',
              'standard': 'standard KL penalty', 'none': 'no KL penalty'}[loss.kl]
@@ -89,7 +89,7 @@ def plan_of(config: FinetuneConfig, known: int) -> str:
 
 
 def preparation(config: FinetuneConfig, finished: int) -> str:
-  """Returns what comes before the iterations that are left, and how long it takes; empty if nothing does."""
+  """Describes the work before the next iteration and its usual time; empty if there is none."""
   parts = [f'testing the reference on 2 x {config.eval_problems} problems'] if config.eval_problems else []
   parts += ['compiling the training step'] if finished < config.num_iterations else []
   text = ' and '.join(parts)

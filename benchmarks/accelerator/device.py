@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def driver() -> str | None:
-  """Returns what NVIDIA's driver says of its GPUs; None without one."""
+  """Asks NVIDIA's driver about its GPUs; None without a driver."""
   if not shutil.which('nvidia-smi'):
     return None
   try:

@@ -166,7 +166,7 @@ def make_test(model: GPT2, task: Task, known: int, settings: Settings, params: A
 
 
 def seconds_of(call: Callable, *arguments: Any) -> tuple[Any, ...]:
-  """Returns what a call returns, a tuple, and the seconds it took."""
+  """Times a call: its result, a tuple, and its seconds."""
   start = time.monotonic()
   return *call(*arguments), time.monotonic() - start
 

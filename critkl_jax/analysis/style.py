@@ -94,7 +94,7 @@ def _sequential(names):
 
 
 def _number_in(label):
-  """Returns what stands before the number at the end of a label, and the number; empty text and NaN without one."""
+  """Splits a label into text and the number at its end; empty text and NaN if it ends in none."""
   match = re.fullmatch(r'(\D.*?)[ =]+([-+]?\d[\d.]*(?:e[-+]?\d+)?)', label)
   return (match[1], float(match[2])) if match else ('', float('nan'))
 
