@@ -291,7 +291,8 @@ class FinetuneConfig:
     """Returns the policy's config: the reference's, with the critic and the numerics of this one."""
     return dataclasses.replace(
         reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
-        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype, attention=self.attention or reference.attention)
+        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
+        attention=self.attention or reference.attention)
 
   @property
   def ensemble_paths(self) -> tuple[str, ...]:
