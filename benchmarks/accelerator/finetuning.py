@@ -29,9 +29,9 @@ def measure(report: Report) -> None:
       report.add('so_far', **last_metrics(workdir))
       raise
     wall_seconds, summary = time.monotonic() - start, json.loads((workdir / 'summary.json').read_text())
-    report.add('finetune', wall_seconds=wall_seconds, **{
-        name: summary[name] for name in ('training_seconds', 'compile_seconds', 'tokens_sampled', 'device')
-        if name in summary})
+    report.add('finetune', wall_seconds=wall_seconds, iterations_seconds=summary['seconds']['all_iterations'],
+               compilation_seconds=summary['seconds']['compilation_in_this_command'],
+               tokens_sampled=summary['tokens_sampled'], device=summary['device'])
     report.add('accuracy', **summary['accuracy'])
     report.add('last_iteration', **last_metrics(workdir))
 
