@@ -104,6 +104,7 @@ def test_counterfactuals_find_the_token_that_decides(params):
   np.testing.assert_array_equal(found.critical[:, 0], [True, True, others[3] >= 0.5])
 
 
+@pytest.mark.slow
 def test_counterfactuals_at_some_places_stand_for_all(params):
   task = letter_task()
   problems, rollout = jnp.array([1, 2]), rollout_of(jnp.full((2, 4), 3), [[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -128,6 +129,7 @@ def test_counterfactuals_at_some_places_stand_for_all(params):
     counterfactual(MODEL, params, task, jax.random.key(0), num_alternatives=V)
 
 
+@pytest.mark.slow
 def test_a_token_that_changes_nothing_has_no_effect_under_common_noise():
   """Success is a coin of the last token; with noise of their own for each alternative, chances would differ."""
   model = GPT2(dataclasses.replace(MODEL.config, num_layers=1))

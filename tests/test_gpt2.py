@@ -144,7 +144,7 @@ def test_position_offset_moves_the_positions(small_model):
 
 
 @pytest.mark.parametrize('head', slow_except(('linear',), ('linear', 'mlp')))
-@pytest.mark.parametrize('detached', [False, True])
+@pytest.mark.parametrize('detached', slow_except((False,), (False, True)))
 def test_value_gradient_reaches_the_trunk_unless_detached(head, detached):
   config = GPT2Config(vocab_size=11, context_length=16, num_layers=1, width=8, value_head=head,
                       value_head_detached=detached)
@@ -172,7 +172,8 @@ def looped(model, **values):
   return GPT2(dataclasses.replace(model.config, scan_layers=True, **values))
 
 
-@pytest.mark.parametrize('remat', slow_except((False,), (False, True)))
+@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.slow
 def test_blocks_as_a_loop_change_no_output_and_no_gradient(small_model, remat):
   model, params = small_model
   tokens = tokens_of(model)
@@ -190,7 +191,8 @@ def test_blocks_as_a_loop_change_no_output_and_no_gradient(small_model, remat):
   np.testing.assert_allclose(together.logits, one[1].logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('in_step', slow_except((True,), (True, False)))
+@pytest.mark.parametrize('in_step', [True, False])
+@pytest.mark.slow
 def test_blocks_as_a_loop_decode_the_same(small_model, in_step):
   model, params = small_model
   tokens, again = tokens_of(model), looped(model)

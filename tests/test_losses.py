@@ -184,6 +184,7 @@ def test_estimators_agree_in_expectation_where_they_should():
     np.testing.assert_allclose(mean, exact, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_expected_gradients_of_the_estimators():
   logits, ref_logits = jax.random.normal(jax.random.key(0), (2, V))
   actions = jnp.arange(V)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -123,6 +124,7 @@ def test_one_token(small_model, prompts):
   assert rollout.mask.all()
 
 
+@pytest.mark.slow
 def test_under_vmap_over_keys_and_parameters(small_model, prompts):
   _, params = small_model
   members = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
@@ -237,7 +239,7 @@ def test_any_policy_that_can_forget_is_sampled_in_windows():
     run(window=5)
 
 
-@pytest.mark.parametrize('method', ['cached', 'speculative'])
+@pytest.mark.parametrize('method', slow_except(('speculative',), ('cached', 'speculative')))
 def test_a_response_may_fill_the_context(small_model, prompts, method):
   rollout = sample(small_model, prompts, stop=NEVER, max_new_tokens=26, method=method, window=8)
   assert rollout.mask.all()
@@ -308,6 +310,7 @@ def test_keys_of_any_generator_give_equal_tokens(small_model, many_prompts, impl
   np.testing.assert_array_equal(alone.actions[0], plain.actions[0])
 
 
+@pytest.mark.slow
 def test_guesses_that_are_no_tokens_change_nothing(small_model, many_prompts):
   plain = sample(small_model, many_prompts, method='cached')
   draft = lambda rows, actions, num, size: jnp.full((rows.size, size), 40)

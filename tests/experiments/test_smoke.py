@@ -47,7 +47,7 @@ def test_evaluate(workdir, tmp_path):
 
 def test_sweep(workdir, tmp_path):
   run('sweep', '--preset=smoke', f'--reference={workdir / "reference"}', '--num_iterations=1', '--eval_problems=0',
-      '--seeds=1', '--certainty_exponents=0,150', f'--workdir={tmp_path}')
+      '--seeds=1', '--certainty_exponents=0,150', '--extra_digits=0', '--rollout=cached', f'--workdir={tmp_path}')
   members = read(tmp_path, 'results.json')['members']
   assert len(members) == 2
   assert all([row['step'] for row in metrics(tmp_path / 'members' / one['name'])] == [1] for one in members)

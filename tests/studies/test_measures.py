@@ -47,6 +47,7 @@ def test_the_test_reads_the_right_tokens_at_critical_ones():
     assert 'critical_probability' not in own['N']
 
 
+@pytest.mark.slow
 def test_the_probe_tells_kinds_of_critical_tokens_apart():
   params, reference = init(1), init(0)
   probe = measures.make_probe(MODEL, reference, N, 1, temperature=0.1, num_problems=2, num_critical=12)

@@ -184,7 +184,8 @@ def test_reward_of_a_solution_that_fills_the_response():
   assert reward_of(problem, text, len(text) - 1) == 0
 
 
-@pytest.mark.parametrize('max_digits', slow_except((5,), (1, 5, 40)))
+@pytest.mark.parametrize('max_digits', [1, 5, 40])
+@pytest.mark.slow
 def test_every_solution_is_rewarded_and_no_neighbours(max_digits):
   pairs = random_pairs(100, max_digits, seed=1)
   problems = stack(pairs, max_digits)
