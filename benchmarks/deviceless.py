@@ -70,7 +70,7 @@ def chip_of(target: str) -> jax.sharding.Sharding:
 def kind_of(chip: jax.sharding.Sharding) -> AbstractDevice:
   """Returns the kind of device for which kernels are lowered; without it jax 0.12 asks the devices of this machine."""
   (device,) = chip.device_set
-  values = device.device_kind, getattr(device, 'core_count', None), device.platform  # the last one since jax 0.10.2
+  values = device.device_kind, getattr(device, 'core_count', None), device.platform  # jax 0.10.0 knows two
   return AbstractDevice(*values[:len(dataclasses.fields(AbstractDevice))])
 
 
