@@ -9,6 +9,7 @@ matrix products of the traced program, with the body of a loop counted as often 
 the compiler's own count, where there is one, takes a loop's body once.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -70,7 +71,8 @@ def chip_of(target: str) -> jax.sharding.Sharding:
 def kind_of(chip: jax.sharding.Sharding) -> AbstractDevice:
   """Returns the kind of device for which kernels are lowered; without it jax 0.12 asks the devices of this machine."""
   (device,) = chip.device_set
-  return AbstractDevice(device.device_kind, num_cores=getattr(device, 'core_count', None), platform=device.platform)
+  values = device.device_kind, getattr(device, 'core_count', None), device.platform  # jax 0.10.0 knows two
+  return AbstractDevice(*values[:len(dataclasses.fields(AbstractDevice))])
 
 
 def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_a_wheel_has_all_of_the_package_and_one_name_at_the_top(archives, tmp_pa
   assert '--preset' in help_of_one.stdout
   refused = started('finetune', '--preset=smal')
   assert refused.returncode == 1
-  assert 'smal' in refused.stderr.splitlines()[-1]
+  assert '--preset=smal: value should be one of' in refused.stderr
 
 
 def test_the_console_command_lists_programs_and_imports_none():
