@@ -38,7 +38,7 @@ setuptools.setup(
         'tpu': ['jax[tpu]'],
         'h100': ['jax[cuda13-local]', 'nvidia-cuda-nvcc>=13', 'nvidia-nvvm>=13'],  # its compiler alone, to run nothing
         'tensorboard': TENSORBOARD,
-        'wandb': ['wandb>=0.19'],
+        'wandb': ['wandb>=0.31'],
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
         'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
     },

@@ -245,8 +245,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 def bound(tree: Any) -> Any:
   """Binds arrays to the devices on which they lie: a fresh array is free to move, and jit compiles once for free and
-  once for bound arguments."""
-  return jax.device_put(tree, jax.tree.map(lambda x: x.sharding, tree))
+  once for bound arguments. Arrays of a program that is being traced stay as they are."""
+  return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else jax.device_put(x, x.sharding), tree)
 
 
 def shapes(tree: Any, places: Any) -> Any:

@@ -93,7 +93,7 @@ def preparation(config: FinetuneConfig, finished: int) -> str:
   parts = [f'testing the reference on 2 x {config.eval_problems} problems'] if config.eval_problems else []
   parts += ['compiling the training step'] if finished < config.num_iterations else []
   text = ' and '.join(parts)
-  return text and f'{text[0].upper()}{text[1:]} (20 to 90 s on a CPU; less once the programs are in the cache) ...'
+  return text and f'{text[0].upper()}{text[1:]}\n(20 to 90 s on a CPU; less once the programs are in the cache) ...'
 
 
 def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,

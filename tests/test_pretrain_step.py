@@ -36,6 +36,12 @@ def test_learns(optimizer):
   assert history[-1]['accuracy'] > 0.4
 
 
+def test_the_state_before_the_first_step_can_be_asked_for_its_shapes_alone():
+  model = GPT2(CONFIG.model)
+  shapes = jax.eval_shape(lambda: init_pretraining(model, CONFIG))
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, init_pretraining(model, CONFIG))
+
+
 def test_every_position_is_trained():
   state, _ = train(dataclasses.replace(CONFIG, optimizer='adamw'), 40)
   start = init_pretraining(GPT2(CONFIG.model), CONFIG).params['wpe']['embedding']
