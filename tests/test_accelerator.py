@@ -65,6 +65,7 @@ def running(pid):
   return status.is_file() and status.read_text().split()[2] != 'Z'
 
 
+@pytest.mark.slow
 def test_parts_that_fail_hang_or_die_are_reported_and_the_next_one_runs(accelerator, tmp_path, capsys):
   path, start = tmp_path / 'found.json', time.monotonic()
   found = accelerator.run_parts(faulty(accelerator, 'raises', 'hangs', 'dies', 'works'), path, 25 / 60, 'smoke')

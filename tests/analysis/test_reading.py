@@ -178,6 +178,7 @@ def test_pictures(greedy, solutions, tmp_path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_positions_say_how_many_responses_reach_them(greedy, tmp_path, monkeypatch):
   figures = []
   monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: figures.append(self))

@@ -22,6 +22,7 @@ def contents(workdir):
 
 
 @pytest.mark.parametrize('binary', ['pretrain', 'sweep', 'reproduce'])
+@pytest.mark.slow
 def test_the_workdir_of_a_fine_tuning_run_is_refused(finetuned, binary):
   before = contents(finetuned)
   line = refused(binary, '--preset=smoke', f'--workdir={finetuned}')
@@ -29,6 +30,7 @@ def test_the_workdir_of_a_fine_tuning_run_is_refused(finetuned, binary):
   assert contents(finetuned) == before
 
 
+@pytest.mark.slow
 def test_a_comparison_of_others_is_not_written_over(finetuned, tmp_path):
   for mark, words in (('studies.json', 'holds studies'), ('members.json', 'holds a sweep')):
     (tmp_path / mark).write_text('{}')
