@@ -5,7 +5,7 @@ import pathlib
 import setuptools
 
 HERE = pathlib.Path(__file__).parent
-TENSORBOARD = ['tensorboardX>=2.6']
+TENSORBOARD = ['tensorboardX>=2.6.4']
 
 setuptools.setup(
     name='critkl-jax',
@@ -20,18 +20,18 @@ setuptools.setup(
     package_dir={'critkl_jax.experiments': 'experiments'},
     entry_points={'console_scripts': ['critkl = critkl_jax.experiments.__main__:main']},
     package_data={'critkl_jax': ['py.typed', 'checkpoints/**/*', 'analysis/page.*']},
-    install_requires=[
-        'absl-py>=2.1',
-        'chex>=0.1.90',
-        'etils[epath]>=1.6',
-        'flax>=0.10.4',
-        'jax>=0.6',
-        'matplotlib>=3.8',
-        'numpy>=1.26',
+    install_requires=[  # not before the versions in tests/oldest.txt, which were tried together
+        'absl-py>=2.3.1',
+        'chex>=0.1.91',
+        'etils[epath]>=1.14.0',
+        'flax>=0.12.6',
+        'jax>=0.10.0',
+        'matplotlib>=3.9.4',
+        'numpy>=2.0.2',
         'optax>=0.2.6',
-        'orbax-checkpoint>=0.11.20',
-        'scipy>=1.11',
-        'tqdm>=4.66',
+        'orbax-checkpoint>=0.11.28',
+        'scipy>=1.14.1',
+        'tqdm>=4.66.6',
     ],
     extras_require={
         'cuda12': ['jax[cuda12]'],
@@ -40,6 +40,6 @@ setuptools.setup(
         'tensorboard': TENSORBOARD,
         'wandb': ['wandb>=0.31'],
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
-        'test': ['pytest>=8', 'pytest-xdist>=3.5', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
+        'test': ['pytest>=8.0.2', 'pytest-xdist>=3.5.0', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
     },
 )

@@ -81,6 +81,15 @@ def test_a_wheel_has_all_of_the_package_and_one_name_at_the_top(archives, tmp_pa
   assert '--preset=smal: value should be one of' in refused.stderr
 
 
+def test_the_lower_bounds_are_what_was_tried():
+  """Everything that is installed without an accelerator has the bound of oldest.txt, but for linters and trackers."""
+  tried = dict(line.split('==') for line in (ROOT / 'tests' / 'oldest.txt').read_text().splitlines() if '==' in line)
+  bounds = dict(re.findall(r"'([\w-]+)(?:\[\w+\])?>=([\d.]+)'", (ROOT / 'setup.py').read_text()))
+  others = {'ruff', 'setuptools', 'wandb', 'nvidia-cuda-nvcc', 'nvidia-nvvm'}
+  assert {name: bound for name, bound in bounds.items() if name not in others} == {
+      name: version for name, version in tried.items() if name != 'jaxlib'}
+
+
 def test_the_console_command_lists_programs_and_imports_none():
   code = ("import sys; sys.argv = ['critkl']; from experiments.__main__ import main; main(); "
           "assert not {'jax', 'absl', 'critkl_jax'} & set(sys.modules)")
