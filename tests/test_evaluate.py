@@ -88,6 +88,7 @@ def shipped():
   return GPT2(loaded.info.model), loaded.params, loaded.info.known_digits
 
 
+@pytest.mark.slow
 def test_the_shipped_reference_knows_what_it_was_taught(shipped):
   model, params, known = shipped
   table = evaluate.accuracy_table(model, params, known, [known], ['varying'], 20)

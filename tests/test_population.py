@@ -51,7 +51,7 @@ def advance_together(configs, reference, mapping, num_steps=3):
   return jax.device_get((state, metrics))
 
 
-@pytest.mark.parametrize('mapping', slow_except(('shard',), population.MAPPINGS))
+@pytest.mark.parametrize('mapping', slow_except(('scan',), population.MAPPINGS))
 def test_members_are_single_runs(reference, mapping):
   configs = mixed()
   together, metrics = advance_together(configs, reference, mapping)
