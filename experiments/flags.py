@@ -50,7 +50,7 @@ def define_wandb() -> None:
 
 
 def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callable:
-  """Returns what opens the trackers of a run, for `runner.run`, or exits with one line if wandb is not installed."""
+  """Picks the trackers of a run, for `runner.run`; exits with one line if wandb is not installed."""
   if not values.wandb:
     return trackers.open_trackers
   try:

@@ -117,7 +117,7 @@ def problems() -> int:
 
 
 def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
-  """Returns what can be done next, and its command."""
+  """Names the next step and its command."""
   if PRESET.value == 'smoke':
     return f'what the studies take at preset tiny: {command("reproduce", "--list", f"--workdir={plan.workdir}-tiny")}'
   if all_missing(plan, studies):

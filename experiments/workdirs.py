@@ -43,7 +43,7 @@ def refuse_other_results(file: pathlib.Path, wanted: dict[str, Any]) -> None:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Returns what a file of JSON holds; nothing if it is missing, or is not whole."""
+  """Reads a JSON object from a file; an empty one if the file is missing or not whole."""
   try:
     return json.loads(file.read_text())
   except (FileNotFoundError, ValueError):

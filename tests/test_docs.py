@@ -151,7 +151,7 @@ def python(*arguments, **options):
 
 
 def parse(lines):
-  """Returns what is wrong with command lines `{module: [flags]}`, and the names of the modules' flags."""
+  """Parses command lines `{module: [flags]}`: their errors, and the names of the modules' flags."""
   done = python('-c', PARSER, input=json.dumps(lines), cwd=ROOT)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
