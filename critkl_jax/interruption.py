@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
+STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, try again later
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,7 +42,7 @@ class Watch:
         _say('Stopping after this step; press again to quit now.')
       else:
         _say(f'Stopped by {signal.Signals(number[0]).name}{self.text}')
-        os._exit(1)
+        os._exit(STOPPED)
 
 
 _current: Watch | None = None

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
+import math
 import pathlib
 import shutil
 import signal
@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, population, sharding, trackers
+from critkl_jax import checkpoint, hosts, interruption, population, sharding, storage, trackers
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.records import TrainState
 from critkl_jax.signatures import MEANING, signatures
@@ -42,7 +42,7 @@ class MetricsWriter:
       return
     workdir.mkdir(parents=True, exist_ok=True)
     self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    write_text(self._path, ''.join(json.dumps(row) + '\n' for row in self._rows))
+    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in self._rows))
     self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class MetricsWriter:
     self._rows.append({'step': step, **metrics})
     metrics |= self._signatures(step)
     with self._path.open('a') as file:
-      file.write(json.dumps({'step': step, **metrics}) + '\n')
+      file.write(storage.to_json({'step': step, **metrics}) + '\n')
     for tracker in self._trackers:
       tracker.write(step, metrics)
 
@@ -70,22 +70,15 @@ class MetricsWriter:
       tracker.close()
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all, whenever the process ends; of several hosts only the first one writes."""
-  if not hosts.is_first():
-    return
-  unfinished = path.with_name(f'{path.name}.unfinished')
-  unfinished.write_text(text)
-  os.replace(unfinished, path)
-
-
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-  """Reads the lines of a metrics file; a last line that was not finished is left out, a missing file has none."""
+  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
+  none."""
   path = pathlib.Path(path)
   rows = []
   for line in path.read_text().splitlines() if path.is_file() else []:
     try:
-      rows.append(json.loads(line))
+      row = json.loads(line)
+      rows.append({name: math.nan if value is None else value for name, value in row.items()})
     except json.JSONDecodeError:
       logging.warning('%s: unfinished line dropped.', path)
   return rows
@@ -352,7 +345,7 @@ def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
         f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
   hosts.wait_for_all('members')
   workdir.mkdir(parents=True, exist_ok=True)
-  write_text(file, json.dumps(names) + '\n')
+  storage.write_json(file, names, indent=None)
 
 
 def _drop_later(directories: list[pathlib.Path], step: int) -> None:

@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from critkl_jax import runner
+from critkl_jax import storage
 
 RECORD = 'analysis.json'
 
@@ -41,7 +41,7 @@ def claim_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[s
   `check_workdir`."""
   for name in _read(workdir)[1]:
     (workdir / pathlib.Path(name).name).unlink(missing_ok=True)
-  runner.write_text(workdir / RECORD, json.dumps({'settings': settings, 'files': files}, indent=2) + '\n')
+  storage.write_json(workdir / RECORD, {'settings': settings, 'files': files})
 
 
 def _read(workdir):

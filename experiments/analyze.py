@@ -7,7 +7,6 @@ settings and the names of the files: the same command replaces them, another ana
 """
 
 import csv
-import json
 import pathlib
 import time
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, critical_tokens, hosts
+from critkl_jax import checkpoint, critical_tokens, hosts, storage
 from critkl_jax.analysis import charts, reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
@@ -27,6 +26,7 @@ from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER
 
 from .analysis_record import check_workdir, claim_workdir
+from .exits import refuse
 from .flags import run
 from .tables import summary_tables, text_of
 
@@ -64,7 +64,7 @@ def main() -> None:
     if check_workdir(workdir, settings, files_of(pairs), OVERWRITE.value):
       hosts.say(f'The analysis that {workdir} holds will be replaced')
   except ValueError as error:
-    raise SystemExit(f'error: --workdir: {error}') from error
+    refuse(f'--workdir: {error}')
   workdir.mkdir(parents=True, exist_ok=True)
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
@@ -77,7 +77,7 @@ def main() -> None:
   write_page(workdir / 'report.html', runs, TOKENIZER.alphabet, about(pairs, digits), tables)
   for name, (policy, reference) in pairs.items():
     summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
-  (workdir / 'summary.json').write_text(json.dumps(summaries, indent=2) + '\n')
+  storage.write_json(workdir / 'summary.json', summaries)
   print('', *(f'{run.name}: {run.origin}' for run in runs), text_of(tables), sep='\n')
   print(f'\n{time.monotonic() - start:.0f} s. {workdir} holds summary.json, tokens.csv and pictures. Open in a browser:'
         f'\n{workdir / "report.html"}')
@@ -87,7 +87,7 @@ def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[int]:
   """Returns the numbers of digits to read, or exits with one line if the checkpoints cannot be read with them."""
   known = {policy.info.known_digits for policy, _ in pairs.values()}
   if len(known) > 1:
-    raise SystemExit(f'error: --checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
+    refuse(f'--checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
                      'time.')
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else [*known, *(n + 1 for n in known)]
@@ -99,14 +99,14 @@ def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[int]:
         raise ValueError(f'problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, '
                          f'and {policy.path} has a context of {context}.')
   except ValueError as error:
-    raise SystemExit(f'error: --digits: {error}') from error
+    refuse(f'--digits: {error}')
   return digits
 
 
 def names_of(paths: list[str]) -> dict[str, str]:
   """Returns a short name for each path: what it does not share with the others, or its last part."""
   if not paths or len(set(paths)) < len(paths):
-    raise SystemExit(f'error: --checkpoints: expected one or more, none of them twice, got {paths}.')
+    refuse(f'--checkpoints: expected one or more, none of them twice, got {paths}.')
   parts = [pathlib.Path(path).resolve().parts for path in paths]
   shared = 0 if len(paths) == 1 else next(
       (i for i, some in enumerate(zip(*parts)) if len(set(some)) > 1), min(map(len, parts)))

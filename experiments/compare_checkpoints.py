@@ -3,17 +3,17 @@
     python -m experiments.compare_checkpoints runs/finetune/reference runs/finetune --workdir=runs/compare
 """
 
-import json
 import pathlib
 import time
 
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, hosts
+from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.analysis.charts import plot_comparison
 from critkl_jax.analysis.comparison import compare
 
+from .exits import refuse
 from .flags import run
 from .tables import command
 from .workdirs import refuse_other_results, refuse_others
@@ -41,7 +41,7 @@ def main(first: str, second: str) -> None:
   except checkpoint.CheckpointError:
     raise
   except ValueError as error:
-    raise SystemExit(f'error: --digits: {error}') from error
+    refuse(f'--digits: {error}')
   print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
   print_drift(found['drift'], found['left_out'])
   print_answers(found)
@@ -97,7 +97,7 @@ def write(found, workdir: pathlib.Path) -> None:
   plot_comparison(found, workdir / 'comparison.png')
   position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
   found = found | {'kl': found['kl'] | {'by_position': position}}
-  (workdir / 'comparison.json').write_text(json.dumps(found, indent=2) + '\n')
+  storage.write_json(workdir / 'comparison.json', found)
 
 
 if __name__ == '__main__':

@@ -7,8 +7,6 @@ Takes the flags of `experiments.finetune`, and the sizes of the model from --mod
 runs: memory of a device by kind, and the data that devices exchange, are read from the compiled program.
 """
 
-import json
-import pathlib
 import re
 from collections.abc import Sequence
 from unittest import mock
@@ -17,7 +15,7 @@ import jax
 from absl import flags
 from jax.sharding import Mesh
 
-from critkl_jax import population, sharding
+from critkl_jax import population, sharding, storage
 from critkl_jax.config import FinetuneConfig, replace
 from critkl_jax.footprint import Footprint, footprint, needed_flops, num_parameters
 from critkl_jax.gpt2 import GPT2
@@ -25,6 +23,7 @@ from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
 
 from . import targets
+from .exits import refuse
 from .flags import define_config, keep_no_programs, read_config, run
 
 keep_no_programs()
@@ -45,7 +44,7 @@ def main() -> None:
   config = read_config(FINETUNE_PRESETS)
   name = MODEL.value or flags.FLAGS.preset
   if name not in PRETRAIN_PRESETS:
-    raise SystemExit(f'error: --model: expected one of {tuple(PRETRAIN_PRESETS)}; the preset {name!r} names no sizes.')
+    refuse(f'--model: expected one of {tuple(PRETRAIN_PRESETS)}; the preset {name!r} names no sizes.')
   pretraining = PRETRAIN_PRESETS[name]
   task = plus_task(pretraining.known_digits, config.extra_digits)
   try:
@@ -53,7 +52,7 @@ def main() -> None:
     mesh = sharding.make_mesh(MESH.value, targets.devices_of(TOPOLOGY.value))
     config = enough_episodes(config, mesh)
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
   memory = targets.chip_of(TOPOLOGY.value).memory_gib
   configs = population.product(config, seed=range(MEMBERS.value))
   found = {'parameters': num_parameters(model), 'flops': len(configs) * needed_flops(model, task, config),
@@ -78,7 +77,7 @@ def main() -> None:
     said += ', with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: JAX takes 0.75 of a GPU\'s memory if nobody says more'
   print(f'{"fits" if found["fits"] else "DOES NOT FIT"}: {said}')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
+    storage.write_json(JSON.value, found)
 
 
 def enough_episodes(config: FinetuneConfig, mesh: Mesh) -> FinetuneConfig:

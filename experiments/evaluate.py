@@ -3,14 +3,13 @@
     python -m experiments.evaluate --checkpoint=runs/finetune --digits=5,6,7
 """
 
-import json
-import pathlib
 
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate, hosts
+from critkl_jax import checkpoint, evaluate, hosts, storage
 from critkl_jax.gpt2 import GPT2
 
+from .exits import refuse
 from .flags import run
 from .tables import command, print_accuracies
 
@@ -34,8 +33,8 @@ def main() -> None:
   known = loaded.info.known_digits
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else [known, known + 1, known + 2]
-  except ValueError as error:
-    raise SystemExit(f'error: --digits: expected numbers, got {DIGITS.value}.') from error
+  except ValueError:
+    refuse(f'--digits: expected numbers, got {DIGITS.value}.')
   hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
             'compiled first, which takes 5 to 20 s on a CPU.')
   try:
@@ -44,10 +43,10 @@ def main() -> None:
     whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
     table = print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
   if JSON.value:
     result = {'checkpoint': str(loaded.path), 'step': loaded.step, 'known_digits': known, 'accuracy': table}
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.write_json(JSON.value, result)
   written = f'In {JSON.value}: the same table. ' if JSON.value else ''
   path = CHECKPOINT.value if STEP.value is None else loaded.path
   print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={path}")}')

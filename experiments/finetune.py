@@ -9,7 +9,6 @@ workdir.
 
 import concurrent.futures
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate, hosts, runner, sharding
+from critkl_jax import checkpoint, evaluate, hosts, runner, sharding, storage
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
@@ -125,7 +124,7 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
       'config': flat_values(config),
       'device': jax.devices()[0].device_kind,
   }
-  runner.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+  storage.write_json(workdir / 'summary.json', summary)
   if config.eval_problems:
     print(before_after_rows(accuracy, known, config.extra_digits, config.eval_problems))
   for name in summary['signatures']:

@@ -16,7 +16,9 @@ from critkl_jax import compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
 
+from . import exits
 from . import help as help_lib
+from .exits import refuse
 
 ConfigT = TypeVar('ConfigT')
 
@@ -56,7 +58,7 @@ def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callab
   try:
     return trackers.with_wandb(values.wandb, config_lib.flat_values(config))
   except ImportError:
-    sys.exit("error: --wandb: wandb is not installed; pip install 'critkl-jax[wandb]'.")
+    refuse("--wandb: wandb is not installed; pip install 'critkl-jax[wandb]'.")
 
 
 def define_devices() -> None:
@@ -82,7 +84,7 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
     if mesh.shape['member'] > 1:
       raise ValueError(f'mesh: only a study has members, got member:{mesh.shape["member"]}.')
   except ValueError as error:
-    sys.exit(f'error: --{error}')
+    refuse(f'--{error}')
   return mesh if mesh.size > 1 else None
 
 
@@ -113,12 +115,12 @@ def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
   if not (values.multi_host or values.coordinator_address):
     for name in ('num_processes', 'process_id'):
       if values[name].value is not None:
-        sys.exit(f'error: --{name}: means nothing without --coordinator_address or --multi_host.')
+        refuse(f'--{name}: means nothing without --coordinator_address or --multi_host.')
     return lambda: None
   try:
     hosts.initialize(values.coordinator_address, values.num_processes, values.process_id, values.host_timeout)
   except ValueError as error:
-    sys.exit(f'error: --{error}')
+    refuse(f'--{error}')
   return hosts.last_words(
       f'error: another host was lost, or this process was killed. What was saved in {values.workdir} is whole, and the '
       'same command on all hosts goes on from there.')
@@ -131,7 +133,7 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
   try:
     return config_lib.replace(preset, **{name: value for name, value in given.items() if value is not None})
   except ValueError as error:
-    sys.exit(f'error: --{error}')
+    refuse(f'--{error}')
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:
@@ -142,7 +144,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
 
   def guarded(argv: list[str]) -> None:
     if len(argv) - 1 != len(arguments):
-      sys.exit(f'error: expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
+      refuse(f'expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
                f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
 
     def ended():
@@ -155,11 +157,11 @@ def run(main: Callable[..., None], *arguments: str) -> None:
       with interruption.watch():
         main(*argv[1:])
     except interruption.Interrupted as reason:
-      sys.exit(str(reason))
+      exits.end(exits.STOPPED, reason)
     except CheckpointError as error:
-      sys.exit(f'error: {error}')
+      refuse(error)
     except hosts.LostHost as error:
-      sys.exit(f'error: {error}')
+      exits.end(exits.FAILED, f'error: {error}')
     except jax.errors.JaxRuntimeError as error:
       if not hosts.may_be_lost(error):
         raise

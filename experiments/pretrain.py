@@ -5,13 +5,12 @@
 The same command goes on where it was stopped.
 """
 
-import json
 import pathlib
 import time
 
 from absl import flags
 
-from critkl_jax import hosts, runner
+from critkl_jax import hosts, storage
 from critkl_jax.config import PretrainConfig
 from critkl_jax.evaluate import DISTRIBUTIONS, accuracies
 from critkl_jax.gpt2 import GPT2
@@ -19,6 +18,7 @@ from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 
+from .exits import refuse
 from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
 from .tables import command, print_accuracies
 from .workdirs import refuse_others
@@ -36,7 +36,7 @@ def main() -> None:
   tested = [config.known_digits + k for k in range(3)]
   needed = prompt_length(tested[-1]) + solution_length(tested[-1]) + LENGTH_MARGIN
   if needed > config.model.context_length:
-    raise SystemExit(f'error: --context_length: N+2 = {tested[-1]} digits need {needed}, got '
+    refuse(f'--context_length: N+2 = {tested[-1]} digits need {needed}, got '
                      f'{config.model.context_length}.')
   start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
   refuse_others(workdir, 'pretrain')
@@ -49,7 +49,7 @@ def main() -> None:
     hosts.say('Testing the model. Each line of the table is compiled first, which takes 5 to 20 s on a CPU.')
     rows = accuracies(model, state.params, config.known_digits, tested, lengths, config.eval_problems, mesh=mesh)
     table = print_accuracies(rows, tested, lengths, config.known_digits, config.eval_problems)
-    runner.write_text(workdir / 'summary.json', json.dumps({'accuracy': table}, indent=2) + '\n')
+    storage.write_json(workdir / 'summary.json', {'accuracy': table})
   reference = workdir / 'reference'
   hosts.say(f'{time.monotonic() - start:.0f} s. In {workdir}: reference/, checkpoints/, metrics.jsonl'
             f'{", summary.json" if config.eval_problems else ""}.\nNext, fine-tune it: '

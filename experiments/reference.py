@@ -8,11 +8,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from critkl_jax import checkpoint, hosts, runner
+from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
+
+from .exits import refuse
 
 
 def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
@@ -38,7 +40,7 @@ def load_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint, mesh
     for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
       own, wanted = (getattr(one.info.model, name) for one in (other, reference))
       if own != wanted:
-        raise SystemExit(f'error: --certainty_ensemble: {path} has {name}={own}, and the reference {wanted}.')
+        refuse(f'--certainty_ensemble: {path} has {name}={own}, and the reference {wanted}.')
   return tuple(one.params for one in loaded)
 
 
@@ -47,12 +49,12 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
   try:
     model = GPT2(config.model_of(reference.info.model))
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
   known = reference.info.known_digits
   task = plus_task(known, config.extra_digits)
   needed = task.prompt_length + task.response_length
   if needed > model.config.context_length:
-    raise SystemExit(f'error: --extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
+    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
                      f'the reference has {model.config.context_length}; take fewer.')
   return model, task
 
@@ -63,7 +65,7 @@ def tested_before(test: Callable, ref_params: Any, workdir: pathlib.Path) -> dic
   if hosts.as_first_says(file.is_file()):
     return json.loads(file.read_text())
   result, _ = test(ref_params)
-  runner.write_text(file, json.dumps(result) + '\n')
+  storage.write_json(file, result, indent=None)
   return result
 
 

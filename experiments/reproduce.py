@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, hosts, runner
+from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
@@ -32,6 +31,7 @@ from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 
+from .exits import refuse
 from .flags import run, take_cores
 from .tables import command
 from .workdirs import refuse_others
@@ -133,16 +133,16 @@ def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
   found = json.loads(file.read_text()) if file.is_file() else wanted
   for name in ('preset', 'problems'):
     if found.get(name) != wanted[name]:
-      sys.exit(f'error: --{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
+      refuse(f'--{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
                'give the same, or another --workdir.')
   old, new = found['base'], wanted['base']
   different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
                if old.get(name) != new.get(name)]
   if different:
-    sys.exit(f'error: --preset: the records in {workdir} were made when preset {PRESET.value} was another '
+    refuse(f'--preset: the records in {workdir} were made when preset {PRESET.value} was another '
              f'({"; ".join(different)}); give another --workdir.')
   workdir.mkdir(parents=True, exist_ok=True)
-  runner.write_text(file, json.dumps(wanted, indent=1) + '\n')
+  storage.write_json(file, wanted, indent=1)
 
 
 def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
@@ -257,7 +257,7 @@ def chosen(names: Sequence[str]) -> list[catalog.Study]:
   for name in names:
     some = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
     if some[0] not in catalog.STUDIES:
-      sys.exit(f'error: --study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
+      refuse(f'--study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
     found |= {one: references.with_numbers(references.suited(catalog.STUDIES[one], PRESET.value), PRESET.value)
               for one in some}
   return list(found.values())

@@ -10,7 +10,6 @@ where it was stopped. Writes results.json, results.csv and curves.png into the w
 import contextlib
 import csv
 import io
-import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +21,12 @@ import tqdm
 from absl import flags
 from jax.sharding import Mesh
 
-from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding
+from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding, storage
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
+from .exits import refuse
 from .flags import define_config, define_devices, define_wandb, read_config, read_trackers, run, take_cores
 from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
@@ -101,14 +101,14 @@ def read_members(base: FinetuneConfig) -> tuple[FinetuneConfig, ...]:
     given = flags.FLAGS[flag].value
     try:
       values |= {field: [float(x) for x in given]} if given else {}
-    except ValueError as error:
-      raise SystemExit(f'error: --{flag}: expected numbers, got {given}.') from error
+    except ValueError:
+      refuse(f'--{flag}: expected numbers, got {given}.')
   if not values:
     values = {'certainty_exponent': [0.0, base.loss.certainty_exponent]}
   try:
     return population.product(base, **values, seed=range(base.seed, base.seed + SEEDS.value))
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
 
 
 def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
@@ -124,7 +124,7 @@ def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
       return mesh
     return sharding.make_mesh('data:1') if together else population.members_mesh(num_members)
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
 
 
 def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -> tuple[Callable, population.Memory]:
@@ -134,15 +134,15 @@ def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -
   try:
     step, memory = population.compile_step(model, task, configs, mesh, MAPPING.value)
   except ValueError as error:
-    raise SystemExit(f'error: --{error}') from error
+    refuse(f'--{error}')
   except jax.errors.JaxRuntimeError as error:  # a compiler that knows the memory of its devices
     if 'RESOURCE_EXHAUSTED' not in str(error) or len(configs) == parts or not limit:
       raise
     _, few = population.compile_step(model, task, configs[:parts], mesh, MAPPING.value)
     memory = few.of(len(configs) // parts)
   if limit and memory.total > limit:
-    raise SystemExit(
-        f'error: {len(configs)} members need {memory.total / 2**30:.1f} GiB a device with --population_map='
+    refuse(
+        f'{len(configs)} members need {memory.total / 2**30:.1f} GiB a device with --population_map='
         f'{memory.mapping}, and {limit / 2**30:.1f} GiB are free: some {memory.fitting(limit) * parts} would fit; take '
         'fewer --seeds or values.')
   return step, memory
@@ -161,7 +161,7 @@ def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any
   tests = []
   for name, own in zip(tqdm.tqdm(names, 'tests', unit='member', disable=not hosts.is_first()), params):
     tests.append(test(sharding.place(own, mesh)))
-    runner.write_text(workdir / 'members' / name / 'after.json', json.dumps(tests[-1][0]) + '\n')
+    storage.write_json(workdir / 'members' / name / 'after.json', tests[-1][0], indent=None)
   return tests
 
 
@@ -179,8 +179,8 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   result = {'before': before, 'comparison': comparison, 'members': members, 'wall_seconds': seconds,
             'population_map': memory.mapping, 'config': config.flat_values(base), 'known_digits': known,
             'device': jax.devices()[0].device_kind}
-  runner.write_text(workdir / 'results.json', json.dumps(result, indent=2) + '\n')
-  runner.write_text(workdir / 'results.csv', as_csv(members))
+  storage.write_json(workdir / 'results.json', result)
+  storage.write_text(workdir / 'results.csv', as_csv(members))
   for name in tested:
     digits = known if name == 'N' else known + base.extra_digits
     low, high = evaluate.accuracy_interval(before[name], base.eval_problems)

@@ -6,6 +6,8 @@ from typing import Any
 
 from critkl_jax import checkpoint
 
+from .exits import refuse
+
 _HOLDS = {
     'pretrain': 'a pre-training (experiments.pretrain)',
     'finetune': 'a fine-tuning run (experiments.finetune)',
@@ -20,7 +22,7 @@ def refuse_others(workdir: pathlib.Path, binary: str) -> None:
   """Exits with one line if a workdir holds the results of another binary than this one."""
   for owner in owners(workdir):
     if owner != binary:
-      raise SystemExit(f'error: --workdir: {workdir} holds {_HOLDS[owner]}; give another directory.')
+      refuse(f'--workdir: {workdir} holds {_HOLDS[owner]}; give another directory.')
 
 
 def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> None:
@@ -28,7 +30,7 @@ def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> No
   be those of the later one."""
   last = max(checkpoint.steps_in(directory), default=0)
   if last > num_steps:
-    raise SystemExit(f'error: --{flag}: {directory} holds step {last}, which is beyond {num_steps}; ask for {last} or '
+    refuse(f'--{flag}: {directory} holds step {last}, which is beyond {num_steps}; ask for {last} or '
                      'more, or give another --workdir.')
 
 
@@ -38,7 +40,7 @@ def refuse_other_results(file: pathlib.Path, wanted: dict[str, Any]) -> None:
   different = [f'{name}: {found.get(name)!r} then, {value!r} now' for name, value in wanted.items()
                if found and found.get(name) != value]
   if different:
-    raise SystemExit(f'error: --workdir: {file} was made with other settings ({"; ".join(different)}); give the same '
+    refuse(f'--workdir: {file} was made with other settings ({"; ".join(different)}); give the same '
                      'ones, or another directory.')
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from critkl_jax import interruption
+
 # The main thread waits outside of Python, as it does while a program is compiled.
 WAITS = '''
 import ctypes, sys, time
@@ -36,7 +38,7 @@ def test_where_nothing_is_to_be_saved_the_process_ends_at_once(number):
   process = start(deferring=False, wait=0)
   process.send_signal(number)
   _, err = process.communicate(timeout=10)  # long before the sleep ends
-  assert process.returncode == 1
+  assert process.returncode == interruption.STOPPED
   assert err == f'\nStopped by {number.name} before anything was saved.\n'
 
 
@@ -54,5 +56,5 @@ def test_a_second_signal_does_not_wait():
   assert process.stdout.readline() == 'obeyed\n'
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=10)
-  assert process.returncode == 1
+  assert process.returncode == interruption.STOPPED
   assert err.endswith('Stopped by SIGINT before anything was saved.\n')

@@ -21,7 +21,7 @@ import flax
 import jax
 import tqdm
 
-from critkl_jax import checkpoint, hosts, population, runner
+from critkl_jax import checkpoint, hosts, population, runner, storage
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.evaluate import accuracies, accuracy_interval
@@ -210,7 +210,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
                      policy.info.known_digits, fitting, lengths, num_problems)
   rows = list(tqdm.tqdm(cells, 'tests', len(fitting) * len(lengths), unit='cell', disable=not hosts.is_first()))
   path.parent.mkdir(parents=True, exist_ok=True)
-  runner.write_text(path, json.dumps({'rows': rows, 'about': describe_machine()}, indent=1) + '\n')
+  storage.write_json(path, {'rows': rows, 'about': describe_machine()}, indent=1)
   return rows
 
 

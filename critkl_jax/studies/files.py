@@ -3,14 +3,13 @@
 import csv
 import io
 import itertools
-import json
 import math
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from critkl_jax import runner
+from critkl_jax import storage
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.signatures import MEANING
 
@@ -32,7 +31,7 @@ def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes nested values, numbers with six digits and null for those that are not finite."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  runner.write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + '\n')
+  storage.write_json(path, _plain(value), indent=1)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -34,10 +34,10 @@ def run(binary, *flags, devices=1, quick=None):
 
 
 def refused(binary, *flags):
-  """Returns the one line that a binary says before it ends with status 1."""
+  """Returns the one line that a binary says before it ends with status 2."""
   code, out, err = finish(start(binary, *flags))
   lines = [line for line in err.splitlines() if line.startswith('error: ')]
-  assert code == 1, (out, err)
+  assert code == 2, (out, err)
   assert len(lines) == 1
   assert 'Traceback' not in err
   return lines[0]

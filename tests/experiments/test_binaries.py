@@ -8,6 +8,8 @@ import time
 import pytest
 from processes import finish, metrics, refused, run, start
 
+from critkl_jax.interruption import STOPPED
+
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
@@ -68,7 +70,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, tmp_path):
   code, _, err = finish(process)
   stopped = len(metrics(tmp_path / 'parts'))
   if stopped < 6:  # else the signal came after the last step
-    assert code == 1
+    assert code == STOPPED
     assert f'stopped by SIGTERM after step {stopped} of 6' in err
   run('finetune', *finetune(reference, tmp_path / 'parts', *flags))
   assert metrics(tmp_path / 'parts') == metrics(tmp_path / 'whole')
@@ -83,7 +85,7 @@ def test_ctrl_c_is_answered_at_once_before_the_first_step(tmp_path):
   sent = time.monotonic()
   code, _, err = finish(process)
   assert time.monotonic() - sent < 3
-  assert code == 1
+  assert code == STOPPED
   assert 'Traceback' not in err
   assert 'Stopped by SIGINT' in err
 
@@ -96,7 +98,7 @@ def test_what_a_user_can_mend_is_said_in_one_line(reference, tmp_path):
   }
   for words, process in processes.items():
     code, _, err = finish(process)
-    assert code == 1
+    assert code == 2
     assert 'Traceback' not in err
     assert err.splitlines()[-1].startswith('error: ')
     assert words in err
