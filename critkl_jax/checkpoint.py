@@ -184,13 +184,40 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
   Raises:
     CheckpointError: if there is nothing at the path, no such step, or what is there is damaged.
   """
-  path = _find(pathlib.Path(path), step)
-  info = read_info(path)
-  shapes = jax.eval_shape(functools.partial(init_params, GPT2(info.model)), jax.random.key(0))
+  found = find_checkpoint(path, step)
+  path, info = found.path, found.info
+  # Of any attention, which has no parameters: the one that trained the model may not be there.
+  model = GPT2(dataclasses.replace(info.model, attention='auto'))
+  shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   places = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: here, shapes)
   target = sharding.shapes(shapes, places)
   return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
+
+
+def find_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None) -> Checkpoint:
+  """Returns the checkpoint that `load_checkpoint` would read, without its parameters (None), and starts no device.
+
+  Raises:
+    CheckpointError: if there is nothing at the path, no such step, or its config cannot be read.
+  """
+  try:
+    found = _find(pathlib.Path(path), step)
+    return Checkpoint(params=None, info=read_info(found), step=int(found.name), path=found)
+  except OSError as error:
+    raise CheckpointError(f'{str(path)[:200]}: cannot be read ({error.strerror}); give another path.') from error
+
+
+def same_params(one: str | pathlib.Path, two: str | pathlib.Path) -> bool:
+  """Returns whether two checkpoints hold the same parameters, by the checksums that were saved with them; without
+  checksums they do not.
+
+  Raises:
+    CheckpointError: as `find_checkpoint`.
+  """
+  sums = [json.loads((find_checkpoint(path).path / 'config' / 'metadata').read_text()).get('checksums')
+          for path in (one, two)]
+  return all(sums) and sums[0]['params'] == sums[1]['params']
 
 
 def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:

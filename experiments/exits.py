@@ -15,7 +15,7 @@ REFUSED = 2
 
 def refuse(reason: object) -> NoReturn:
   """Ends the process with one line on the standard error, as wrong input does."""
-  end(REFUSED, f'error: {reason}')
+  end(REFUSED, 'error: ' + ' '.join(str(reason).splitlines()))
 
 
 def end(code: int, text: object) -> NoReturn:

@@ -12,7 +12,7 @@ import critkl_jax
 PACKAGE = pathlib.Path(critkl_jax.__file__).parent
 # Data flow one way: a module imports only from those before it.
 ORDER = [
-    'config', 'presets', 'tokenizer', 'records', 'sharding', 'drafts',
+    'checks', 'views', 'config', 'presets', 'tokenizer', 'records', 'sharding', 'drafts',
     'tasks.task', 'tasks.text', 'tasks.addition_draft', 'tasks.addition', 'attention', 'gpt2', 'confidence',
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
