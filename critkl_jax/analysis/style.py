@@ -145,4 +145,7 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
   letters = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
   lines = [_wrap(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
   figure.suptitle('\n'.join(lines).replace('$', r'\$'), fontsize=10.5)
-  figure.savefig(path, dpi=DPI)
+  path = pathlib.Path(path)
+  unfinished = path.with_name(f'{path.name}.unfinished')  # an older picture goes once this one is whole
+  figure.savefig(unfinished, dpi=DPI, format='png')
+  unfinished.replace(path)
