@@ -3,7 +3,7 @@
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
     DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
-    DIR/STEP/metrics     JSON: the lines of metrics.jsonl up to this step, compressed (absent without metrics)
+    DIR/STEP/rows        JSON: the lines of metrics.jsonl up to this step, compressed (absent where there are none)
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
@@ -33,7 +33,7 @@ from critkl_jax.records import TrainState
 
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
-_ITEMS = ('params', 'opt_state', 'config', 'metrics')
+_ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -112,7 +112,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
   if metrics is not None:
     packed = base64.b85encode(zlib.compress(metrics.encode(), 1)).decode()
-    items['metrics'] = ocp.args.JsonSave({'zlib_base85': packed})
+    items['rows'] = ocp.args.JsonSave({'zlib_base85': packed})
   manager.save(step, args=ocp.args.Composite(**items), force=True)
   if wait:
     manager.wait_until_finished()  # the next step is given these very arrays to write over
@@ -146,7 +146,7 @@ def _stored_config(path: pathlib.Path) -> dict[str, Any]:
 
 def saved_metrics(path: pathlib.Path) -> str | None:
   """Reads the lines of metrics that a step directory holds; None if it has none, or they cannot be read."""
-  file = path / 'metrics' / 'metadata'
+  file = path / 'rows' / 'metadata'
   if not file.is_file():
     return None
   try:

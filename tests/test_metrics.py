@@ -82,7 +82,7 @@ def test_lines_of_later_steps_may_be_damaged(tmp_path, capsys):
 
 def of_an_older_version(workdir):
   for step in checkpoint.steps_in(workdir / 'checkpoints'):
-    (workdir / 'checkpoints' / str(step) / 'metrics' / 'metadata').unlink()
+    (workdir / 'checkpoints' / str(step) / 'rows' / 'metadata').unlink()
   (workdir / locks.LOCK).unlink()
 
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_whose_metrics_are_damaged_does_no_harm(tmp_path, capsys):
   run(tmp_path, 2)
   before = (tmp_path / 'metrics.jsonl').read_text()
   for text in ('', '{}', '{"zlib_base85": "abc"}', '[]', '{"zlib_base85": 3}'):
-    (tmp_path / 'checkpoints' / '2' / 'metrics' / 'metadata').write_text(text)
+    (tmp_path / 'checkpoints' / '2' / 'rows' / 'metadata').write_text(text)
     run(tmp_path, 2)
     assert 'metrics.jsonl is taken as it is' in capsys.readouterr().out
     assert (tmp_path / 'metrics.jsonl').read_text() == before
@@ -162,6 +162,6 @@ def test_the_lines_of_a_long_run_take_little_room(tmp_path):
   assert text == (tmp_path / 'metrics.jsonl').read_text()
   with checkpoint.open_manager(tmp_path / 'checkpoints') as manager:
     checkpoint.save(manager, start(), INFO, metrics=text)
-  size = (tmp_path / 'checkpoints' / '0' / 'metrics' / 'metadata').stat().st_size
+  size = (tmp_path / 'checkpoints' / '0' / 'rows' / 'metadata').stat().st_size
   assert checkpoint.saved_metrics(tmp_path / 'checkpoints' / '0') == text
   assert size < 0.7 * len(text)

@@ -13,7 +13,7 @@ from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.storage import WorkdirError
 from experiments import reference
-from experiments.reference import keep_reference, load_reference, tested_before
+from experiments.reference import keep_reference, load_reference
 
 
 @pytest.fixture(scope='module')
@@ -151,7 +151,7 @@ def test_the_references_test_is_read_again_where_it_was_made_alike(sources, tmp_
 
   def times(expected, of=usual, params=found.params):
     asked.clear()
-    assert tested_before(test, params, of, tmp_path) == result
+    assert reference.tested_before(test, params, of, tmp_path) == result
     assert len(asked) == expected
 
   times(1)
