@@ -21,11 +21,16 @@ def to_path(path: str | os.PathLike) -> epath.Path:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes a file whole or not at all, whenever the process ends; of several hosts only the first one writes."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+  """Writes bytes as `write_text` writes text."""
   if not hosts.is_first():
     return
   path = to_path(path)
   unfinished = path.with_name(f'{path.name}.unfinished')
-  unfinished.write_text(text, encoding='utf-8')
+  unfinished.write_bytes(data)
   unfinished.replace(path)
 
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -103,12 +104,16 @@ def test_a_second_run_is_refused_while_the_first_lives(references, tmp_path):
 
 
 def test_both_hosts_end_where_the_first_one_is_refused(references, tmp_path):
-  from test_hosts import start_hosts
   holder = subprocess.Popen(
       [sys.executable, '-c', 'import sys; from critkl_jax import locks\nwith locks.hold(sys.argv[1]):\n'
        '  print(1, flush=True); sys.stdin.read()', str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   holder.stdout.readline()
-  ended = list(map(finish, start_hosts('finetune', *finetune(references[0], tmp_path, '--episodes=8'))))
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'--coordinator_address=localhost:{free.getsockname()[1]}'
+  ended = [finish(process) for process in [
+      start('finetune', *finetune(references[0], tmp_path, '--episodes=8'), address, '--num_processes=2',
+            f'--process_id={i}', '--host_timeout=20') for i in range(2)]]
   holder.communicate()
   assert [code for code, _, _ in ended] == [2, 2], ended
   assert 'is in use' in ended[0][2]
