@@ -3,16 +3,19 @@
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
     DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
+    DIR/STEP/rows        JSON: the lines of metrics.jsonl up to this step, compressed (absent where there are none)
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
 
+import base64
 import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -30,7 +33,7 @@ from critkl_jax.records import TrainState
 
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
-_ITEMS = ('params', 'opt_state', 'config')
+_ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -82,8 +85,10 @@ def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) 
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
-         wait: bool = True) -> None:
-  """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
+         wait: bool = True, metrics: str | None = None) -> None:
+  """Saves a state under its step number; the reference's parameters are not part of it.
+
+  If the step is there already and holds the same arrays, by their checksums, it is kept as it is.
 
   Args:
     manager: from `open_manager`.
@@ -91,17 +96,64 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
     wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
+    metrics: lines of metrics up to this step, of the first host, see `saved_metrics`; None for none.
+
+  Raises:
+    CheckpointError: if the step is there and holds other arrays.
   """
-  if hosts.as_first_says(int(state.step) in manager.all_steps()):
-    return
   trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
   config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
             'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  step = int(state.step)
+  if hosts.as_first_says(step in manager.all_steps()):
+    hosts.first_does(lambda: _check_equal(pathlib.Path(manager.directory) / str(step), config), CheckpointError)
+    return
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
-  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+  if metrics is not None:
+    packed = base64.b85encode(zlib.compress(metrics.encode(), 1)).decode()
+    items['rows'] = ocp.args.JsonSave({'zlib_base85': packed})
+  manager.save(step, args=ocp.args.Composite(**items), force=True)
   if wait:
     manager.wait_until_finished()  # the next step is given these very arrays to write over
+
+
+def _check_equal(path: pathlib.Path, config: dict[str, Any]) -> None:
+  """Refuses a step directory that holds something else than what is to be saved under its number."""
+  old, new = _stored_config(path), json.loads(json.dumps(config))
+  sums = old.get('checksums', new['checksums'])  # an older version kept none
+  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
+  different += [item for item, own in new['checksums'].items() if sums.get(item) != own]
+  if different:
+    raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
+                          'kept, and nothing was saved over it: move it away, or give another directory.')
+  if (old['model'], old['training']) != (new['model'], new['training']):
+    hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
+
+
+def same_params(path: pathlib.Path, other: pathlib.Path) -> bool:
+  """Returns whether two step directories hold the same parameters and say the same of them, by their configs."""
+  one, two = _stored_config(path), _stored_config(other)
+  sums = [values.get('checksums', {}).get('params') for values in (one, two)]
+  return (path.name == other.name and None not in sums and sums[0] == sums[1] and
+          all(one.get(name) == two.get(name) for name in ('kind', 'known_digits', 'model', 'training')))
+
+
+def _stored_config(path: pathlib.Path) -> dict[str, Any]:
+  read_info(path)  # raises if it cannot be read
+  return json.loads((path / 'config' / 'metadata').read_text())
+
+
+def saved_metrics(path: pathlib.Path) -> str | None:
+  """Reads the lines of metrics that a step directory holds; None if it has none, or they cannot be read."""
+  file = path / 'rows' / 'metadata'
+  if not file.is_file():
+    return None
+  try:
+    return zlib.decompress(base64.b85decode(json.loads(file.read_text())['zlib_base85'])).decode()
+  except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+    hosts.say(f'{file} cannot be read ({error}): metrics.jsonl is taken as it is.')
+    return None
 
 
 def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
@@ -111,7 +163,10 @@ def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo
     directory: made if needed.
     params: of the model.
     info: what they are.
-    step: number of finished steps, under which they are saved unless that step is there.
+    step: number of finished steps, under which they are saved.
+
+  Raises:
+    CheckpointError: if the step is there and holds other parameters.
   """
   with contextlib.closing(open_manager(directory)) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)

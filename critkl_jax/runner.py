@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import math
 import pathlib
 import shutil
 import signal
@@ -18,70 +16,15 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, population, sharding, storage, trackers
+from critkl_jax import checkpoint, hosts, interruption, locks, population, sharding, storage
 from critkl_jax.compilation import compilation_seconds
+from critkl_jax.metrics import MetricsWriter, mend_metrics
+from critkl_jax.metrics import read_metrics as read_metrics
 from critkl_jax.records import TrainState
-from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.storage import WorkdirError
 
 # How the progress bar calls its metrics.
 _SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
-
-
-class MetricsWriter:
-  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
-  one writes.
-
-  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
-  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
-  Metrics of critical tokens have no entry where there were none.
-  """
-
-  def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
-    self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
-    if not hosts.is_first():
-      return
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in self._rows))
-    self._trackers = (track or trackers.open_trackers)(workdir, first_step)
-
-  def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Adds the metrics of one step, Python or NumPy numbers."""
-    if not hosts.is_first():
-      return
-    metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
-    self._rows.append({'step': step, **metrics})
-    metrics |= self._signatures(step)
-    with self._path.open('a') as file:
-      file.write(storage.to_json({'step': step, **metrics}) + '\n')
-    for tracker in self._trackers:
-      tracker.write(step, metrics)
-
-  def _signatures(self, step):
-    found = signatures(self._rows)
-    for name in (name for name, seen in found.items() if seen and name not in self._warned):
-      logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
-      self._warned.add(name)
-    return {f'signature/{name}': float(seen) for name, seen in found.items()}
-
-  def close(self) -> None:
-    """Finishes what the trackers write."""
-    for tracker in self._trackers:
-      tracker.close()
-
-
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
-  none."""
-  path = pathlib.Path(path)
-  rows = []
-  for line in path.read_text().splitlines() if path.is_file() else []:
-    try:
-      row = json.loads(line)
-      rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    except json.JSONDecodeError:
-      logging.warning('%s: unfinished line dropped.', path)
-  return rows
 
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -107,18 +50,22 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
 
   Raises:
     CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
+    WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the state is saved.
   """
   workdir = pathlib.Path(workdir)
-  state = sharding.bound(resume(state, info, workdir))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
-  with (contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
-        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager):
+  with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume(state, info, workdir))
+    first = int(state.step)
+    _mend([workdir], first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
+    writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
+    manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')))
     return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
-                    save=lambda state: checkpoint.save(manager, state, info))
+                    save=lambda state: checkpoint.save(manager, state, info, metrics=writer.text()))
 
 
 def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -145,16 +92,19 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
+    WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the members are saved.
   """
   workdir = pathlib.Path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
-  state = sharding.bound(resume_population(state, infos, workdir))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
   with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume_population(state, infos, workdir))
+    first = int(state.step)
+    _mend(list(homes.values()), first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
     writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
     managers = [stack.enter_context(contextlib.closing(checkpoint.open_manager(home / 'checkpoints')))
                 for home in homes.values()]
@@ -165,13 +115,25 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
     def save(state):
       own = population.members_on_host(state.replace(ref_params=None, step=None, ensemble=()))
-      for manager, info, member in zip(managers, infos.values(), own):
+      for manager, info, member, writer in zip(managers, infos.values(), own, writers):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
-        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1)
+        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1,
+                        metrics=writer.text())
       for manager in managers:
         manager.wait_until_finished()
 
     return _advance(step, state, num_steps, workdir, save_every, show, write, save)
+
+
+def _mend(homes: list[pathlib.Path], step: int, known: bool) -> None:
+  """Restores the metrics of a run, or of members, that goes on from a step; see `mend_metrics`."""
+
+  def mend():
+    for home in homes:
+      saved = checkpoint.saved_metrics(home / 'checkpoints' / str(step)) if step else None
+      mend_metrics(home, step, saved, known)
+
+  hosts.first_does(mend, WorkdirError)
 
 
 def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
@@ -315,14 +277,14 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint is damaged or was made with another config.
   """
-  directories = [pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos]
-  _check_members(pathlib.Path(workdir), list(infos))
-  saved = [set(checkpoint.steps_in(directory)) for directory in directories]
+  directories = {name: pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos}
+  hosts.first_does(lambda: _keep_members(pathlib.Path(workdir), list(infos)), ValueError)
+  saved = [set(checkpoint.steps_in(directory)) for directory in directories.values()]
   step = hosts.as_first_says(max(set.intersection(*saved), default=-1))
-  _drop_later(directories, step)
+  hosts.first_does(lambda: _drop_later(directories, infos, step), ValueError)
   if step < 0:
     return state
-  paths = [directory / str(step) for directory in directories]
+  paths = [directory / str(step) for directory in directories.values()]
   for path, info in zip(paths, infos.values()):
     _check_same(path, info)
   logging.info('Going on from step %d of %s.', step, workdir)
@@ -333,28 +295,45 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   return placed.replace(ref_params=state.ref_params, ensemble=state.ensemble)
 
 
-def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
-  """Keeps the names of a study's members in its workdir; those of a study that has saved nothing may change."""
-  file = workdir / 'members.json'
-  old = json.loads(file.read_text()) if file.is_file() else names
-  started = any(checkpoint.steps_in(directory) for directory in workdir.glob('members/*/checkpoints'))
-  if hosts.as_first_says(started and old != names):
-    different = sorted(set(old) ^ set(names)) or ['in another order']
+def check_members(workdir: pathlib.Path, names: list[str]) -> None:
+  """Checks that a study's workdir holds these members or has saved nothing, and changes nothing.
+
+  Raises:
+    CheckpointError: if it holds others.
+    WorkdirError: if its list of members cannot be read.
+  """
+  file, old = workdir / 'members.json', names
+  started = [path for path in workdir.glob('members/*/checkpoints') if checkpoint.steps_in(path)]
+  if started and file.is_file():
+    old = storage.read_json(file, list, 'restore it, or remove it if the members of this command are all of them')
+  if old != names:
+    different = sorted(set(map(str, old)) ^ set(names)) or ['in another order']
     some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
     raise checkpoint.CheckpointError(
         f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
-  hosts.wait_for_all('members')
+
+
+def _keep_members(workdir, names):
+  """Keeps the names of a study's members in its workdir."""
+  check_members(workdir, names)
   workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_json(file, names, indent=None)
+  storage.write_json(workdir / 'members.json', names, indent=None)
 
 
-def _drop_later(directories: list[pathlib.Path], step: int) -> None:
+def _drop_later(directories: dict[str, pathlib.Path], infos: dict[str, checkpoint.CheckpointInfo], step: int) -> None:
   """Removes what some members have saved beyond the step that all have: the study will come to other numbers there, if
-  it goes on elsewhere."""
-  later = [directory / str(n) for directory in directories for n in checkpoint.steps_in(directory) if n > step]
-  for path in later if hosts.is_first() else ():
+  it goes on elsewhere. A stop amid a save leaves one such step at most, and directories of all members; where it is
+  otherwise, somebody removed a member's checkpoints, and the others' are kept."""
+  later = {name: [n for n in checkpoint.steps_in(directory) if n > step] for name, directory in directories.items()}
+  newest = max((n for steps in later.values() for n in steps), default=step)
+  lacking = [name for name, steps in later.items() if newest not in steps]
+  if max(map(len, later.values())) > 1 or any(newest > step and not directories[name].is_dir() for name in lacking):
+    raise WorkdirError(f'{directories[lacking[0]]} lacks step {newest}, which other members have; restore it, or '
+                       'remove the checkpoints of all members to begin again.')
+  for name, path in ((name, directories[name] / str(n)) for name, steps in later.items() for n in steps):
+    _check_same(path, infos[name])
+    hosts.say(f'Step {path.name} of {name} is made again: not all members had saved it.')
     shutil.rmtree(path)
-  hosts.wait_for_all('dropped')
 
 
 # Fields that may differ between a run and its continuation: they change no update.

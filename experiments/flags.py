@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 from critkl_jax import compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
+from critkl_jax.storage import WorkdirError
 
 from . import exits, parsing
 from . import help as help_lib
 from .exits import refuse
+from .workdirs import held
 
 ConfigT = TypeVar('ConfigT')
 
@@ -171,11 +173,11 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       compilation.keep_programs(flags.FLAGS.compilation_cache)
     try:
       ended = join_hosts()
-      with interruption.watch():
+      with interruption.watch(), held:
         main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
-    except CheckpointError as error:
+    except (CheckpointError, WorkdirError) as error:
       refuse(error)
     except hosts.LostHost as error:
       exits.end(exits.FAILED, f'error: {error}')
