@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble'}  # which checkpoints of older versions lack
+          'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only'}  # which older checkpoints lack
+_OLDER = {'hidden_only': False}  # what older versions did, where it is not the default
 
 
 # Checks.
@@ -99,7 +100,12 @@ class PretrainConfig:
     warmup_steps: Steps of linear warm-up; a cosine follows.
     final_learning_rate: The end of the cosine, as a fraction of the peak.
     weight_decay: Decoupled weight decay.
+    hidden_only: Whether weight decay and Muon act on the kernels of the blocks alone, as is usual, and not on biases,
+      layer norms, embeddings and value head. False decays all parameters (Muon: all matrices) and orthogonalises the
+      embeddings too, as for the reference that comes with the package.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Steps in a row without an update, because loss, gradient or parameters were not finite, after which
+      the run stops.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
     eval_problems: Problems in each cell of the final accuracy table.
@@ -114,17 +120,24 @@ class PretrainConfig:
   warmup_steps: int = 100
   final_learning_rate: float = 0.02
   weight_decay: float = 0.0
+  hidden_only: bool = True
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   seed: int = 0
   save_every: int = 200
   eval_problems: int = 200
 
   def __post_init__(self):
-    _at_least(self, 1, 'known_digits', 'batch_size', 'num_steps', 'save_every')
+    _at_least(self, 1, 'known_digits', 'batch_size', 'num_steps', 'max_skipped', 'save_every')
     _at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'eval_problems')
     _positive(self, 'learning_rate', 'max_grad_norm')
     _between(self, 0, 1, 'final_learning_rate')
     _one_of(self, 'optimizer', 'muon', 'adamw')
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in a step."""
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +222,8 @@ class FinetuneConfig:
     minibatches: Updates in a pass, a divisor of `episodes`.
     learning_rate: The learning rate of Adam.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Iterations in a row without a single update, because loss, gradient or parameters were not finite,
+      after which the run stops.
     wrong_reward: Reward of a wrong answer, where a right one gets 1: 0 in the paper, -1 in its released code.
     advantage: The advantage estimator: `group_relative` (return minus the group's mean, over its standard deviation),
       `leave_one_out` (return minus the mean of the others) or `gae` (generalised advantage estimation with the
@@ -216,6 +231,8 @@ class FinetuneConfig:
     whiten_advantages: Whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
     discount: The discount gamma of GAE.
     gae_lambda: The lambda of GAE, between one-step (0) and Monte-Carlo (1) advantages.
+    bootstrap_truncated: Whether GAE takes the critic's value for what an episode cut at the limit might still have
+      earned, instead of 0.
     critic_warmup: The number of first iterations in which the critic alone learns; only `gae` has a critic to train.
     value_head: The critic, `linear` or `mlp`.
     value_head_detached: Whether the gradient of the critic stops before the trunk.
@@ -242,11 +259,13 @@ class FinetuneConfig:
   minibatches: int = 3
   learning_rate: float = 4e-5
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   wrong_reward: float = 0.0
   advantage: str = 'group_relative'
   whiten_advantages: bool = False
   discount: float = 1.0
   gae_lambda: float = 1.0
+  bootstrap_truncated: bool = False
   critic_warmup: int = 0
   value_head: str = 'linear'
   value_head_detached: bool = True
@@ -261,7 +280,8 @@ class FinetuneConfig:
   eval_problems: int = 128
 
   def __post_init__(self):
-    _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
+    _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'max_skipped',
+              'save_every')
     _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems')
     _positive(self, 'learning_rate', 'max_grad_norm')
     if not self.wrong_reward < 1:
@@ -281,7 +301,7 @@ class FinetuneConfig:
                        f'{(loss.kl, loss.kl_placement, loss.kl_gate)}.')
     if self.loss.algorithm == 'a2c' and self.epochs > 1:
       raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
-    for name in ('whiten_advantages', 'critic_warmup'):
+    for name in ('whiten_advantages', 'critic_warmup', 'bootstrap_truncated'):
       if getattr(self, name) and self.advantage != 'gae':
         raise ValueError(f"{name}: only advantage='gae' uses it, got {self.advantage!r}.")
     if self.advantage != 'gae' and self.group_size == 1:
@@ -298,6 +318,11 @@ class FinetuneConfig:
   def ensemble_paths(self) -> tuple[str, ...]:
     """The checkpoint directories of further references."""
     return tuple(path for path in self.certainty_ensemble.split(',') if path)
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in an iteration."""
+    return self.epochs * self.minibatches
 
   @property
   def group_size(self) -> int:
@@ -366,7 +391,7 @@ def to_json(config: Any) -> str:
 def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
   """Returns the config that `to_json` wrote.
 
-  Fields that older versions did not write take their defaults, which are what those versions did.
+  Fields that older versions did not write take the values that say what those versions did.
 
   Raises:
     ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
@@ -388,7 +413,8 @@ def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
   for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', missing)):
     if names:
       raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
-  return config_class(**{key: _read_field(name, fields[key], value) for key, value in values.items()})
+  older = {key: value for key, value in _OLDER.items() if key in fields}
+  return config_class(**older | {key: _read_field(name, fields[key], value) for key, value in values.items()})
 
 
 def _read_field(owner, field, value):
