@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from critkl_jax import hosts, sharding
+from critkl_jax import finite, hosts, sharding
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
@@ -311,6 +311,11 @@ def _read(path: pathlib.Path, item: str, target: Any) -> Any:
       raise CheckpointError(f'{path}: {item} is damaged or half written ({_reason(path, error)}); remove this step '
                             'directory or take another one.') from error
   _check_sums(path, item, restored)
+  broken = finite.not_finite_in(restored)
+  if broken:
+    names = ', '.join(broken[:3]) + (', ...' if broken[3:] else '')
+    raise CheckpointError(f'{path}: {item} is not finite: {names}; it was saved by an older version, or by another '
+                          'program; take an earlier step.')
   return restored
 
 

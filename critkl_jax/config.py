@@ -82,7 +82,12 @@ class PretrainConfig:
     warmup_steps: Steps of linear warm-up; a cosine follows.
     final_learning_rate: The end of the cosine, as a fraction of the peak.
     weight_decay: Decoupled weight decay.
+    hidden_only: Whether weight decay and Muon act on the kernels of the blocks alone, as is usual, and not on biases,
+      layer norms, embeddings and value head. False decays all parameters (Muon: all matrices) and orthogonalises the
+      embeddings too, as for the reference that comes with the package.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Steps in a row without an update, because loss, gradient or parameters were not finite, after which
+      the run stops.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
     eval_problems: Problems in each cell of the final accuracy table.
@@ -97,7 +102,9 @@ class PretrainConfig:
   warmup_steps: int = 100
   final_learning_rate: float = 0.02
   weight_decay: float = 0.0
+  hidden_only: bool = True
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   seed: int = 0
   save_every: int = 200
   eval_problems: int = 200
@@ -106,11 +113,16 @@ class PretrainConfig:
     convert_fields(self, seed=LARGEST_SEED)
     between(self, 1, MOST_DIGITS, 'known_digits')
     between(self, 0, MOST_PROBLEMS, 'eval_problems')
-    at_least(self, 1, 'batch_size', 'num_steps', 'save_every')
+    at_least(self, 1, 'batch_size', 'num_steps', 'max_skipped', 'save_every')
     at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed')
     positive(self, 'learning_rate', 'max_grad_norm')
     between(self, 0, 1, 'final_learning_rate')
     one_of(self, 'optimizer', 'muon', 'adamw')
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in a step."""
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +209,8 @@ class FinetuneConfig:
     minibatches: Updates in a pass, a divisor of `episodes`.
     learning_rate: The learning rate of Adam.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Iterations in a row without a single update, because loss, gradient or parameters were not finite,
+      after which the run stops.
     wrong_reward: Reward of a wrong answer, where a right one gets 1: 0 in the paper, -1 in its released code.
     advantage: The advantage estimator: `group_relative` (return minus the group's mean, over its standard deviation),
       `leave_one_out` (return minus the mean of the others) or `gae` (generalised advantage estimation with the
@@ -204,6 +218,8 @@ class FinetuneConfig:
     whiten_advantages: Whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
     discount: The discount gamma of GAE.
     gae_lambda: The lambda of GAE, between one-step (0) and Monte-Carlo (1) advantages.
+    bootstrap_truncated: Whether GAE takes the critic's value for what an episode cut at the limit might still have
+      earned, instead of 0.
     critic_warmup: The number of first iterations in which the critic alone learns; only `gae` has a critic to train.
     value_head: The critic, `linear` or `mlp`.
     value_head_detached: Whether the gradient of the critic stops before the trunk.
@@ -230,11 +246,13 @@ class FinetuneConfig:
   minibatches: int = 3
   learning_rate: float = 4e-5
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   wrong_reward: float = 0.0
   advantage: str = 'group_relative'
   whiten_advantages: bool = False
   discount: float = 1.0
   gae_lambda: float = 1.0
+  bootstrap_truncated: bool = False
   critic_warmup: int = 0
   value_head: str = 'linear'
   value_head_detached: bool = True
@@ -250,7 +268,8 @@ class FinetuneConfig:
 
   def __post_init__(self):
     convert_fields(self, seed=LARGEST_SEED)
-    at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
+    at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'max_skipped',
+             'save_every')
     between(self, 0, MOST_DIGITS, 'extra_digits')
     between(self, 0, MOST_PROBLEMS, 'eval_problems')
     at_least(self, 0, 'critic_warmup', 'window', 'seed')
@@ -274,7 +293,7 @@ class FinetuneConfig:
                        f'{(loss.kl, loss.kl_placement, loss.kl_gate)}.')
     if self.loss.algorithm == 'a2c' and self.epochs > 1:
       raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
-    for name in ('whiten_advantages', 'critic_warmup'):
+    for name in ('whiten_advantages', 'critic_warmup', 'bootstrap_truncated'):
       if getattr(self, name) and self.advantage != 'gae':
         raise ValueError(f"{name}: only advantage='gae' uses it, got {self.advantage!r}.")
     if self.advantage != 'gae' and self.group_size == 1:
@@ -291,6 +310,11 @@ class FinetuneConfig:
   def ensemble_paths(self) -> tuple[str, ...]:
     """The checkpoint directories of further references."""
     return tuple(self.certainty_ensemble.split(',')) if self.certainty_ensemble else ()
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in an iteration."""
+    return self.epochs * self.minibatches
 
   @property
   def group_size(self) -> int:

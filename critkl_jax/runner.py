@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, locks, population, sharding, storage
+from critkl_jax import checkpoint, finite, hosts, interruption, locks, population, sharding, storage
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.metrics import MetricsWriter, mend_metrics
 from critkl_jax.metrics import read_metrics as read_metrics
@@ -36,7 +36,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   TensorBoard events. The step's arrays are donated; while the device works on a step, the host logs the one before.
 
   Args:
-    step: (state, number of finished steps) -> (state, metrics); the metrics have `num_tokens` among them.
+    step: (state, number of finished steps) -> (state, metrics); the metrics have `num_tokens` among them, and, if it
+      leaves out updates that are not finite, those of `finite.counted`.
     state: where to start if there is no checkpoint.
     num_steps: number of finished steps at which the run ends.
     info: saved beside the arrays; a checkpoint of another run is refused.
@@ -52,6 +53,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
     WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the state is saved.
+    NonFinite: after the config's `max_skipped` steps in a row without an update, or if the last step made none, once
+      the state after the last update is saved.
   """
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
@@ -65,7 +68,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
     manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')))
     return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
-                    save=lambda state: checkpoint.save(manager, state, info, metrics=writer.text()))
+                    save=lambda state: checkpoint.save(manager, state, info, metrics=writer.text()),
+                    idle=finite.Watch(state.params, info.training))
 
 
 def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -94,6 +98,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
     WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the members are saved.
+    NonFinite: as in `run`, if it holds for all members; others go on without those that make no update.
   """
   workdir = pathlib.Path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
@@ -122,7 +127,9 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
       for manager in managers:
         manager.wait_until_finished()
 
-    return _advance(step, state, num_steps, workdir, save_every, show, write, save)
+    params = jax.eval_shape(lambda: population.member(state, 0).params)
+    idle = finite.Watch(params, next(iter(infos.values())).training, list(infos))
+    return _advance(step, state, num_steps, workdir, save_every, show, write, save, idle)
 
 
 def _mend(homes: list[pathlib.Path], step: int, known: bool) -> None:
@@ -144,27 +151,37 @@ def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
     hosts.say(f'Going on from step {first} of {num_steps} in {workdir}.')
 
 
-def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
-  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
-  first = int(state.step)
+def _advance(step, state, num_steps, workdir, save_every, show, write, save, idle) -> TrainState:
+  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state.
+
+  Steps at the end that made no update are not saved: the state is that of the last one that did, under its number.
+  """
+  first = saved = int(state.step)
   signalled = hosts.any_host_before()
   next(signalled)
   with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
-    log = _Log(write, bar)
+    log = _Log(lambda number, metrics: write(number, idle.take(number, metrics)), bar)
     try:
       for number in range(first + 1, num_steps + 1):
         state, metrics = step(state, number - 1)
         watch.deferring = True  # not before: the first step may have to be compiled, which no signal should wait for
         log.add(number, metrics)
         stop = signalled.send(watch.caught[0] if watch.caught else 0)
-        if stop or number % save_every == 0 or number == num_steps:
+        if stop or idle.tripped() or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
-          save(state)
-          watch.text = _last_save(workdir, number)
+          if number - idle.steps > saved:
+            saved = number - idle.steps
+            save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state)
+          watch.text = _last_save(workdir, saved)
+        if idle.tripped(last=number == num_steps):
+          kept = f'step {saved} is saved in {workdir}' if saved else 'nothing is saved'
+          raise finite.NonFinite(f'{idle.reason(number, num_steps)}; {kept}. The same command would come to the same '
+                                 'end; other settings, such as a smaller learning rate, need a workdir of their own.')
         if stop and number < num_steps:
+          left = _last_save(workdir, saved) if saved < number else (
+              f'; it is saved in {workdir}, and the same command goes on from there.')
           raise interruption.Interrupted(
-              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, '
-              'and the same command goes on from there.')
+              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}{left}')
     finally:
       watch.deferring = False
   return state
@@ -337,7 +354,7 @@ def _drop_later(directories: dict[str, pathlib.Path], infos: dict[str, checkpoin
 
 
 # Fields that may differ between a run and its continuation: they change no update.
-_FREE_FIELDS = frozenset({'num_iterations', 'save_every'})
+_FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_skipped'})
 
 
 def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble'}  # which checkpoints of older versions lack
+          'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only'}  # which older checkpoints lack
+_OLDER = {'hidden_only': False}  # what older versions did, where it is not the default
 
 
 def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
@@ -92,4 +93,5 @@ def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
       raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
   inner = {key: from_dict(fields[key].type, value) for key, value in values.items()
            if dataclasses.is_dataclass(fields[key].type)}
-  return config_class(**values | inner)
+  older = {key: value for key, value in _OLDER.items() if key in fields}
+  return config_class(**older | values | inner)

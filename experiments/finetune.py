@@ -25,7 +25,7 @@ from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import make_train_step
 
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
+from .flags import define_config, define_devices, define_training, read_config, read_mesh, read_trackers, run
 from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
 from .tables import before_after_rows, command
 from .workdirs import claim, refuse_fewer_steps
@@ -33,7 +33,7 @@ from .workdirs import claim, refuse_fewer_steps
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
-define_wandb()
+define_training()
 
 
 def main() -> None:
@@ -73,8 +73,8 @@ def main() -> None:
 
 
 def compile_unless(done: bool, step: Callable, *arguments: Any) -> Callable:
-  """Compiles the step for its arguments, unless no step is left to make."""
-  return step if done else step.lower(*arguments).compile()
+  """Compiles the step for its arguments, unless no step is left to make, or jit has to look for NaN."""
+  return step if done or jax.config.jax_debug_nans else step.lower(*arguments).compile()
 
 
 def plan_of(config: FinetuneConfig, known: int) -> str:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from critkl_jax import compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
+from critkl_jax.finite import NonFinite
 from critkl_jax.storage import WorkdirError
 
 from . import exits, parsing
@@ -47,8 +48,9 @@ def keep_no_programs() -> None:
   flags.FLAGS.set_default('compilation_cache', '')
 
 
-def define_wandb() -> None:
-  """Defines the flag that sends metrics to Weights & Biases."""
+def define_training() -> None:
+  """Defines the flags that send metrics to Weights & Biases and look for NaN."""
+  flags.DEFINE_boolean('debug_nans', False, 'Stop at the line that gives the first NaN (`jax_debug_nans`); slow.')
   flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
                       'none. TensorBoard events are written into the workdir wherever tensorboardX is installed.')
 
@@ -171,6 +173,8 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
 
     if flags.FLAGS.compilation_cache:
       compilation.keep_programs(flags.FLAGS.compilation_cache)
+    if 'debug_nans' in flags.FLAGS and flags.FLAGS.debug_nans:
+      jax.config.update('jax_debug_nans', True)
     try:
       ended = join_hosts()
       with interruption.watch(), held:
@@ -179,7 +183,9 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       exits.end(exits.STOPPED, reason)
     except (CheckpointError, WorkdirError) as error:
       refuse(error)
-    except hosts.LostHost as error:
+    except FloatingPointError as error:  # of --debug_nans
+      exits.end(exits.FAILED, f'error: {error}{exits.place_of(error)}.')
+    except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
     except jax.errors.JaxRuntimeError as error:
       if not hosts.may_be_lost(error):

@@ -19,14 +19,14 @@ from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 
 from .exits import refuse
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
+from .flags import define_config, define_devices, define_training, read_config, read_mesh, read_trackers, run
 from .tables import command, print_accuracies
 from .workdirs import claim
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
 define_devices()
-define_wandb()
+define_training()
 
 
 def main() -> None:

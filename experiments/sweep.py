@@ -26,8 +26,8 @@ from critkl_jax.analysis.curves import plot_study
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
-from .exits import refuse
-from .flags import define_config, define_devices, define_wandb, read_config, read_trackers, run, take_cores
+from .exits import FAILED, end, refuse
+from .flags import define_config, define_devices, define_training, read_config, read_trackers, run, take_cores
 from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
 from .tables import command, study_rows
@@ -45,7 +45,7 @@ MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPI
                             'How members are computed: side by side, one after another, or spread over the devices.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
-define_wandb()
+define_training()
 
 
 def main() -> None:
@@ -193,8 +193,18 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
           f'{100 * before[name]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
     print(study_rows(comparison[name]))
   some = ','.join(str(workdir / 'members' / names[group.members[0]]) for group in groups[:2])
+  refuse_idle(names, curves, base.num_updates)
   print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.\n'
         f'Next, token by token: {command("analyze", f"--checkpoints={some}", f"--workdir={workdir}/analysis")}')
+
+
+def refuse_idle(names: Sequence[str], curves: list[list[dict[str, float]]], num_updates: int) -> None:
+  """Exits with one line if members made no update in the last iteration, because something was not finite: their
+  results are not those of a whole training."""
+  idle = [name for name, rows in zip(names, curves) if rows[-1].get('skipped_updates', 0) >= num_updates]
+  if idle:
+    end(FAILED, f'error: {", ".join(idle)}: no update in the last iteration, because something was not finite; the '
+                'results of these members are not those of a whole training.')
 
 
 def as_csv(members: list[dict[str, Any]]) -> str:

@@ -113,6 +113,12 @@ def test_configs_of_older_versions_are_read():
   assert config_lib.from_dict(FinetuneConfig, values) == FinetuneConfig(seed=3)
 
 
+def test_what_older_versions_did_is_read_where_the_default_is_another():
+  values = json.loads(config_lib.to_json(PretrainConfig()))
+  assert values.pop('hidden_only')
+  assert not config_lib.from_dict(PretrainConfig, values).hidden_only
+
+
 def test_whole_numbers_are_read_as_floats():
   values = json.loads(config_lib.to_json(LossConfig()))
   config = config_lib.from_dict(LossConfig, values | {'kl_coefficient': 5})
