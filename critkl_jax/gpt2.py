@@ -210,7 +210,7 @@ class GPT2(nn.Module):
     care: offsets that keep positions inside the context, and no more tokens than the cache has free slots.
 
     Args:
-      tokens: int32 `[B, T]`.
+      tokens: int32 `[B, T]`, 0..V-1; with any other one that is no padding, what is said of its episode is NaN.
       mask: bool `[B, T]` false at padding; all true if None.
       cache: keys and values of earlier tokens; the new ones are written at its index.
       position_offset: int32 `[]` or `[B]` added to the positions.
@@ -225,6 +225,7 @@ class GPT2(nn.Module):
     if tokens.shape[1] > config.context_length:
       raise ValueError(f'tokens: {tokens.shape[1]} positions do not fit into a context of {config.context_length}.')
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    tokens = _known_or_padding(jnp.asarray(tokens, jnp.int32), mask, config.vocab_size)
     attention_mask, positions, cache = _place(mask, cache)
     positions = positions + jnp.reshape(jnp.asarray(position_offset, jnp.int32), (-1, 1))
 
@@ -268,6 +269,12 @@ class GPT2(nn.Module):
 
     block = jax.checkpoint(block, prevent_cse=False) if config.remat else block
     return jax.lax.scan(block, (x_BxTxD, cached), (layers, jnp.arange(config.num_layers)))[0]
+
+
+def _known_or_padding(tokens, mask, vocab_size):
+  """Returns ids whose embedding is NaN where a token that is no padding is not in the vocabulary, and never elsewhere:
+  padding would reach all others as 0 times NaN, and a negative id is counted from the end of an array."""
+  return jnp.where(mask, jnp.where(tokens < 0, vocab_size, tokens), jnp.clip(tokens, 0, vocab_size - 1))
 
 
 def _place(mask, cache):

@@ -249,3 +249,19 @@ def test_flops_are_those_of_the_products():
   assert forward_flops(config, [1]) == one
   assert forward_flops(config, [1, 1]) == 2 * one
   assert forward_flops(config, [2]) == 2 * one + 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize('unknown', [11, -1, -100, 2**31 - 1])
+def test_tokens_outside_the_vocabulary_are_nothing_as_padding_and_nan_else(small_model, unknown):
+  model, params = small_model
+  tokens, mask = np.array(tokens_of(model)), np.arange(10)[None] < np.array([10, 6, 8])[:, None]
+
+  def read(tokens):
+    return model.apply({'params': params}, tokens, mask)
+
+  padded, wrong = np.where(mask, tokens, unknown), tokens.copy()
+  wrong[1, 3] = unknown
+  np.testing.assert_array_equal(read(padded).logits[mask], read(tokens).logits[mask])
+  found = np.isnan(read(wrong).logits)
+  assert found[1, 3:].all()
+  assert not found[[0, 2]].any()
