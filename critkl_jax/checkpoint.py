@@ -263,18 +263,6 @@ def find_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
     raise CheckpointError(f'{str(path)[:200]}: cannot be read ({error.strerror}); give another path.') from error
 
 
-def same_params(one: str | pathlib.Path, two: str | pathlib.Path) -> bool:
-  """Returns whether two checkpoints hold the same parameters, by the checksums that were saved with them; without
-  checksums they do not.
-
-  Raises:
-    CheckpointError: as `find_checkpoint`.
-  """
-  sums = [json.loads((find_checkpoint(path).path / 'config' / 'metadata').read_text()).get('checksums')
-          for path in (one, two)]
-  return all(sums) and sums[0]['params'] == sums[1]['params']
-
-
 def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
   if not path.is_dir():
     raise CheckpointError(f'{path}: no such directory; give a checkpoint directory, or a workdir that holds one.')

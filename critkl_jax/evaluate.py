@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from critkl_jax import sharding
 from critkl_jax.confidence import certainty
+from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2, gathered, gathered_whole
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem
@@ -142,7 +143,7 @@ def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], d
   Raises:
     ValueError: before the first row, if a distribution is unknown or texts do not fit into the model's context.
   """
-  tasks = {n: _task_of(model, known_digits, n) for n in digits}
+  tasks = {n: task_of(model.config, known_digits, n) for n in digits}
   for distribution in distributions:
     _check_distribution(distribution)
   for num_digits, task in tasks.items():
@@ -161,14 +162,20 @@ def accuracy_table(*args: Any, **options: Any) -> list[dict[str, Any]]:
   return list(accuracies(*args, **options))
 
 
-def _task_of(model, known_digits, num_digits):
+def task_of(config: GPT2Config, known_digits: int, num_digits: int) -> Task:
+  """Returns the task of problems whose longer operand has so many digits.
+
+  Raises:
+    ValueError: if the model's context is too short for them, or its vocabulary too small.
+  """
+  addition.check_vocabulary(config.vocab_size)
   if num_digits < 1:
     raise ValueError(f'digits: expected 1 or more, got {num_digits}.')
   task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
   needed = task.prompt_length + task.response_length
-  if needed > model.config.context_length:
-    raise ValueError(f'digits: {num_digits} need a context of {needed}, and the model has '
-                     f'{model.config.context_length}; take fewer.')
+  if needed > config.context_length:
+    raise ValueError(f'digits: {num_digits} need a context of {needed}, and the model has {config.context_length}; '
+                     'take fewer.')
   return task
 
 

@@ -283,7 +283,11 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
     CheckpointError: if the checkpoint is damaged or was made with another config.
   """
   step = check_workdir(workdir, info)
-  return checkpoint.restore(pathlib.Path(workdir) / 'checkpoints' / str(step), state) if step else state
+  if not step:
+    return state
+  path = pathlib.Path(workdir) / 'checkpoints' / str(step)
+  _say_rounding(path, info)
+  return checkpoint.restore(path, state)
 
 
 def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path
@@ -304,6 +308,7 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   paths = [directory / str(step) for directory in directories.values()]
   for path, info in zip(paths, infos.values()):
     _check_same(path, info)
+  _say_rounding(paths[0], next(iter(infos.values())))
   logging.info('Going on from step %d of %s.', step, workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
   found = population.stack([checkpoint.restore(path, target) for path in paths])
@@ -353,18 +358,37 @@ def _drop_later(directories: dict[str, pathlib.Path], infos: dict[str, checkpoin
     shutil.rmtree(path)
 
 
-# Fields that may differ between a run and its continuation: they change no update.
-_FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_skipped'})
+# Fields that may differ between a run and its continuation: they change no update, or by rounding alone.
+FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_skipped', 'eval_problems'})
+ROUNDING_FIELDS = frozenset({'attention', 'remat', 'rollout', 'scan_layers', 'window'})
 
 
 def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
-  different = _differences(checkpoint.read_info(path), info)
+  different = [said for name, said in _differences(path, info).items()
+               if name not in FREE_FIELDS | ROUNDING_FIELDS and not (
+                   name == 'reference' and _is_kept(path, info.training.reference))]
   if different:
     raise checkpoint.CheckpointError(
         f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
 
 
-def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> list[str]:
-  old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(info), sep='/') for info in (old, new))
-  return [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old.keys() | new.keys())
-          if old.get(name) != new.get(name) and name.split('/')[-1] not in _FREE_FIELDS]
+def _say_rounding(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
+  """Says which settings of a run that goes on differ from those that it had, where numbers may be rounded otherwise."""
+  different = [said for name, said in _differences(path, info).items() if name in ROUNDING_FIELDS]
+  if different:
+    hosts.say(f'Other settings than before ({"; ".join(different)}): updates are the same up to rounding.')
+
+
+def _differences(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> dict[str, str]:
+  """Returns what differs between a checkpoint's settings and others, by the name of the field."""
+  old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(one), sep='/')
+              for one in (checkpoint.read_info(path), info))
+  return {name.split('/')[-1]: f'{name}: {old.get(name)!r} then, {new.get(name)!r} now'
+          for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
+
+
+def _is_kept(path: pathlib.Path, reference: str) -> bool:
+  """Returns whether a reference, given by another path than before, is the one that the run of a checkpoint keeps."""
+  kept = checkpoint.latest(path.parent.parent / 'reference')
+  given = checkpoint.find_checkpoint(reference or checkpoint.SHIPPED_REFERENCE).path
+  return kept is not None and checkpoint.same_params(kept, given)

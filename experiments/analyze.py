@@ -21,10 +21,11 @@ from critkl_jax.analysis import charts, reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
-from critkl_jax.config import LossConfig
+from critkl_jax.config import MOST_PROBLEMS, LossConfig
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.tasks.addition import TOKENIZER
+from critkl_jax.tasks.addition import TOKENIZER, check_vocabulary
 
+from . import parsing, paths
 from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
 from .flags import run
@@ -36,7 +37,8 @@ CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE
                                 'Workdirs, checkpoint directories or step directories.')
 REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each one's own if not given.")
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits.', 1,
+                                MOST_PROBLEMS)
 RESPONSES = flags.DEFINE_enum('responses', 'greedy', list(reading.RESPONSES), 'Whose tokens are read.')
 THRESHOLD = flags.DEFINE_float(
     'threshold', critical_tokens.THRESHOLD, 'Certainty below which a token is critical.', 0.0, 1.0)
@@ -48,25 +50,43 @@ SAMPLES = flags.DEFINE_integer('samples', critical_tokens.SAMPLES, 'Responses sa
                                lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Checkpoints of a directory that are read, at most; 0 for none.',
                              lower_bound=0)
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of problems and samples.')
+SEED = parsing.define_seed()
 OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
 COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in reading.CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
-def main() -> None:
-  """Reads every checkpoint, and writes tables, pictures and the page."""
-  start, workdir, names = time.monotonic(), pathlib.Path(WORKDIR.value), names_of(CHECKPOINTS.value)
-  claim(workdir, 'analyze')
-  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
-  pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
-  digits = digits_of(pairs)
-  settings = settings_of(names, digits)
+def check() -> tuple[dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
+  """Returns the checkpoints by name, found without their parameters, and the numbers of digits, or exits with one
+  line."""
+  names, given = names_of(parsing.read_names(CHECKPOINTS)), parsing.read_digits(DIGITS)
+  if REFERENCE.value == '':
+    refuse('--reference: expected a path, got an empty one.')
+  paths.check_workdir('workdir', WORKDIR.value)
+  found = {name: reading.load_pair(path, REFERENCE.value, checkpoint.find_checkpoint) for name, path in names.items()}
+  digits = digits_of(found, given)
+  check_record(storage.to_path(WORKDIR.value), names, found, digits)
+  return names, found, digits
+
+
+def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
+                 digits: list[int]) -> bool:
+  """Returns whether the workdir holds an analysis that will be replaced; exits with one line if it holds another."""
   try:
-    if check_workdir(workdir, settings, files_of(pairs), OVERWRITE.value):
-      hosts.say(f'The analysis that {workdir} holds will be replaced')
+    return check_workdir(workdir, settings_of(names, digits), files_of(pairs), OVERWRITE.value)
   except ValueError as error:
     refuse(f'--workdir: {error}')
+
+
+def main(names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> None:
+  """Reads every checkpoint, and writes tables, pictures and the page."""
+  start, workdir = time.monotonic(), storage.to_path(WORKDIR.value)
+  claim(workdir, 'analyze')
+  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
+  pairs = {name: reading.load_pair(*(one.path for one in pair)) for name, pair in found.items()}
+  settings = settings_of(names, digits)
+  if check_record(workdir, names, pairs, digits):
+    hosts.say(f'The analysis that {workdir} holds will be replaced')
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
@@ -85,23 +105,22 @@ def main() -> None:
         f'\n{workdir / "report.html"}')
 
 
-def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[int]:
+def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]], given: list[int] | None) -> list[int]:
   """Returns the numbers of digits to read, or exits with one line if the checkpoints cannot be read with them."""
   known = {policy.info.known_digits for policy, _ in pairs.values()}
   if len(known) > 1:
     refuse(f'--checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
                      'time.')
-  try:
-    digits = [int(n) for n in DIGITS.value] if DIGITS.value else [*known, *(n + 1 for n in known)]
-    if min(digits) < 1:
-      raise ValueError(f'expected numbers of 1 or more, got {digits}.')
-    for policy, _ in pairs.values():
-      task, context = reading.task_of(policy, digits), policy.info.model.context_length
-      if task.prompt_length + task.response_length > context:
-        raise ValueError(f'problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, '
-                         f'and {policy.path} has a context of {context}.')
-  except ValueError as error:
-    refuse(f'--digits: {error}')
+  digits = given or [*known, *(n + 1 for n in known)]
+  for policy, _ in pairs.values():
+    task, context = reading.task_of(policy, digits), policy.info.model.context_length
+    if task.prompt_length + task.response_length > context:
+      refuse(f'--digits: problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, and '
+             f'{policy.path} has a context of {context}.')
+    try:
+      check_vocabulary(policy.info.model.vocab_size)
+    except ValueError as error:
+      refuse(f'--checkpoints: {policy.path}: {error}')
   return digits
 
 
@@ -248,4 +267,4 @@ def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> 
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -9,10 +9,13 @@ import time
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, hosts, storage
+from critkl_jax import checkpoint, evaluate, hosts, storage
+from critkl_jax.analysis import reading
 from critkl_jax.analysis.charts import plot_comparison
 from critkl_jax.analysis.comparison import compare
+from critkl_jax.config import MOST_PROBLEMS
 
+from . import parsing, paths
 from .exits import refuse
 from .flags import run
 from .tables import command
@@ -20,29 +23,38 @@ from .workdirs import claim, refuse_other_results
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png; without it '
                               'nothing is written.')
-PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', 1, MOST_PROBLEMS)
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of the problems.')
+SEED = parsing.define_seed(text='Seed of the problems.')
 SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
 
 
-def main(first: str, second: str) -> None:
+def check(first: str, second: str) -> tuple[checkpoint.Checkpoint, checkpoint.Checkpoint, list[int] | None]:
+  """Returns the checkpoints, found without their parameters, and the numbers of digits, or exits with one line."""
+  digits = parsing.read_digits(DIGITS)
+  if WORKDIR.value is not None:
+    paths.check_workdir('workdir', WORKDIR.value)
+  two, one = reading.load_pair(second, first, checkpoint.find_checkpoint)
+  known = one.info.known_digits
+  try:
+    for found in (one, two):
+      evaluate.task_of(found.info.model, known, max(digits or [known + 1]))
+  except ValueError as error:
+    refuse(f'--{error}' if 'digits' in str(error) else f'{found.path}: {error}')
+  if WORKDIR.value:
+    refuse_other_results(storage.to_path(WORKDIR.value) / 'comparison.json', origin(one, two))
+  return one, two, digits
+
+
+def main(first: checkpoint.Checkpoint, second: checkpoint.Checkpoint, digits: list[int] | None) -> None:
   """Prints the comparison and writes it where asked."""
-  start, workdir = time.monotonic(), WORKDIR.value and pathlib.Path(WORKDIR.value)
+  start, workdir = time.monotonic(), WORKDIR.value and storage.to_path(WORKDIR.value)
   if workdir:
     claim(workdir, 'compare_checkpoints')
-  hosts.say(f'Comparing {second} with {first} on {PROBLEMS.value} problems of each number of digits: two programs to '
-            'compile, each 10 to 40 s on a CPU.')
-  one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
-  if workdir:
-    refuse_other_results(workdir / 'comparison.json', origin(one, two))
-  try:
-    digits = [int(n) for n in DIGITS.value] if DIGITS.value else None
-    found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
-  except checkpoint.CheckpointError:
-    raise
-  except ValueError as error:
-    refuse(f'--digits: {error}')
+  hosts.say(f'Comparing {second.path} with {first.path} on {PROBLEMS.value} problems of each number of digits: two '
+            'programs to compile, each 10 to 40 s on a CPU.')
+  one, two = (checkpoint.load_checkpoint(found.path) for found in (first, second))
+  found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
   print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
   print_drift(found['drift'], found['left_out'])
   print_answers(found)
@@ -51,7 +63,7 @@ def main(first: str, second: str) -> None:
   kept = f'In {workdir}: comparison.json, comparison.png' if workdir else (
       'Nothing was written: --workdir=DIRECTORY keeps all of this as comparison.json and comparison.png')
   print(f'\n{time.monotonic() - start:.0f} s. {kept}.\nNext, token by token: '
-        f'{command("analyze", f"--checkpoints={second}", f"--reference={first}")}')
+        f'{command("analyze", f"--checkpoints={two.path}", f"--reference={one.path}")}')
 
 
 def origin(one: checkpoint.Checkpoint, two: checkpoint.Checkpoint) -> dict[str, str | int]:
@@ -102,4 +114,4 @@ def write(found, workdir: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  run(main, 'FIRST', 'SECOND')
+  run(main, check, 'FIRST', 'SECOND')

@@ -20,13 +20,34 @@ from absl import flags
 from critkl_jax import checkpoint, evaluate, hosts, runner, sharding, storage
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.config import FinetuneConfig, flat_values
+from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.tasks.task import Task
 from critkl_jax.train_step import make_train_step
 
-from .flags import define_config, define_devices, define_training, read_config, read_mesh, read_trackers, run
-from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
+from . import paths
+from .flags import (
+    check_attention,
+    check_devices,
+    define_config,
+    define_devices,
+    define_training,
+    read_config,
+    read_mesh,
+    read_trackers,
+    run,
+)
+from .reference import (
+    check_ensemble,
+    find_reference,
+    keep_reference,
+    load_ensemble,
+    load_reference,
+    model_and_task,
+    tested_before,
+)
 from .tables import before_after_rows, command
 from .workdirs import claim, refuse_fewer_steps
 
@@ -36,20 +57,30 @@ define_devices()
 define_training()
 
 
-def main() -> None:
+def check() -> tuple[Any, ...]:
+  """Returns what the flags ask for, or exits with one line."""
+  config, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
+  track = read_trackers(config)
+  check_devices()
+  paths.check_workdir('workdir', WORKDIR.value)
+  refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
+  reference = find_reference(config, workdir)
+  model, task = model_and_task(config, reference)
+  check_ensemble(config, reference)
+  return config, workdir, track, model, task
+
+
+def main(config: FinetuneConfig, workdir: pathlib.Path, track: Callable, model: GPT2, task: Task) -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
-  config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
-  track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
+  check_attention(model.config)
   claim(workdir, 'finetune')
-  refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
   reference = load_reference(config, workdir, mesh)
   known = reference.info.known_digits
-  model, task = model_and_task(config, reference)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
   finished = runner.check_workdir(workdir, info)
-  state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, reference, mesh))
+  state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
   keep_reference(workdir, reference)
   del reference  # the state has its own
@@ -135,4 +166,4 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from critkl_jax import compilation, hosts, interruption, sharding, trackers
+from critkl_jax import attention, compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.finite import NonFinite
@@ -138,6 +138,14 @@ def check_mesh(text: str) -> None:
     sharding.mesh_sizes(text)
   except ValueError as error:
     refuse(f'--{error}')
+
+
+def check_attention(model: config_lib.GPT2Config) -> None:
+  """Exits with one line if the devices here do not have a model's attention, which its checkpoint may have named."""
+  try:
+    attention.check_implementation(model.attention)
+  except ValueError as error:
+    refuse('--' + str(error).replace("take 'auto'", 'give --attention=auto'))
 
 
 def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:

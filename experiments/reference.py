@@ -11,12 +11,18 @@ from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.storage import WorkdirError
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks import addition
 from critkl_jax.tasks.task import Task
 
 from .exits import refuse
 
 MARK = 'kept_by.json'  # in a copy of the reference: the workdir whose run made it, and may replace it
+
+
+def find_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.Checkpoint:
+  """Returns the reference that `load_reference` would read, without its parameters, and starts no device."""
+  return checkpoint.find_checkpoint(
+      workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
 
 
 def load_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
@@ -88,30 +94,35 @@ def _is_own(directory):
       name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them
 
 
-def load_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint, mesh: Mesh | None = None
-                  ) -> tuple[Any, ...]:
-  """Returns the parameters of a config's further references, or exits with one line if their model is another."""
-  loaded = [checkpoint.load_checkpoint(path, mesh=mesh) for path in config.ensemble_paths]
-  for path, other in zip(config.ensemble_paths, loaded):
+def check_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> None:
+  """Exits with one line if the model of one of a config's further references is another."""
+  for path in config.ensemble_paths:
+    own = checkpoint.find_checkpoint(path).info.model
     for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
-      own, wanted = (getattr(one.info.model, name) for one in (other, reference))
-      if own != wanted:
-        refuse(f'--certainty_ensemble: {path} has {name}={own}, and the reference {wanted}.')
-  return tuple(one.params for one in loaded)
+      if getattr(own, name) != getattr(reference.info.model, name):
+        refuse(f'--certainty_ensemble: {path} has {name}={getattr(own, name)}, and the reference '
+               f'{getattr(reference.info.model, name)}.')
+
+
+def load_ensemble(config: FinetuneConfig, mesh: Mesh | None = None) -> tuple[Any, ...]:
+  """Returns the parameters of a config's further references."""
+  return tuple(checkpoint.load_checkpoint(path, mesh=mesh).params for path in config.ensemble_paths)
 
 
 def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
-  """Returns the policy and its problems, or exits with one line if the reference does not allow them."""
+  """Returns the policy and its problems, or exits with one line if the reference does not allow them; its parameters
+  are not needed."""
   try:
     model = GPT2(config.model_of(reference.info.model))
+    addition.check_vocabulary(model.config.vocab_size)
   except ValueError as error:
     refuse(f'--{error}')
   known = reference.info.known_digits
-  task = plus_task(known, config.extra_digits)
+  task = addition.plus_task(known, config.extra_digits)
   needed = task.prompt_length + task.response_length
   if needed > model.config.context_length:
-    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
-                     f'the reference has {model.config.context_length}; take fewer.')
+    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and the reference has '
+           f'{model.config.context_length}; take fewer.')
   return model, task
 
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import FinetuneConfig, flat_values
+from critkl_jax.config import MOST_PROBLEMS, FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
 from critkl_jax.studies.certainty import certainty_results, overconfidence
@@ -30,6 +30,7 @@ from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 
+from . import parsing, paths
 from .exits import refuse
 from .flags import run, take_cores
 from .tables import command
@@ -65,20 +66,31 @@ PRESET = flags.DEFINE_enum('preset', 'tiny', list(DEFAULTS),
                            'Settings of reference and runs, from which the arms depart.')
 LIST = flags.DEFINE_boolean('list', False, 'Name the studies, the runs they lack, and the time that these will take.')
 SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given, and "
-                             f'{DEFAULTS["smoke"].seeds} at preset smoke.', lower_bound=1)
+                             f'{DEFAULTS["smoke"].seeds} at preset smoke.', 1, 10_000)
 PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k digits in the test of a run; '
                                 f'{DEFAULTS["tiny"].problems} if not given, and {DEFAULTS["smoke"].problems} at preset '
-                                'smoke.', lower_bound=1)
+                                'smoke.', 1, MOST_PROBLEMS)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
-MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
+MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.', lower_bound=0)
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 
-def main() -> None:
+def check() -> tuple[Plan, list[catalog.Study]]:
+  """Returns the plan and the studies that the flags ask for, or exits with one line."""
+  usual = DEFAULTS[PRESET.value]
+  studies = chosen(parsing.read_names(STUDY) or usual.studies)
+  if LIST.value and not WORKDIR.value:
+    refuse('--workdir: expected a directory, got an empty name.')
+  if not LIST.value:
+    paths.check_workdir('workdir', WORKDIR.value)
+  plan = Plan(FINETUNE_PRESETS[PRESET.value], storage.to_path(WORKDIR.value), SEEDS.value or usual.seeds)
+  check_workdir(plan.workdir, plan)
+  return plan, studies
+
+
+def main(plan: Plan, studies: list[catalog.Study]) -> None:
   """Makes the missing runs in groups, and writes the studies that they complete."""
-  start, workdir, usual = time.monotonic(), pathlib.Path(WORKDIR.value), DEFAULTS[PRESET.value]
-  plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
-  studies = chosen(STUDY.value or usual.studies)
+  start, workdir = time.monotonic(), plan.workdir
   if LIST.value:
     print(table_of(plan, chosen(['all'])))
     return
@@ -87,6 +99,7 @@ def main() -> None:
             f'{", ".join(study.name for study in studies)}.')
   claim(workdir, 'reproduce')
   check_workdir(workdir, plan)
+  storage.write_json(workdir / 'studies.json', settings_of(plan), indent=1)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
@@ -125,11 +138,15 @@ def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
   return f'studies and runs that are left: {again}'
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+  """Returns what the records of a workdir are made with."""
+  return {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
+
+
 def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
-  """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
+  """Exits with one line if the records in the workdir were made with other settings; changes nothing."""
   file = workdir / 'studies.json'
-  wanted = {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
-  found = wanted
+  found = wanted = settings_of(plan)
   if file.is_file():
     found = storage.read_json(file, advice='restore it, or remove it if the records were made with this preset')
   for name in ('preset', 'problems'):
@@ -142,8 +159,6 @@ def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
   if different:
     refuse(f'--preset: the records in {workdir} were made when preset {PRESET.value} was another '
              f'({"; ".join(different)}); give another --workdir.')
-  workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_json(file, wanted, indent=1)
 
 
 def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
@@ -257,8 +272,7 @@ def chosen(names: Sequence[str]) -> list[catalog.Study]:
   found = {}
   for name in names:
     some = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
-    if some[0] not in catalog.STUDIES:
-      refuse(f'--study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
+    parsing.check_known('study', some, ['core', 'all', *catalog.STUDIES])
     found |= {one: references.with_numbers(references.suited(catalog.STUDIES[one], PRESET.value), PRESET.value)
               for one in some}
   return list(found.values())
@@ -286,4 +300,4 @@ def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

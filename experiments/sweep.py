@@ -10,6 +10,7 @@ where it was stopped. Writes results.json, results.csv and curves.png into the w
 import contextlib
 import csv
 import io
+import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +25,33 @@ from jax.sharding import Mesh
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding, storage
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.tasks.task import Task
 
+from . import parsing, paths
 from .exits import FAILED, end, refuse
-from .flags import define_config, define_devices, define_training, read_config, read_trackers, run, take_cores
+from .flags import (
+    check_attention,
+    check_devices,
+    define_config,
+    define_devices,
+    define_training,
+    read_config,
+    read_trackers,
+    run,
+    take_cores,
+)
 from .groups import compare, groups_of
-from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
+from .reference import (
+    check_ensemble,
+    find_reference,
+    keep_reference,
+    load_ensemble,
+    load_reference,
+    model_and_task,
+    tested_before,
+)
 from .tables import command, study_rows
 from .workdirs import claim, refuse_fewer_steps
 
@@ -41,6 +63,7 @@ LISTS = {'certainty_exponent': 'certainty_exponents', 'kl_coefficient': 'kl_coef
          'learning_rate': 'learning_rates', 'temperature': 'temperatures'}
 for _field, _flag in LISTS.items():
   flags.DEFINE_list(_flag, None, f'Values of --{_field} to combine with the others.')
+MOST_MEMBERS = 10_000
 MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPINGS],
                             'How members are computed: side by side, one after another, or spread over the devices.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
@@ -48,18 +71,32 @@ define_devices()
 define_training()
 
 
-def main() -> None:
-  """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
-  start = time.monotonic()
-  base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
+def check() -> tuple[Any, ...]:
+  """Returns what the flags ask for, or exits with one line."""
+  base, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
   configs = read_members(base)
-  names, mesh = population.names(configs), read_study_mesh(base, len(configs))
-  tracks = {name: read_trackers(member) for name, member in zip(names, configs)}
+  tracks = {name: read_trackers(member) for name, member in zip(population.names(configs), configs)}
+  check_devices()
+  paths.check_workdir('workdir', WORKDIR.value)
+  for name in tracks:
+    refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
+  reference = find_reference(base, workdir)
+  model, task = model_and_task(base, reference)
+  check_ensemble(base, reference)
+  return base, configs, workdir, tracks, model, task
+
+
+def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: pathlib.Path, tracks: dict[str, Callable],
+         model: GPT2, task: Task) -> None:
+  """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
+  start, names = time.monotonic(), population.names(configs)
+  mesh = read_study_mesh(base, len(configs))
+  check_attention(model.config)
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
-  check_workdir(workdir, base, names)
+  claim(workdir, 'sweep')
+  hosts.first_does(lambda: runner.check_members(workdir, list(names)), ValueError)
   reference = load_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
-  model, task = model_and_task(base, reference)
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
   for name, info in infos.items():
@@ -67,7 +104,7 @@ def main() -> None:
   with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
     step, memory = compile_step(model, task, configs, mesh)
   one_mesh = sharding.without_members(mesh)
-  ensemble = load_ensemble(base, reference, one_mesh)
+  ensemble = load_ensemble(base, one_mesh)
   keep_reference(workdir, reference)
   for name in names:
     link_reference(workdir, name)
@@ -90,29 +127,29 @@ def main() -> None:
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
 
 
-def check_workdir(workdir: pathlib.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
-  """Keeps other runs out of the workdir, and exits with one line if it holds something else than this study."""
-  claim(workdir, 'sweep')
-  hosts.first_does(lambda: runner.check_members(workdir, list(names)), ValueError)
-  for name in names:
-    refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
-
-
 def read_members(base: FinetuneConfig) -> tuple[FinetuneConfig, ...]:
   """Returns the members that the flags ask for, or exits with one line."""
-  values: dict[str, Any] = {'kl': PENALTIES.value} if PENALTIES.value else {}
+  penalties = parsing.read_names(PENALTIES)
+  if penalties and len(set(penalties)) < len(penalties):
+    refuse(f'--penalties: expected none twice, got {",".join(penalties)}.')
+  values: dict[str, Any] = {'kl': penalties} if penalties else {}
   for field, flag in LISTS.items():
-    given = flags.FLAGS[flag].value
-    try:
-      values |= {field: [float(x) for x in given]} if given else {}
-    except ValueError:
-      refuse(f'--{flag}: expected numbers, got {given}.')
+    given = parsing.read_numbers(flag, flags.FLAGS[flag].value)
+    values |= {field: given} if given else {}
+  if 'certainty_exponent' in values and 'prioritized' not in values.get('kl', [base.loss.kl]):
+    refuse('--certainty_exponents: only the prioritized penalty has an exponent; add it to --penalties, or leave the '
+           'exponents out.')
   if not values:
     values = {'certainty_exponent': [0.0, base.loss.certainty_exponent]}
+  number = math.prod(map(len, values.values())) * SEEDS.value
+  if number > MOST_MEMBERS:
+    refuse(f'--seeds: {number} members are more than a study takes, {MOST_MEMBERS}; give fewer seeds or values.')
   try:
     return population.product(base, **values, seed=range(base.seed, base.seed + SEEDS.value))
   except ValueError as error:
-    refuse(f'--{error}')
+    field = str(error).partition(':')[0]
+    own = {'kl': 'penalties', **LISTS} if field in values else {}
+    refuse(f'--{own.get(field, field)}{str(error)[len(field):]}')
 
 
 def read_study_mesh(base: FinetuneConfig, num_members: int) -> Mesh:
@@ -220,4 +257,4 @@ def as_csv(members: list[dict[str, Any]]) -> str:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -165,17 +165,18 @@ def standard_detectors(task: Task, loss: LossConfig = LossConfig(), threshold: f
           'quantile': low_certainty(quantile=quantile, **own)}
 
 
-def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None
-              ) -> tuple[Checkpoint, Checkpoint]:
-  """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`.
+def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None,
+              load: Callable[..., Checkpoint] = load_checkpoint) -> tuple[Checkpoint, Checkpoint]:
+  """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`, and what reads a checkpoint:
+  `find_checkpoint` for all but the parameters.
 
   Raises:
     CheckpointError: if one cannot be read, or they have other vocabularies or were pre-trained on other numbers.
   """
-  policy = path if isinstance(path, Checkpoint) else load_checkpoint(path)
+  policy = path if isinstance(path, Checkpoint) else load(path)
   if not isinstance(reference, Checkpoint):
     found = find_reference(policy) if reference is None else reference
-    reference = policy if found == policy.path else load_checkpoint(found)
+    reference = policy if found == policy.path else load(found)
   for name, one, two in (('vocab_size', policy.info.model.vocab_size, reference.info.model.vocab_size),
                          ('known_digits', policy.info.known_digits, reference.info.known_digits)):
     if one != two:
@@ -192,7 +193,7 @@ def find_reference(policy: Checkpoint) -> pathlib.Path:
   kept = checkpoint_lib.latest(policy.path.parent.parent / 'reference')
   if kept is not None:
     return kept
-  return load_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
+  return checkpoint_lib.find_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
 
 
 def loss_of(policy: Checkpoint) -> LossConfig:
