@@ -34,6 +34,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
+from experiments import parsing, paths
 from experiments.flags import keep_no_programs, run
 from experiments.targets import GPU, backend_of, devices_of, environment, missing_compiler
 
@@ -225,6 +226,18 @@ def line_of(row: dict[str, Any]) -> str:
   return line
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.read_sizes(SIZE, 3)
+  if TALL.value:
+    parsing.read_sizes(TALL, 3)
+  if ONLY.value is not None:
+    known = [f'{target}/{program}' for target in [*TPUS, GPU] for program in PROGRAMS]
+    parsing.check_known('only', [ONLY.value], known)
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Compiles all programs for all targets and prints tables."""
   if ONLY.value:
@@ -240,4 +253,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

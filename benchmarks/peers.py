@@ -23,10 +23,12 @@ from benchmarks import models, timing
 from critkl_jax import initial_state, slices, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.rollout import respond, score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 from critkl_jax.tasks.text import END_OF_SCRATCHPAD
+from experiments import parsing, paths
 from experiments.flags import run
 
 try:
@@ -153,6 +155,14 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
                          train_dataset=datasets.Dataset.from_dict({'prompt': prompts}))
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  parsing.read_sizes(EPISODES, len(PRESETS.value))
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Measures in turns and prints a table."""
   transformers.logging.set_verbosity_error()
@@ -176,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -27,6 +27,8 @@ from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_fine
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.train_step import make_train_step
+from experiments import parsing, paths
+from experiments.exits import refuse
 from experiments.flags import keep_no_programs, run
 
 keep_no_programs()
@@ -90,6 +92,16 @@ def in_own_process(what: str) -> dict[str, Any]:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  if ONLY.value:
+    parsing.check_known('only', [ONLY.value], ['single', *population.MAPPINGS])
+  if EPISODES.value % 3:
+    refuse(f'--episodes: expected a multiple of 3, got {EPISODES.value}.')
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Measures one after another and prints a table."""
   if ONLY.value:
@@ -119,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -33,6 +33,7 @@ from critkl_jax.pretrain_step import make_optimizer, make_pretrain_step, pretrai
 from critkl_jax.records import TrainState
 from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
+from experiments import parsing, paths
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'small', 'paper'], 'Sizes of the model.')
@@ -190,6 +191,15 @@ def draw(rows: dict[str, list[dict[str, float]]], path: str) -> None:
   figure.savefig(path, dpi=120)
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  parsing.read_sizes(EPISODES, len(PRESETS.value))
+  paths.check_file('json', JSON.value)
+  paths.check_file('picture', PICTURE.value)
+  return ()
+
+
 def main() -> None:
   """Prints the tables."""
   device, rate = jax.devices()[0].device_kind, timing.matmul_rate(DTYPE.value)
@@ -203,7 +213,7 @@ def main() -> None:
             f'{found["reference"]:.2f} (reference pass), {found["update"]:.2f} (update)')
     draw(result['growth'], PICTURE.value)
   else:
-    for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
+    for preset, episodes in zip(PRESETS.value, EPISODES.value):
       parts = take_apart(preset, int(episodes), names=(*PARTS, 'whole', 'pretrain'), dtype=DTYPE.value)
       found = measure(parts, 1 if preset == 'paper' else REPEATS.value, rate)
       result[preset] = found = {'episodes': int(episodes)} | found
@@ -218,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -27,6 +27,7 @@ from absl import flags
 from benchmarks.losses import ALPHA, BONUS, EXPONENT, naive_linear_loss, naive_loss, token_loss
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
 from critkl_jax.ops.weighted_kl.chunked import pick_held
+from experiments import parsing, paths
 from experiments.flags import run
 
 SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'N, D and V of the operation on hidden states.')
@@ -222,9 +223,14 @@ def report(title: str, seconds: dict[str, float], memory: dict[str, int]) -> dic
   return rows
 
 
-def main() -> None:
+def check() -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the sizes of both operations, or exits with one line."""
+  paths.check_file('json', JSON.value)
+  return parsing.read_sizes(SIZE, 3), parsing.read_sizes(SMALL, 2)
+
+
+def main(size: tuple[int, ...], small: tuple[int, ...]) -> None:
   """Times both operations and prints what is picked."""
-  size, small = tuple(map(int, SIZE.value)), tuple(map(int, SMALL.value))
   arrays = linear_arrays(*size)
   calls, memory = linear_programs(arrays)
   calls |= other_programs(arrays)
@@ -243,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -106,6 +106,13 @@ def read_numbers(name: str, given: list[str] | None, kind: Callable[[str], Any] 
   return found
 
 
+def read_sizes(flag: flags.FlagHolder, number: int) -> tuple[int, ...]:
+  """Returns so many whole numbers, each 1 or more, or exits with one line."""
+  if len(flag.value) != number or not all(re.fullmatch(r'[1-9][0-9]{0,8}', text) for text in flag.value):
+    refuse(f'--{flag.name}: expected {number} whole numbers separated by commas, got {",".join(flag.value)!r}.')
+  return tuple(map(int, flag.value))
+
+
 def read_digits(flag: flags.FlagHolder) -> list[int] | None:
   """Returns numbers of digits, or exits with one line; None where they are not given."""
   found = read_numbers(flag.name, flag.value, int)
