@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from critkl_jax import checkpoint, critical_tokens, hosts, storage
-from critkl_jax.analysis import charts, reading
+from critkl_jax.analysis import reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
@@ -188,6 +188,8 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: lis
 
 def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: pathlib.Path) -> Run:
   """Draws the pictures of one checkpoint, and returns what the page shows of it."""
+  from critkl_jax.analysis import charts  # draws, for which no wrong flag should wait
+
   pictures = {'certainty of the reference': workdir / picture_of(name, 'certainty'),
               'along the response': workdir / picture_of(name, 'positions')}
   charts.plot_certainty(tokens, pictures['certainty of the reference'], name)

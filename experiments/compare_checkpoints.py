@@ -11,7 +11,6 @@ from absl import flags
 
 from critkl_jax import checkpoint, evaluate, hosts, storage
 from critkl_jax.analysis import reading
-from critkl_jax.analysis.charts import plot_comparison
 from critkl_jax.analysis.comparison import compare
 from critkl_jax.config import MOST_PROBLEMS
 
@@ -106,6 +105,8 @@ def print_answers(found) -> None:
 
 def write(found, workdir: pathlib.Path) -> None:
   """Writes comparison.json and comparison.png."""
+  from critkl_jax.analysis.charts import plot_comparison  # draws, for which no wrong flag should wait
+
   workdir.mkdir(parents=True, exist_ok=True)
   plot_comparison(found, workdir / 'comparison.png')
   position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]

@@ -23,7 +23,7 @@ from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import MOST_PROBLEMS, FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
-from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
+from critkl_jax.studies import advance, catalog, files, ladder, references
 from critkl_jax.studies.certainty import certainty_results, overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
@@ -178,6 +178,8 @@ def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
 
 def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:
   """Makes the study of certainty, unless it is there, and prints what it says."""
+  from critkl_jax.studies import certainty_page  # draws, for which no wrong flag should wait
+
   if not plan.number_missing(study):
     print(f'\n{study.name}: is there, {plan.workdir / "studies" / study.name / "README.md"}')
     return
@@ -201,6 +203,8 @@ def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Che
 
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
   """Writes the study of climbs as far as they go, and prints what they say."""
+  from critkl_jax.studies import ladder_page  # draws, for which no wrong flag should wait
+
   kept = {}
   for arm in study.arms:
     for seed in plan.seeds(study):
@@ -252,6 +256,8 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
 
 def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study as far as its runs go, and prints what they say."""
+  from critkl_jax.studies import page  # draws, for which no wrong flag should wait
+
   names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
   loads = {name: functools.partial(reference_of, name, plan) for name in names}
   records = {name: advance.reference_record(load, plan.base, plan.workdir, problems(), name)

@@ -23,7 +23,6 @@ from absl import flags
 from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding, storage
-from critkl_jax.analysis.curves import plot_study
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import FINETUNE_PRESETS
@@ -208,6 +207,8 @@ def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any
 
 def report(base, configs, known, before, tests, memory, workdir, seconds) -> None:
   """Prints the table and writes results and pictures."""
+  from critkl_jax.analysis.curves import plot_study  # draws, for which no wrong flag should wait
+
   names, groups = population.names(configs), groups_of(configs)
   curves = [runner.read_metrics(workdir / 'members' / name / 'metrics.jsonl') for name in names]
   plot_study({g.label: [curves[i] for i in g.members] for g in groups}, workdir / 'curves.png',

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from critkl_jax import checkpoint
+from critkl_jax import attention, checkpoint
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import init_finetuning
@@ -242,3 +242,22 @@ def test_the_same_parameters_are_known_without_reading_them(saved, state, tmp_pa
   assert checkpoint.same_params(saved / '10', tmp_path / 'same' / '10')
   assert not checkpoint.same_params(saved / '10', tmp_path / 'other' / '10')
   assert not checkpoint.same_params(saved / '10', saved / '2')
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_a_model_trained_with_an_attention_that_is_not_here_is_read(tmp_path, state):
+  model = dataclasses.replace(MODEL, dtype='bfloat16', attention='cudnn')
+  info = dataclasses.replace(INFO, model=model)
+  checkpoint.save_params(tmp_path, state.params, info, 3)
+  loaded = load_checkpoint(tmp_path)
+  assert loaded.info.model.attention == 'cudnn'
+  assert checkpoint.checksums(loaded.params) == checkpoint.checksums(state.params)
+  with pytest.raises(ValueError, match="attention: 'cudnn' needs an NVIDIA GPU, and the devices here are cpu"):
+    attention.check_implementation(loaded.info.model.attention)
+
+
+def test_a_checkpoint_is_found_without_its_parameters(saved):
+  found, loaded = checkpoint.find_checkpoint(saved), load_checkpoint(saved)
+  assert (found.params, found.info, found.step, found.path) == (None, loaded.info, loaded.step, loaded.path)
+  with pytest.raises(CheckpointError, match='cannot be read'):
+    checkpoint.find_checkpoint('x' * 300)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from critkl_jax.analysis.agreement import agreement
 from critkl_jax.analysis.reading import CERTAINTIES
@@ -139,6 +138,8 @@ def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confid
   Resamples add noise of their own to the means, and noise weakens a correlation: their interval is moved by as much as
   their median lies beside the correlation.
   """
+  import scipy.stats  # takes as long to import as jax, for which no wrong flag should wait
+
   rng = np.random.default_rng(seed)
   times = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), num_resamples)
 
