@@ -7,7 +7,7 @@
 from absl import flags
 
 from critkl_jax import checkpoint, evaluate, hosts, storage
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.analysis.reading import model_of
 
 from .exits import refuse
 from .flags import run
@@ -38,7 +38,7 @@ def main() -> None:
   hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
             'compiled first, which takes 5 to 20 s on a CPU.')
   try:
-    rows = evaluate.accuracies(GPT2(loaded.info.model), loaded.params, known, digits, DISTRIBUTION.value,
+    rows = evaluate.accuracies(model_of(loaded), loaded.params, known, digits, DISTRIBUTION.value,
                                NUM_PROBLEMS.value, SEED.value, GREEDY.value, TEMPERATURE.value)
     whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
     table = print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)

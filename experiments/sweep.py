@@ -30,7 +30,7 @@ from .exits import refuse
 from .flags import define_config, define_devices, define_wandb, read_config, read_trackers, run, take_cores
 from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
-from .tables import command, study_rows
+from .tables import command, share_text, study_rows
 from .workdirs import refuse_fewer_steps, refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
@@ -183,10 +183,9 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   storage.write_text(workdir / 'results.csv', as_csv(members))
   for name in tested:
     digits = known if name == 'N' else known + base.extra_digits
-    low, high = evaluate.accuracy_interval(before[name], base.eval_problems)
     print(f'\nGreedy answers to {base.eval_problems} problems of {digits} digits ({name}: '
           f'{"as in pre-training" if name == "N" else "as in fine-tuning"}); right answers of the reference: '
-          f'{100 * before[name]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
+          f'{share_text(before[name], base.eval_problems).strip()}')
     print(study_rows(comparison[name]))
   some = ','.join(str(workdir / 'members' / names[group.members[0]]) for group in groups[:2])
   print(f'\n{seconds:.0f} s. In {workdir}: results.json, results.csv, curves.png, members/, reference/.\n'
