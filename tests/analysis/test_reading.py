@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from matplotlib.figure import Figure
 from critkl_jax import checkpoint
 from critkl_jax.analysis.charts import plot_certainty, plot_positions, plot_steps, reliability
 from critkl_jax.analysis.comparison import compare, parameter_drift
-from critkl_jax.analysis.reading import find_reference, load_pair, read_steps, read_tokens
+from critkl_jax.analysis.reading import find_reference, load_pair, model_of, read_steps, read_tokens, reference_model_of
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, kl_weight
@@ -75,6 +77,18 @@ def test_what_is_read_is_what_the_models_say(workdir, solutions):
   assert ''.join(own['character']) == text
   assert own['right'].all()
   assert own['on_path'].all()
+
+
+@pytest.mark.parametrize(('attention', 'here'), [('xla', 'xla'), ('auto', 'auto'), ('cudnn', 'auto')])
+def test_reference_and_policy_are_read_by_one_network_that_runs_here(attention, here):
+  training = replace(FINETUNE_PRESETS['smoke'], dtype='bfloat16', attention=attention, remat=True, scan_layers=True)
+  policy, reference = (
+      checkpoint.Checkpoint(None, checkpoint.CheckpointInfo(model, 1, config), 0, pathlib.Path())
+      for model, config in ((training.model_of(SMOKE.model), training), (SMOKE.model, SMOKE)))
+  found = reference_model_of(policy, reference)
+  assert found == model_of(policy)
+  assert (found.config.dtype, found.config.attention, found.config.scan_layers) == ('bfloat16', here, True)
+  assert model_of(reference).config == SMOKE.model  # by itself it is read as it was pre-trained
 
 
 @pytest.mark.slow
