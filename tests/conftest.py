@@ -47,3 +47,13 @@ def small_model():
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
   return model, jax.tree.unflatten(structure, noisy)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+  """The figures that a test draws, kept instead of written."""
+  from matplotlib.figure import Figure
+
+  found = []
+  monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: found.append(self))
+  return found

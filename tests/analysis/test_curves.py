@@ -1,7 +1,5 @@
-import pytest
 from matplotlib import image
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from critkl_jax.analysis.curves import MOST_BANDS, plot_learning_curves, plot_study
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
@@ -9,13 +7,6 @@ from critkl_jax.analysis.style import OTHERS, PENALTIES, REFERENCE
 
 BLUE, ORANGE, GREY = PENALTIES['prioritized'], PENALTIES['standard'], PENALTIES['none']
 
-
-@pytest.fixture
-def figures(monkeypatch):
-  """The figures that a test draws, kept instead of written."""
-  found = []
-  monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: found.append(self))
-  return found
 
 
 def runs(number=FEWEST_SEEDS, **metrics):

@@ -1,17 +1,19 @@
 """Every file of JSON that a run writes is read by strict parsers when numbers in it are not finite, and by us."""
 
+import importlib
 import json
 import math
 
 import numpy as np
 import pytest
+from absl import flags
 
 from critkl_jax import population, runner, trackers
 from critkl_jax.config import replace
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import files
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
-from experiments import compare_checkpoints, finetune, reference, sweep
+from experiments import reference
 
 CONFIG = replace(FINETUNE_PRESETS['smoke'], eval_problems=4)
 
@@ -25,6 +27,15 @@ def read(path):
   """Reads JSON, or lines of it, as strict parsers do."""
   lines = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
   return [json.loads(line, parse_constant=lambda name: pytest.fail(f'{path.name} holds {name}')) for line in lines]
+
+
+def binary(name):
+  """Imports a binary and forgets its flags, which another one of this process would define again."""
+  module = importlib.import_module(f'experiments.{name}')
+  for flag in list(flags.FLAGS):
+    if flags.FLAGS.find_module_defining_flag(flag) == module.__name__:
+      delattr(flags.FLAGS, flag)
+  return module
 
 
 def write_metrics(workdir):
@@ -42,7 +53,7 @@ def test_a_run_of_nothing_but_nan(tmp_path, capsys):
   tested = {'N': math.nan, 'N+1': 0.5, 'tokens': {'critical_probability': math.nan, 'critical_certainty': None}}
   for _ in range(2):  # the second time it is read from the workdir
     before = reference.tested_before(lambda params: (tested, {}), None, tmp_path)
-    finetune.report(CONFIG, 1, before, tested, tmp_path, 3.0)
+    binary('finetune').report(CONFIG, 1, before, tested, tmp_path, 3.0)
     (summary,), (kept,) = read(tmp_path / 'summary.json'), read(tmp_path / 'before.json')
     assert kept['N'] is summary['accuracy']['before']['N'] is summary['accuracy']['after']['N'] is None
     assert summary['last_iteration']['loss'] is None
@@ -56,7 +67,7 @@ def test_a_sweep_of_nothing_but_nan(tmp_path, capsys):
   tested = {'N': math.nan, 'N+1': 0.5, 'tokens': {'critical_probability': math.nan}}
   tests = [(tested, {name: np.full(4, np.nan) for name in ('N', 'N+1')})] * 2
   memory = population.Memory(0, 0, 0, 2, 'vmap')
-  sweep.report(CONFIG, configs, 1, {'N': None, 'N+1': 0.5}, tests, memory, tmp_path, 3.0)
+  binary('sweep').report(CONFIG, configs, 1, {'N': None, 'N+1': 0.5}, tests, memory, tmp_path, 3.0)
   (result,) = read(tmp_path / 'results.json')
   assert result['members'][0]['N'] is result['members'][0]['last_iteration']['loss'] is None
   assert result['comparison']['N'][0]['accuracy'] is None
@@ -65,7 +76,7 @@ def test_a_sweep_of_nothing_but_nan(tmp_path, capsys):
 
 def test_a_comparison_and_files_of_studies(tmp_path):
   drift = [{'layer': 'wte', 'parameters': 3, 'distance': np.nan, 'relative': np.nan}]
-  compare_checkpoints.write({'drift': drift, 'kl': {'mean': np.nan, 'by_position': np.array([0.5, np.nan])}}, tmp_path)
+  binary('compare_checkpoints').write({'drift': drift, 'kl': {'mean': np.nan, 'by_position': np.array([0.5, np.nan])}}, tmp_path)
   (found,) = read(tmp_path / 'comparison.json')
   assert found['kl'] == {'mean': None, 'by_position': [0.5, None]}
   record = Record(run_name(CONFIG, CONFIG), CONFIG, 1, [{'loss': np.nan}],

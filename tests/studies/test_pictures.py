@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from critkl_jax.analysis.charts import plot_generations
 from critkl_jax.analysis.style import CRITICAL, PENALTIES, REFERENCE
@@ -11,13 +10,6 @@ from critkl_jax.studies import catalog, ladder_page, page, references, reference
 from critkl_jax.studies.results import FIGURES
 
 BLUE, ORANGE, GREY = PENALTIES['prioritized'], PENALTIES['standard'], PENALTIES['none']
-
-
-@pytest.fixture
-def figures(monkeypatch):
-  found = []
-  monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: found.append(self))
-  return found
 
 
 def made_up(study, compares=True):
