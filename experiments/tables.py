@@ -113,6 +113,8 @@ def study_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _mean_text(mean, interval, each, form, unit):
+  if mean is None:
+    return 'none'
   few = interval[0] is None
   texts = [format(100 * x, form) for x in (each if few else interval)]
   return f'{100 * mean:{form}}{unit} ' + (f'({", ".join(texts)})' if few else f'[{", ".join(texts)}]')

@@ -76,7 +76,8 @@ def test_a_sweep_of_nothing_but_nan(tmp_path, capsys):
 
 def test_a_comparison_and_files_of_studies(tmp_path):
   drift = [{'layer': 'wte', 'parameters': 3, 'distance': np.nan, 'relative': np.nan}]
-  binary('compare_checkpoints').write({'drift': drift, 'kl': {'mean': np.nan, 'by_position': np.array([0.5, np.nan])}}, tmp_path)
+  kl = {'mean': np.nan, 'by_position': np.array([0.5, np.nan])}
+  binary('compare_checkpoints').write({'drift': drift, 'kl': kl}, tmp_path)
   (found,) = read(tmp_path / 'comparison.json')
   assert found['kl'] == {'mean': None, 'by_position': [0.5, None]}
   record = Record(run_name(CONFIG, CONFIG), CONFIG, 1, [{'loss': np.nan}],
