@@ -8,8 +8,6 @@ to the end of the answer; `generate` is given that end as a stopping criterion. 
 responses, 8 to each of 12 problems, a reward, a reference pass and one epoch of three updates.
 """
 
-import json
-import pathlib
 import statistics
 import tempfile
 from typing import Any
@@ -20,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, slices, train_step
+from critkl_jax import initial_state, slices, storage, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import PRETRAIN_PRESETS
@@ -182,7 +180,7 @@ def main() -> None:
       print(f'{preset:>8}: iteration {found["iteration"]:.2f} s, TRL {found["trl"]:.2f} s: {found["ratio"]:.2f} times; '
             f'{found["episodes_per_second_over_official"]:.0f} times the episodes per second of the official code')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+    storage.write_json(JSON.value, results)
 
 
 if __name__ == '__main__':

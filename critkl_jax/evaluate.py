@@ -14,6 +14,7 @@ from critkl_jax import sharding
 from critkl_jax.confidence import certainty
 from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2, gathered, gathered_whole
+from critkl_jax.intervals import share_interval
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem
 from critkl_jax.rollout import as_rollout, respond, score
@@ -109,12 +110,8 @@ def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamp
 
 
 def accuracy_interval(accuracy: float, num_problems: int) -> tuple[float, float]:
-  """Returns the 95% score interval of a share of problems (Wilson 1927), which has a width where all of them are right,
-  or none, and never leaves 0..1."""
-  z2 = 1.959964**2
-  middle = (num_problems * accuracy + z2 / 2) / (num_problems + z2)
-  reach = np.sqrt(z2 * num_problems * accuracy * (1 - accuracy) + z2**2 / 4) / (num_problems + z2)
-  return float(np.clip(middle - reach, 0.0, accuracy)), float(np.clip(middle + reach, accuracy, 1.0))
+  """Returns the exact 95% interval of a share of problems (`intervals.share_interval`)."""
+  return share_interval(accuracy * num_problems, num_problems)[1:]
 
 
 def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],

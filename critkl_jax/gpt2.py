@@ -5,6 +5,7 @@ tanh-GELU, tied embedding; parameters carry the names of the released model. Let
 B episodes, T new tokens, S cached and new tokens, D width, H heads, K width of a head, V vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,20 @@ class GPT2Output:
 def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
   """Returns fresh parameters, a nested dict of float32 arrays; the key is consumed."""
   return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def reference_config(policy: GPT2Config, reference: GPT2Config) -> GPT2Config:
+  """Returns the config with which a reference is read beside a policy: its own sizes and critic, the policy's numerics.
+
+  Training reads both with one network (`FinetuneConfig.model_of`); whatever compares a policy with a reference has to,
+  or rounding would pass for a divergence.
+
+  Args:
+    policy: the policy's.
+    reference: the reference's.
+  """
+  numerics = {name: getattr(policy, name) for name in ('dtype', 'attention', 'remat', 'scan_layers')}
+  return dataclasses.replace(reference, **numerics)
 
 
 def forward_flops(config: GPT2Config, lengths: Sequence[int]) -> float:

@@ -63,7 +63,7 @@ def replace(config: ConfigT, **values: Any) -> ConfigT:
 
 def to_json(config: Any) -> str:
   """Returns the config as JSON text."""
-  return json.dumps(dataclasses.asdict(config), indent=2)
+  return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)
 
 
 def from_json(config_class: type[ConfigT], text: str) -> ConfigT:

@@ -22,7 +22,6 @@ from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
 from critkl_jax.config import MOST_PROBLEMS, LossConfig
-from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER, check_vocabulary
 
 from . import parsing, paths
@@ -168,7 +167,7 @@ def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[
     hosts.say(f'Replacing {COUNTERFACTUAL.value} tokens and the critical ones of each response, with {SAMPLES.value} '
               'samples each (minutes)')
     detectors['counterfactual'] = critical_tokens.counterfactual(
-        GPT2(policy.info.model), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
+        reading.model_of(policy), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
         num_positions=COUNTERFACTUAL.value, always=critical_tokens.oracle(task), temperature=loss.temperature,
         progress=True)
   return reading.read_tokens(policy, reference, digits=digits, num_problems=PROBLEMS.value, responses=RESPONSES.value,
@@ -221,8 +220,14 @@ def training_of(policy: Checkpoint) -> str:
   weight = f'certainty^{loss.certainty_exponent:g}' if loss.kl == 'prioritized' else '1 at all tokens'
   names = ('kl_estimator', 'kl_placement', 'certainty', 'certainty_intercept', 'certainty_temperature', 'kl_gate')
   special = [f', {name}={getattr(loss, name)}' for name in names if getattr(loss, name) != getattr(plain, name)]
+  training, apart = policy.info.training, ''
+  if training.certainty_ensemble:
+    apart = (f' Weights below take the certainty of its own reference; in training it was that of the mean of '
+             f'{1 + len(training.ensemble_paths)} references.')
+  elif loss.kl_gate != 'none':
+    apart = ' Weights below leave the gate out.'
   return (f'Fine-tuned with the {loss.kl} KL penalty: weight {weight}, coefficient {loss.kl_coefficient:g}'
-          f'{"".join(special)}.')
+          f'{"".join(special)}.{apart}')
 
 
 def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> str:

@@ -6,7 +6,6 @@
 import pathlib
 import time
 
-import numpy as np
 from absl import flags
 
 from critkl_jax import checkpoint, evaluate, hosts, storage
@@ -109,8 +108,6 @@ def write(found, workdir: pathlib.Path) -> None:
 
   workdir.mkdir(parents=True, exist_ok=True)
   plot_comparison(found, workdir / 'comparison.png')
-  position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
-  found = found | {'kl': found['kl'] | {'by_position': position}}
   storage.write_json(workdir / 'comparison.json', found)
 
 

@@ -3,13 +3,11 @@
     python -m experiments.evaluate --checkpoint=runs/finetune --digits=5,6,7
 """
 
-import dataclasses
-
 from absl import flags
 
 from critkl_jax import attention, checkpoint, evaluate, hosts, storage
-from critkl_jax.config import MOST_PROBLEMS, TEMPERATURES, GPT2Config
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.analysis.reading import model_of
+from critkl_jax.config import MOST_PROBLEMS, TEMPERATURES
 
 from . import parsing, paths
 from .exits import refuse
@@ -55,11 +53,11 @@ def main(found: checkpoint.Checkpoint, digits: list[int]) -> None:
   """Prints the table and writes it as JSON where asked."""
   hosts.say(f'Reading {CHECKPOINT.value}.')
   loaded, known = checkpoint.load_checkpoint(found.path), found.info.known_digits
-  model = GPT2(readable(loaded.info.model))
+  say_attention(loaded.info.model.attention)
   hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
             'compiled first, which takes 5 to 20 s on a CPU.')
-  rows = evaluate.accuracies(model, loaded.params, known, digits, DISTRIBUTION.value, NUM_PROBLEMS.value, SEED.value,
-                             GREEDY.value, TEMPERATURE.value)
+  rows = evaluate.accuracies(model_of(loaded), loaded.params, known, digits, DISTRIBUTION.value, NUM_PROBLEMS.value,
+                             SEED.value, GREEDY.value, TEMPERATURE.value)
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   table = print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
   if JSON.value:
@@ -70,14 +68,12 @@ def main(found: checkpoint.Checkpoint, digits: list[int]) -> None:
   print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={path}")}')
 
 
-def readable(model: GPT2Config) -> GPT2Config:
-  """Returns a model's config with an attention that runs here, and says so if it is another than in training."""
+def say_attention(name: str) -> None:
+  """Says so if the attention that a model was trained with is not here: it is read in plain JAX."""
   try:
-    attention.check_implementation(model.attention)
+    attention.check_implementation(name)
   except ValueError as error:
-    hosts.say(f'{error} It is read with that.')
-    return dataclasses.replace(model, attention='auto')
-  return model
+    hosts.say(f'The checkpoint names an attention that is not here ({error}) and is read with that.')
 
 
 if __name__ == '__main__':

@@ -51,7 +51,7 @@ from .reference import (
     model_and_task,
     tested_before,
 )
-from .tables import command, study_rows
+from .tables import command, share_text, study_rows
 from .workdirs import claim, refuse_fewer_steps
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
@@ -225,10 +225,9 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
   storage.write_text(workdir / 'results.csv', as_csv(members))
   for name in tested:
     digits = known if name == 'N' else known + base.extra_digits
-    low, high = evaluate.accuracy_interval(before[name], base.eval_problems)
     print(f'\nGreedy answers to {base.eval_problems} problems of {digits} digits ({name}: '
           f'{"as in pre-training" if name == "N" else "as in fine-tuning"}); right answers of the reference: '
-          f'{100 * before[name]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
+          f'{share_text(before[name], base.eval_problems).strip()}')
     print(study_rows(comparison[name]))
   some = ','.join(str(workdir / 'members' / names[group.members[0]]) for group in groups[:2])
   refuse_idle(names, curves, base.num_updates)

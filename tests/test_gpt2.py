@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiers import slow_except
 
-from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, stacked
+from critkl_jax.config import FinetuneConfig, GPT2Config
+from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, reference_config, stacked
 from critkl_jax.presets import PRETRAIN_PRESETS
 
 
@@ -225,6 +225,18 @@ def test_bfloat16_activations_float32_everything_else(small_model):
   assert 1e-5 < jnp.max(error) < 0.05 * jnp.max(jnp.abs(full.logits))
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fresh))
   assert init_cache(half.config, 2, 4).keys[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize('numerics', [
+    {'dtype': 'bfloat16', 'attention': 'cudnn', 'remat': True}, {'scan_layers': True, 'attention': 'xla'}, {}])
+def test_references_are_read_with_the_numerics_that_training_reads_them_with(numerics):
+  """Whatever training changes of a reference's config, but for its critic, is in what analysis reads it with."""
+  reference = GPT2Config(width=64, attention='auto', value_head_detached=False)
+  for head in ('linear', 'mlp'):
+    policy = FinetuneConfig(**numerics, value_head=head).model_of(reference)
+    found = reference_config(policy, reference)
+    assert dataclasses.replace(found, value_head=head, value_head_detached=True) == policy
+    assert (found.value_head, found.value_head_detached) == ('linear', False)
 
 
 def test_too_long_texts_are_refused(small_model):

@@ -131,8 +131,8 @@ def _picture(file):
 
 
 def _plain(x):
-  """Returns numbers as JSON has them, None for NaN."""
-  return np.where(np.isnan(x), None, np.asarray(x)).tolist()
+  """Returns numbers as JSON has them, None for those that are not finite."""
+  return np.where(np.isfinite(x), np.asarray(x), None).tolist()
 
 
 def _share(x):

@@ -24,7 +24,7 @@ from critkl_jax import checkpoint, hosts, population, runner, storage
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.evaluate import accuracies, accuracy_interval
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, reference_config
 from critkl_jax.studies.measures import make_probe, make_test
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
 from critkl_jax.studies.references import references_path
@@ -164,7 +164,8 @@ def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workd
   start, reference = time.monotonic(), load()
   known = reference.info.known_digits
   mesh = population.members_mesh(1)
-  model = GPT2(dataclasses.replace(reference.info.model, remat=False))
+  own = reference.info.model
+  model = GPT2(dataclasses.replace(reference_config(base.model_of(own), own), remat=False))  # as its runs read it
   stacked = jax.tree.map(lambda x: x[None], reference.params)
   say_testing(f'the reference {name}', num_problems)
   test = make_test(model, known, base.extra_digits, num_problems, mesh, base.loss.temperature,

@@ -61,8 +61,9 @@ def write_index(workdir: pathlib.Path) -> None:
 
 def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:
   """Returns `(value, low, high)` as text, each number times `scale` in a format; the value alone if its bounds are NaN,
-  `none` where there is no value."""
-  if value is None or math.isnan(value[0]):
+  or null in a file, `none` where there is no value."""
+  value = [math.nan if x is None else x for x in value or (None,) * 3]
+  if math.isnan(value[0]):
     return 'none'
   texts = [format(scale * x, form) for x in value]
   return texts[0] if math.isnan(value[1]) else f'{texts[0]} [{texts[1]}, {texts[2]}]'

@@ -201,7 +201,8 @@ def _design(results):
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           f"seeds and, of accuracies, over problems, widened by Student's quantile for few seeds. {FEW} Pairs share "
-          'seed and problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary '
+          'seed and problems. Where all runs are alike, accuracies and other shares have the exact interval of '
+          'the problems of a test, and what is no share has one without width, which is no certainty. Seeds vary '
           f'fine-tuning alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes '
           f'to {TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes '
           "with the reference's test as the first point and, but for both ends, averaged over three; a run that never "
