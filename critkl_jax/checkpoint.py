@@ -8,14 +8,12 @@
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
 
-import base64
 import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import re
-import zlib
 from typing import Any
 
 import jax
@@ -26,7 +24,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from critkl_jax import finite, hosts, sharding
+from critkl_jax import finite, hosts, sharding, storage
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
@@ -85,10 +83,8 @@ def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) 
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
-         wait: bool = True, metrics: str | None = None) -> None:
-  """Saves a state under its step number; the reference's parameters are not part of it.
-
-  If the step is there already and holds the same arrays, by their checksums, it is kept as it is.
+         wait: bool = True, rows: Any = None) -> None:
+  """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
 
   Args:
     manager: from `open_manager`.
@@ -96,39 +92,24 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
     wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
-    metrics: lines of metrics up to this step, of the first host, see `saved_metrics`; None for none.
-
-  Raises:
-    CheckpointError: if the step is there and holds other arrays.
+    rows: what JSON can hold, the metrics up to this step, as the first host has them; None for none.
   """
-  trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
-  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
-            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
-            'checksums': {item: checksums(tree) for item, tree in trees.items()}}
-  step = int(state.step)
-  if hosts.as_first_says(step in manager.all_steps()):
-    hosts.first_does(lambda: _check_equal(pathlib.Path(manager.directory) / str(step), config), CheckpointError)
+  if hosts.as_first_says(int(state.step) in manager.all_steps()):
     return
+  trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
+  config = _config(info, trees)
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
-  if metrics is not None:
-    packed = base64.b85encode(zlib.compress(metrics.encode(), 1)).decode()
-    items['rows'] = ocp.args.JsonSave({'zlib_base85': packed})
-  manager.save(step, args=ocp.args.Composite(**items), force=True)
+  if rows is not None:
+    items['rows'] = ocp.args.JsonSave(rows)
+  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
     manager.wait_until_finished()  # the next step is given these very arrays to write over
 
 
-def _check_equal(path: pathlib.Path, config: dict[str, Any]) -> None:
-  """Refuses a step directory that holds something else than what is to be saved under its number."""
-  old, new = _stored_config(path), json.loads(json.dumps(config))
-  sums = old.get('checksums', new['checksums'])  # an older version kept none
-  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
-  different += [item for item, own in new['checksums'].items() if sums.get(item) != own]
-  if different:
-    raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
-                          'kept, and nothing was saved over it: move it away, or give another directory.')
-  if (old['model'], old['training']) != (new['model'], new['training']):
-    hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
+def _config(info: CheckpointInfo, trees: dict[str, Any]) -> dict[str, Any]:
+  return {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+          'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
+          'checksums': {item: checksums(tree) for item, tree in trees.items()}}
 
 
 def same_params(path: pathlib.Path, other: pathlib.Path) -> bool:
@@ -144,20 +125,10 @@ def _stored_config(path: pathlib.Path) -> dict[str, Any]:
   return json.loads((path / 'config' / 'metadata').read_text())
 
 
-def saved_metrics(path: pathlib.Path) -> str | None:
-  """Reads the lines of metrics that a step directory holds; None if it has none, or they cannot be read."""
-  file = path / 'rows' / 'metadata'
-  if not file.is_file():
-    return None
-  try:
-    return zlib.decompress(base64.b85decode(json.loads(file.read_text())['zlib_base85'])).decode()
-  except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
-    hosts.say(f'{file} cannot be read ({error}): metrics.jsonl is taken as it is.')
-    return None
-
-
 def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
   """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them; all hosts call it.
+
+  If the step is there already with the same parameters, by their checksums, it is kept as it is.
 
   Args:
     directory: made if needed.
@@ -166,10 +137,27 @@ def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo
     step: number of finished steps, under which they are saved.
 
   Raises:
-    CheckpointError: if the step is there and holds other parameters.
+    CheckpointError: if the step is there and holds something else.
   """
+  if hosts.as_first_says(step in steps_in(directory)):
+    config = _config(info, {'params': params})
+    hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), config), CheckpointError)
+    return
   with contextlib.closing(open_manager(directory)) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
+
+
+def _check_equal(path: epath.Path, config: dict[str, Any]) -> None:
+  """Refuses a step directory that holds something else than what is to be saved under its number."""
+  old, new = _stored_config(path), json.loads(json.dumps(config))
+  sums = old.get('checksums', new['checksums'])  # an older version kept none
+  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
+  different += ['parameters'] if sums.get('params') != new['checksums']['params'] else []
+  if different:
+    raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
+                          'kept, and nothing was saved over it: move it away, or give another directory.')
+  if (old['model'], old['training']) != (new['model'], new['training']):
+    hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
 
 
 def restore(path: pathlib.Path, state: TrainState) -> TrainState:

@@ -1,7 +1,10 @@
 """Metrics of a run: a line of JSON for each step in metrics.jsonl, which every checkpoint holds too."""
 
+import base64
+import json
 import math
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,8 +52,12 @@ class MetricsWriter:
       tracker.write(step, metrics)
 
   def text(self) -> str:
-    """Returns all lines, for the checkpoint: what becomes of the file is no loss then."""
+    """Returns all lines."""
     return ''.join(self._lines)
+
+  def packed(self) -> dict[str, str]:
+    """Returns all lines compressed, for the checkpoint: what becomes of the file is no loss then."""
+    return {'zlib_base85': base64.b85encode(zlib.compress(self.text().encode(), 1)).decode()}
 
   def _signatures(self, step):
     found = signatures(self._rows)
@@ -87,14 +94,26 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
   return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def mend_metrics(workdir: pathlib.Path, step: int, saved: str | None, known: bool) -> None:
+def saved_lines(path: pathlib.Path) -> str | None:
+  """Reads the lines of metrics that a step directory holds; None if it has none, as those of older versions, or if they
+  cannot be read, which is said."""
+  file = path / 'rows' / 'metadata'
+  if not file.is_file():
+    return None
+  try:
+    return zlib.decompress(base64.b85decode(json.loads(file.read_text())['zlib_base85'])).decode()
+  except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+    hosts.say(f'{file} cannot be read ({error}): {FILE} is taken as it is.')
+    return None
+
+
+def mend_metrics(workdir: pathlib.Path, step: int, known: bool) -> None:
   """Restores the metrics file of a run that goes on from what its checkpoint holds, where lines are missing or damaged,
   and says so.
 
   Args:
     workdir: of the run, or of a member.
-    step: number of finished steps.
-    saved: the lines of these steps, from the checkpoint; None if it holds none, as those of older versions.
+    step: number of finished steps, those of the checkpoint from which it goes on.
     known: whether a file without a checkpoint was written by a run.
 
   Raises:
@@ -102,7 +121,8 @@ def mend_metrics(workdir: pathlib.Path, step: int, saved: str | None, known: boo
   """
   path = workdir / FILE
   found = path.read_bytes() if path.is_file() else b''
-  if step and saved is not None:
+  saved = saved_lines(workdir / 'checkpoints' / str(step)) if step else None
+  if saved is not None:
     if not found.startswith(saved.encode()):
       hosts.say(f'{path}: lines were missing or had been changed; restored from the checkpoint of step {step}.')
     if found != saved.encode():  # lines of later steps go: the run makes these steps again

@@ -68,7 +68,7 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
     manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')))
     return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
-                    save=lambda state: checkpoint.save(manager, state, info, metrics=writer.text()),
+                    save=lambda state: checkpoint.save(manager, state, info, rows=writer.packed()),
                     idle=finite.Watch(state.params, info.training))
 
 
@@ -123,7 +123,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
       for manager, info, member, writer in zip(managers, infos.values(), own, writers):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
         checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1,
-                        metrics=writer.text())
+                        rows=writer.packed())
       for manager in managers:
         manager.wait_until_finished()
 
@@ -137,8 +137,7 @@ def _mend(homes: list[pathlib.Path], step: int, known: bool) -> None:
 
   def mend():
     for home in homes:
-      saved = checkpoint.saved_metrics(home / 'checkpoints' / str(step)) if step else None
-      mend_metrics(home, step, saved, known)
+      mend_metrics(home, step, known)
 
   hosts.first_does(mend, WorkdirError)
 

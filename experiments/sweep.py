@@ -216,7 +216,7 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
              reference=before.get(f'N+{base.extra_digits}'))
   tested = ('N', f'N+{base.extra_digits}') if base.eval_problems else ()
   comparison = {name: compare(groups, tests, name) for name in tested}
-  members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1]}
+  members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1] if curves[i] else {}}
              for i, (name, own) in enumerate(zip(names, population.differences(configs)))]
   result = {'before': before, 'comparison': comparison, 'members': members, 'wall_seconds': seconds,
             'population_map': memory.mapping, 'config': config.flat_values(base), 'known_digits': known,

@@ -92,6 +92,8 @@ def owners(workdir: pathlib.Path) -> list[str]:
   step = checkpoint.latest(workdir / 'checkpoints')
   if step is not None:
     found.append(checkpoint.read_info(step).kind)
+  if any(checkpoint.latest(path) is not None for path in workdir.glob('members/*/checkpoints')):
+    found.append('sweep')
   marks = {'sweep': 'members.json', 'reproduce': 'studies.json', 'compare_checkpoints': 'comparison.json',
            'analyze': 'report.html'}
   return found + [binary for binary, mark in marks.items() if (workdir / mark).is_file()]

@@ -161,7 +161,7 @@ def test_the_lines_of_a_long_run_take_little_room(tmp_path):
   text = writer.text()
   assert text == (tmp_path / 'metrics.jsonl').read_text()
   with checkpoint.open_manager(tmp_path / 'checkpoints') as manager:
-    checkpoint.save(manager, start(), INFO, metrics=text)
+    checkpoint.save(manager, start(), INFO, rows=writer.packed())
   size = (tmp_path / 'checkpoints' / '0' / 'rows' / 'metadata').stat().st_size
-  assert checkpoint.saved_metrics(tmp_path / 'checkpoints' / '0') == text
+  assert metrics.saved_lines(tmp_path / 'checkpoints' / '0') == text
   assert size < 0.7 * len(text)
