@@ -44,13 +44,14 @@ def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: che
 
   next_values = _backward(successor, final_values, values, mask)
   deltas = jnp.where(mask, rewards + discount * next_values - values, 0.0)
+  decays = jnp.where(mask, jnp.float32(discount * gae_lambda), 1.0)
 
   def backward(advantage, token):
-    delta, counts = token
-    advantage = jnp.where(counts, delta + discount * gae_lambda * advantage, advantage)
+    delta, decay = token
+    advantage = delta + decay * advantage
     return advantage, advantage
 
-  advantages = jnp.where(mask, _backward(backward, start, deltas, mask), 0.0)
+  advantages = jnp.where(mask, _backward(backward, start, deltas, decays), 0.0)
   return advantages, advantages + values
 
 

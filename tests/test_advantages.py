@@ -55,28 +55,6 @@ def test_gae_with_any_mask_is_that_of_the_tokens_that_count():
       assert not own[b, ~row].any()
 
 
-def test_gae_of_a_run_from_the_start_is_what_it_was_bit_for_bit():
-  rng = np.random.default_rng(2)
-  rewards, values = rng.normal(size=(2, 16, 9)).astype(np.float32)
-  mask = np.arange(9) < rng.integers(0, 10, 16)[:, None]
-
-  def plain(rewards, values, mask, discount, gae_lambda):
-    rewards, values = jnp.where(mask, rewards, 0.0), jnp.where(mask, values, 0.0)
-    next_values = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
-    deltas = jnp.where(mask, rewards + discount * next_values - values, 0.0)
-
-    def backward(advantage, delta):
-      advantage = delta + discount * gae_lambda * advantage
-      return advantage, advantage
-
-    _, found = jax.lax.scan(backward, jnp.zeros(16), deltas.T, reverse=True)
-    return jnp.where(mask, found.T, 0.0)
-
-  for numbers in ((1.0, 0.95), (0.9, 0.5)):
-    np.testing.assert_array_equal(jax.jit(gae)(rewards, values, mask, *numbers)[0],
-                                  jax.jit(plain)(rewards, values, mask, *numbers))
-
-
 def test_gae_takes_the_value_at_the_cut_by_hand():
   rewards, values = jnp.zeros((2, 2)), jnp.full((2, 2), 0.5)
   advantages, returns = gae(rewards, values, jnp.ones((2, 2), bool), 0.5, 1.0, jnp.array([1.0, 0.0]))
