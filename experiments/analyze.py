@@ -55,17 +55,17 @@ COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
-def check() -> tuple[dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
-  """Returns the checkpoints by name, found without their parameters, and the numbers of digits, or exits with one
-  line."""
+def check() -> tuple[pathlib.Path, dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
+  """Returns the workdir, the checkpoints by name, found without their parameters, and the numbers of digits, or exits
+  with one line."""
   names, given = names_of(parsing.read_names(CHECKPOINTS)), parsing.read_digits(DIGITS)
   if REFERENCE.value == '':
     refuse('--reference: expected a path, got an empty one.')
-  paths.check_workdir('workdir', WORKDIR.value)
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
   found = {name: reading.load_pair(path, REFERENCE.value, checkpoint.find_checkpoint) for name, path in names.items()}
   digits = digits_of(found, given)
-  check_record(storage.to_path(WORKDIR.value), names, found, digits)
-  return names, found, digits
+  check_record(workdir, names, found, digits)
+  return workdir, names, found, digits
 
 
 def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
@@ -77,9 +77,10 @@ def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, 
     refuse(f'--workdir: {error}')
 
 
-def main(names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> None:
+def main(workdir: pathlib.Path, names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]],
+         digits: list[int]) -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
-  start, workdir = time.monotonic(), storage.to_path(WORKDIR.value)
+  start = time.monotonic()
   claim(workdir, 'analyze')
   hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
   pairs = {name: reading.load_pair(*(one.path for one in pair)) for name, pair in found.items()}

@@ -11,6 +11,7 @@ from absl import flags
 from critkl_jax import checkpoint, evaluate, hosts, storage
 from critkl_jax.analysis import reading
 from critkl_jax.analysis.comparison import compare
+from critkl_jax.checkpoint import Checkpoint
 from critkl_jax.config import MOST_PROBLEMS
 
 from . import parsing, paths
@@ -27,11 +28,11 @@ SEED = parsing.define_seed(text='Seed of the problems.')
 SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
 
 
-def check(first: str, second: str) -> tuple[checkpoint.Checkpoint, checkpoint.Checkpoint, list[int] | None]:
-  """Returns the checkpoints, found without their parameters, and the numbers of digits, or exits with one line."""
+def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | None, pathlib.Path | None]:
+  """Returns the checkpoints, found without their parameters, the numbers of digits and the workdir, or exits with one
+  line."""
   digits = parsing.read_digits(DIGITS)
-  if WORKDIR.value is not None:
-    paths.check_workdir('workdir', WORKDIR.value)
+  workdir = None if WORKDIR.value is None else paths.read_workdir('workdir', WORKDIR.value)
   two, one = reading.load_pair(second, first, checkpoint.find_checkpoint)
   known = one.info.known_digits
   try:
@@ -39,14 +40,14 @@ def check(first: str, second: str) -> tuple[checkpoint.Checkpoint, checkpoint.Ch
       evaluate.task_of(found.info.model, known, max(digits or [known + 1]))
   except ValueError as error:
     refuse(f'--{error}' if 'digits' in str(error) else f'{found.path}: {error}')
-  if WORKDIR.value:
-    refuse_other_results(storage.to_path(WORKDIR.value) / 'comparison.json', origin(one, two))
-  return one, two, digits
+  if workdir:
+    refuse_other_results(workdir / 'comparison.json', origin(one, two))
+  return one, two, digits, workdir
 
 
-def main(first: checkpoint.Checkpoint, second: checkpoint.Checkpoint, digits: list[int] | None) -> None:
+def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdir: pathlib.Path | None) -> None:
   """Prints the comparison and writes it where asked."""
-  start, workdir = time.monotonic(), WORKDIR.value and storage.to_path(WORKDIR.value)
+  start = time.monotonic()
   if workdir:
     claim(workdir, 'compare_checkpoints')
   hosts.say(f'Comparing {second.path} with {first.path} on {PROBLEMS.value} problems of each number of digits: two '
@@ -64,7 +65,7 @@ def main(first: checkpoint.Checkpoint, second: checkpoint.Checkpoint, digits: li
         f'{command("analyze", f"--checkpoints={two.path}", f"--reference={one.path}")}')
 
 
-def origin(one: checkpoint.Checkpoint, two: checkpoint.Checkpoint) -> dict[str, str | int]:
+def origin(one: Checkpoint, two: Checkpoint) -> dict[str, str | int]:
   """Describes the comparison and its problems."""
   return {'first': str(one.path), 'second': str(two.path), 'problems': PROBLEMS.value, 'seed': SEED.value,
           'digits_asked': ','.join(DIGITS.value or [])}

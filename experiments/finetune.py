@@ -59,10 +59,10 @@ define_training()
 
 def check() -> tuple[Any, ...]:
   """Returns what the flags ask for, or exits with one line."""
-  config, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
+  config = read_config(FINETUNE_PRESETS)
   track = read_trackers(config)
   check_devices()
-  paths.check_workdir('workdir', WORKDIR.value)
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
   refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
   reference = find_reference(config, workdir)
   model, task = model_and_task(config, reference)

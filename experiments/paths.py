@@ -13,25 +13,37 @@ _NAME, _PATH = 255, 4095  # bytes of a name, and of a path, on Linux and macOS a
 _ROOM = 255  # bytes that the names below a workdir take at most: those of checkpoints under way
 
 
-def check_workdir(flag: str, text: str | None) -> None:
-  """Exits with one line unless a directory can be made at a path, or is there and can be written to."""
+def read_workdir(flag: str, text: str | None) -> pathlib.Path:
+  """Returns the path of a directory that can be made, or is there and can be written to; exits with one line for any
+  other."""
   if not text:
     refuse(f'--{flag}: expected a directory, got an empty name.')
-  if '://' not in text:
-    path = pathlib.Path(storage.to_path(text)).absolute()
-    _refuse_unless_writable(flag, text, path, path / ('x' * _ROOM))
+  path = _expanded(flag, text)
+  if '://' in text:
+    return path
+  _refuse_unless_writable(flag, text, path.absolute(), path.absolute() / ('x' * _ROOM))
+  return pathlib.Path(path)
 
 
 def check_file(flag: str, text: str | None) -> None:
   """Exits with one line unless a file can be written at a path, if one is given."""
   if text is None or '://' in text:
     return
-  path = pathlib.Path(storage.to_path(text)).absolute()
-  if not text or path.is_dir():
-    refuse(f'--{flag}: expected a file, got {f"the directory {text}" if text else "an empty name"}.')
+  if not text:
+    refuse(f'--{flag}: expected a file, got an empty name.')
+  path = pathlib.Path(_expanded(flag, text)).absolute()
+  if path.is_dir():
+    refuse(f'--{flag}: expected a file, got the directory {text}.')
   if not os.path.lexists(path.parent):
     refuse(f'--{flag}: {text} cannot be written: there is no directory {path.parent}.')
   _refuse_unless_writable(flag, text, path.parent, path.with_name(f'{path.name}.unfinished'))
+
+
+def _expanded(flag, text):
+  try:
+    return storage.to_path(text)
+  except (ValueError, RuntimeError) as error:  # no such scheme, or no such user
+    refuse(f'--{flag}: {error}')
 
 
 def _refuse_unless_writable(flag, text, directory, longest):

@@ -54,8 +54,7 @@ def check() -> tuple[Any, ...]:
   needed = prompt_length(longest) + solution_length(longest) + LENGTH_MARGIN
   if needed > config.model.context_length:
     refuse(f'--context_length: N+2 = {longest} digits need {needed}, got {config.model.context_length}.')
-  paths.check_workdir('workdir', WORKDIR.value)
-  return config, storage.to_path(WORKDIR.value), track
+  return config, paths.read_workdir('workdir', WORKDIR.value), track
 
 
 def main(config: PretrainConfig, workdir: pathlib.Path, track: Callable) -> None:

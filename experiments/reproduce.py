@@ -79,11 +79,8 @@ def check() -> tuple[Plan, list[catalog.Study]]:
   """Returns the plan and the studies that the flags ask for, or exits with one line."""
   usual = DEFAULTS[PRESET.value]
   studies = chosen(parsing.read_names(STUDY) or usual.studies)
-  if LIST.value and not WORKDIR.value:
-    refuse('--workdir: expected a directory, got an empty name.')
-  if not LIST.value:
-    paths.check_workdir('workdir', WORKDIR.value)
-  plan = Plan(FINETUNE_PRESETS[PRESET.value], storage.to_path(WORKDIR.value), SEEDS.value or usual.seeds)
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
+  plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
   check_workdir(plan.workdir, plan)
   return plan, studies
 

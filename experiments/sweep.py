@@ -72,11 +72,11 @@ define_training()
 
 def check() -> tuple[Any, ...]:
   """Returns what the flags ask for, or exits with one line."""
-  base, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
+  base = read_config(FINETUNE_PRESETS)
   configs = read_members(base)
   tracks = {name: read_trackers(member) for name, member in zip(population.names(configs), configs)}
   check_devices()
-  paths.check_workdir('workdir', WORKDIR.value)
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
   for name in tracks:
     refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
   reference = find_reference(base, workdir)
