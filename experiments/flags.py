@@ -18,7 +18,7 @@ from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.finite import NonFinite
 from critkl_jax.storage import WorkdirError
 
-from . import exits, parsing
+from . import exits, parsing, paths
 from . import help as help_lib
 from .exits import refuse
 from .workdirs import held
@@ -195,7 +195,10 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       exits.end(exits.FAILED, f'error: {error}{exits.place_of(error)}.')
     except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
-    except jax.errors.JaxRuntimeError as error:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+        exits.end(exits.FAILED, f'error: out of memory ({(str(error).splitlines() or ["of the host"])[0][:200]}); take '
+                  'fewer episodes or problems, or a smaller model.')
       if not hosts.may_be_lost(error):
         raise
       traceback.print_exc()
@@ -216,6 +219,8 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
   if len(argv) - 1 != len(arguments):
     refuse(f'expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
            f'arguments {argv[1:]} are not flags; flags start with --, see --help.')
+  if flags.FLAGS['compilation_cache'].present and flags.FLAGS.compilation_cache:
+    paths.read_workdir('compilation_cache', flags.FLAGS.compilation_cache)
   try:
     return check(*argv[1:])
   except CheckpointError as error:

@@ -54,7 +54,7 @@ def tried(check, arguments, line, folder):
     except Exception as error:
       raised = f'{type(error).__name__}: {error}'[:300]
   return {'line': line, 'code': code, 'said': out.getvalue(), 'raised': raised, 'seconds': time.monotonic() - start,
-          'left': [str(path) for path in set(folder.rglob('*')) - before],
+          'folder': str(folder), 'left': [str(path) for path in set(folder.rglob('*')) - before],
           'devices': jax._src.xla_bridge.backends_are_initialized()}
 
 
