@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from critkl_jax import sharding
-from critkl_jax.attention import attend, causal_attention
+from critkl_jax.attention import attend, causal_attention, check_implementation
 from critkl_jax.config import GPT2Config
 
 
@@ -156,6 +156,7 @@ class Attention(nn.Module):
     else:
       itself = jnp.eye(mask.shape[1], dtype=bool)  # at padding, so that no row is empty
       sees = mask[:, None, None] | itself[None, None]
+      check_implementation(config.attention)
       out_BxTxHxK = jax.nn.dot_product_attention(
           q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=sees, is_causal=True, implementation=config.attention)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')

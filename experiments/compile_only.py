@@ -59,9 +59,12 @@ def check() -> tuple[str, FinetuneConfig, GPT2, Task]:
            f'{name} has {context}; take fewer.')
   try:
     targets.check_topology(TOPOLOGY.value)
-    return name, config, GPT2(config.model_of(pretraining.model)), task
+    model = GPT2(config.model_of(pretraining.model))
   except ValueError as error:
     refuse(f'--{error}')
+  if model.config.attention == 'cudnn' and targets.backend_of(TOPOLOGY.value) != 'gpu':
+    refuse(f"--attention: 'cudnn' needs an NVIDIA GPU, got --topology={TOPOLOGY.value}; give --attention=auto.")
+  return name, config, model, task
 
 
 def main(name: str, config: FinetuneConfig, model: GPT2, task: Task) -> None:

@@ -81,7 +81,8 @@ def check() -> tuple[Plan, list[catalog.Study]]:
   studies = chosen(parsing.read_names(STUDY) or usual.studies)
   workdir = paths.read_workdir('workdir', WORKDIR.value)
   plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
-  check_workdir(plan.workdir, plan)
+  if not LIST.value:
+    check_workdir(workdir, plan)
   return plan, studies
 
 

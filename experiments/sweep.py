@@ -62,7 +62,7 @@ LISTS = {'certainty_exponent': 'certainty_exponents', 'kl_coefficient': 'kl_coef
          'learning_rate': 'learning_rates', 'temperature': 'temperatures'}
 for _field, _flag in LISTS.items():
   flags.DEFINE_list(_flag, None, f'Values of --{_field} to combine with the others.')
-MOST_MEMBERS = 10_000
+MOST_MEMBERS = 4096
 MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPINGS],
                             'How members are computed: side by side, one after another, or spread over the devices.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
