@@ -40,6 +40,7 @@ setuptools.setup(
         'tensorboard': TENSORBOARD,
         'wandb': ['wandb>=0.31'],
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
-        'test': ['pytest>=8.0.2', 'pytest-xdist>=3.5.0', 'ruff>=0.9', 'setuptools>=77', *TENSORBOARD],
+        'test': ['hypothesis>=6.100.0', 'pytest>=8.0.2', 'pytest-xdist>=3.5.0', 'ruff>=0.9', 'setuptools>=77',
+                 *TENSORBOARD],
     },
 )

@@ -32,8 +32,10 @@ from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
+from critkl_jax import storage
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
+from experiments import parsing, paths
 from experiments.flags import keep_no_programs, run
 from experiments.targets import GPU, backend_of, devices_of, environment, missing_compiler
 
@@ -225,19 +227,31 @@ def line_of(row: dict[str, Any]) -> str:
   return line
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.read_sizes(SIZE, 3)
+  if TALL.value:
+    parsing.read_sizes(TALL, 3)
+  if ONLY.value is not None:
+    known = [f'{target}/{program}' for target in [*TPUS, GPU] for program in PROGRAMS]
+    parsing.check_known('only', [ONLY.value], known)
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Compiles all programs for all targets and prints tables."""
   if ONLY.value:
     target, program = ONLY.value.split('/')
-    print(json.dumps(compile_one(target, program, tuple(map(int, SIZE.value)))))
+    print(storage.to_json(compile_one(target, program, tuple(map(int, SIZE.value)))))
     return
   targets = present(TARGETS.value)
   tables = [{'size': SIZE.value, 'rows': table(targets, SIZE.value)}]
   if TALL.value and 'v5e' in targets:
     tables.append({'size': TALL.value, 'rows': table(['v5e'], TALL.value)})
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(tables, indent=2) + '\n')
+    storage.write_json(JSON.value, tables)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -8,8 +8,6 @@ to the end of the answer; `generate` is given that end as a stopping criterion. 
 responses, 8 to each of 12 problems, a reward, a reference pass and one epoch of three updates.
 """
 
-import json
-import pathlib
 import statistics
 import tempfile
 from typing import Any
@@ -20,13 +18,15 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, slices, train_step
+from critkl_jax import initial_state, slices, storage, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.rollout import respond, score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 from critkl_jax.tasks.text import END_OF_SCRATCHPAD
+from experiments import parsing, paths
 from experiments.flags import run
 
 try:
@@ -153,6 +153,14 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
                          train_dataset=datasets.Dataset.from_dict({'prompt': prompts}))
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  parsing.read_sizes(EPISODES, len(PRESETS.value))
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Measures in turns and prints a table."""
   transformers.logging.set_verbosity_error()
@@ -172,8 +180,8 @@ def main() -> None:
       print(f'{preset:>8}: iteration {found["iteration"]:.2f} s, TRL {found["trl"]:.2f} s: {found["ratio"]:.2f} times; '
             f'{found["episodes_per_second_over_official"]:.0f} times the episodes per second of the official code')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+    storage.write_json(JSON.value, results)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -9,7 +9,6 @@ their mean. An iteration is one of `experiments.finetune` at the preset `tiny`.
 
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -20,13 +19,15 @@ import jax
 from absl import flags
 
 from benchmarks import timing
-from critkl_jax import checkpoint, population, sharding
+from critkl_jax import checkpoint, population, sharding, storage
 from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.train_step import make_train_step
+from experiments import parsing, paths
+from experiments.exits import refuse
 from experiments.flags import keep_no_programs, run
 
 keep_no_programs()
@@ -90,10 +91,20 @@ def in_own_process(what: str) -> dict[str, Any]:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  if ONLY.value:
+    parsing.check_known('only', [ONLY.value], ['single', *population.MAPPINGS])
+  if EPISODES.value % 3:
+    refuse(f'--episodes: expected a multiple of 3, got {EPISODES.value}.')
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Measures one after another and prints a table."""
   if ONLY.value:
-    print(json.dumps(time_single() if ONLY.value == 'single' else time_population(ONLY.value)))
+    print(storage.to_json(time_single() if ONLY.value == 'single' else time_population(ONLY.value)))
     return
   singles = [in_own_process('single') for _ in range(SINGLES.value)]
   compiling = statistics.mean(single['compile'] for single in singles)
@@ -115,8 +126,8 @@ def main() -> None:
     print(f'{mapping:>18}{found["compile"]:11.1f}{found["run"]:9.1f}{found["ratio"]:14.2f}'
           f'{found["ratio_with_compilation"]:18.2f}{found["memory_mib"]:8.0f}', flush=True)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.write_json(JSON.value, result)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

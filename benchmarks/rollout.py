@@ -6,8 +6,6 @@
 write as it does (`benchmarks.models`). Every repeat draws other problems; figures are medians over the repeats.
 """
 
-import json
-import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,13 +14,15 @@ import jax
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import slices
+from critkl_jax import slices, storage
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
+from critkl_jax.presets import PRETRAIN_PRESETS
 from critkl_jax.rollout import pick_method, respond, score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 from critkl_jax.train_step import shorter_lengths
+from experiments import parsing, paths
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'paper'], 'Sizes of the model.')
@@ -107,6 +107,13 @@ def measure(setting: Setting, programs: dict[str, Callable], repeats: int) -> di
       'tokens_per_call': statistics.median(accepted[1:]), 'episodes': setting.episodes, 'repeats': repeats}
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  paths.check_file('json', JSON.value)
+  return ()
+
+
 def main() -> None:
   """Measures each size and prints a table."""
   device = jax.devices()[0].device_kind
@@ -125,8 +132,8 @@ def main() -> None:
       print(f'{preset:>8} {name:>15} {found[name]:10.0f} tokens/s  {found[name] / found["teacher_forced"]:5.2f} of '
             f'teacher-forced  {steps!s:>6} steps{chosen}')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+    storage.write_json(JSON.value, results)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

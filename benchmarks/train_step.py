@@ -11,9 +11,7 @@ reference write as it does (`benchmarks.models`).
 """
 
 import functools
-import json
 import math
-import pathlib
 import resource
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, train_step
+from critkl_jax import initial_state, storage, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2, forward_flops
 from critkl_jax.presets import PRETRAIN_PRESETS
@@ -33,6 +31,7 @@ from critkl_jax.pretrain_step import make_optimizer, make_pretrain_step, pretrai
 from critkl_jax.records import TrainState
 from critkl_jax.rollout import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
+from experiments import parsing, paths
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'small', 'paper'], 'Sizes of the model.')
@@ -190,6 +189,15 @@ def draw(rows: dict[str, list[dict[str, float]]], path: str) -> None:
   figure.savefig(path, dpi=120)
 
 
+def check() -> tuple[()]:
+  """Exits with one line if the flags cannot be."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  parsing.read_sizes(EPISODES, len(PRESETS.value))
+  paths.check_file('json', JSON.value)
+  paths.check_file('picture', PICTURE.value)
+  return ()
+
+
 def main() -> None:
   """Prints the tables."""
   device, rate = jax.devices()[0].device_kind, timing.matmul_rate(DTYPE.value)
@@ -203,7 +211,7 @@ def main() -> None:
             f'{found["reference"]:.2f} (reference pass), {found["update"]:.2f} (update)')
     draw(result['growth'], PICTURE.value)
   else:
-    for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
+    for preset, episodes in zip(PRESETS.value, EPISODES.value):
       parts = take_apart(preset, int(episodes), names=(*PARTS, 'whole', 'pretrain'), dtype=DTYPE.value)
       found = measure(parts, 1 if preset == 'paper' else REPEATS.value, rate)
       result[preset] = found = {'episodes': int(episodes)} | found
@@ -214,8 +222,8 @@ def main() -> None:
         fraction = f'{found["fraction"][name]:.2f} of matrix products' if name in found['fraction'] else ''
         print(f'{name:>12} {value:9.3f} s {share:>7}  {fraction}', flush=True)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.write_json(JSON.value, result)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -10,9 +10,7 @@ reference. The last two compute less, and are there for scale.
 """
 
 import functools
-import json
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -25,8 +23,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks.losses import ALPHA, BONUS, EXPONENT, naive_linear_loss, naive_loss, token_loss
+from critkl_jax import storage
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
 from critkl_jax.ops.weighted_kl.chunked import pick_held
+from experiments import parsing, paths
 from experiments.flags import run
 
 SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'N, D and V of the operation on hidden states.')
@@ -222,9 +222,14 @@ def report(title: str, seconds: dict[str, float], memory: dict[str, int]) -> dic
   return rows
 
 
-def main() -> None:
+def check() -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the sizes of both operations, or exits with one line."""
+  paths.check_file('json', JSON.value)
+  return parsing.read_sizes(SIZE, 3), parsing.read_sizes(SMALL, 2)
+
+
+def main(size: tuple[int, ...], small: tuple[int, ...]) -> None:
   """Times both operations and prints what is picked."""
-  size, small = tuple(map(int, SIZE.value)), tuple(map(int, SMALL.value))
   arrays = linear_arrays(*size)
   calls, memory = linear_programs(arrays)
   calls |= other_programs(arrays)
@@ -239,8 +244,8 @@ def main() -> None:
                       'logits': pick_implementation(small[1], from_logits=True)}
   print('picked where none is named: {linear} (from hidden states), {logits} (from logits)'.format(**result['picked']))
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.write_json(JSON.value, result)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

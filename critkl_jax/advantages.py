@@ -8,18 +8,21 @@ _EPSILON = 1e-6
 
 
 def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: chex.Numeric = 1.0,
-        gae_lambda: chex.Numeric = 0.95) -> tuple[chex.Array, chex.Array]:
+        gae_lambda: chex.Numeric = 0.95, final_values: chex.Array | None = None) -> tuple[chex.Array, chex.Array]:
   """Returns generalised advantage estimates and the critic's targets.
 
   `delta_t = r_t + discount v_{t+1} - v_t`, `A_t = delta_t + discount lambda A_{t+1}` (Schulman et al., arXiv
-  1506.02438, equation 16). The value after the last token of an episode is 0, whether the episode ended or was cut.
+  1506.02438, equation 16). Tokens where the mask is false are skipped, wherever they stand: t + 1 is the next token of
+  the episode, so the results are those of the episode without them.
 
   Args:
     rewards: float `[..., T]` reward of each action.
     values: float `[..., T]` value of the state in which each action was taken.
-    mask: bool `[..., T]` true at the tokens of the episode, a run from the start.
+    mask: bool `[..., T]` true at the tokens of the episode; it may have holes.
     discount: gamma, 0..1; may be traced.
     gae_lambda: lambda, 0..1; may be traced.
+    final_values: float `[...]` value of the state after the last token: 0 where the episode ended, the critic's where
+      it was cut and might have gone on. None for 0 everywhere.
 
   Returns:
     `(advantages, returns)`, float32 `[..., T]`, both 0 where the mask is false, without gradient;
@@ -31,16 +34,24 @@ def gae(rewards: chex.Array, values: chex.Array, mask: chex.Array, discount: che
   chex.assert_equal_shape([rewards, values, mask])
   mask = mask.astype(bool)
   rewards, values = (jnp.where(mask, jax.lax.stop_gradient(x), 0.0).astype(jnp.float32) for x in (rewards, values))
-  next_values = jnp.concatenate([values[..., 1:], jnp.zeros_like(values[..., :1])], -1)
-  deltas = jnp.where(mask, rewards + discount * next_values - values, 0.0)
+  start = jnp.zeros(rewards.shape[:-1], jnp.float32)
+  final_values = start if final_values is None else jax.lax.stop_gradient(final_values).astype(jnp.float32)
+  chex.assert_equal_shape([start, final_values])
 
-  def backward(advantage, delta):
-    advantage = delta + discount * gae_lambda * advantage
+  def successor(next_value, token):
+    value, counts = token
+    return jnp.where(counts, value, next_value), next_value
+
+  next_values = _backward(successor, final_values, values, mask)
+  deltas = jnp.where(mask, rewards + discount * next_values - values, 0.0)
+  decays = jnp.where(mask, jnp.float32(discount * gae_lambda), 1.0)
+
+  def backward(advantage, token):
+    delta, decay = token
+    advantage = delta + decay * advantage
     return advantage, advantage
 
-  start = jnp.zeros(rewards.shape[:-1], jnp.float32)
-  _, advantages = jax.lax.scan(backward, start, jnp.moveaxis(deltas, -1, 0), reverse=True)
-  advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
+  advantages = jnp.where(mask, _backward(backward, start, deltas, decays), 0.0)
   return advantages, advantages + values
 
 
@@ -89,6 +100,12 @@ def whiten(x: chex.Array, mask: chex.Array) -> chex.Array:
   count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
   centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0.0)) / count, 0.0)
   return centred * jax.lax.rsqrt(jnp.sum(jnp.square(centred)) / count + _EPSILON)
+
+
+def _backward(fn, start, *arrays):
+  """Returns what a scan from the last token `[..., T]` to the first gives at each token."""
+  found = jax.lax.scan(fn, start, tuple(jnp.moveaxis(x, -1, 0) for x in arrays), reverse=True)[1]
+  return jnp.moveaxis(found, 0, -1)
 
 
 def _groups(returns, group_size):

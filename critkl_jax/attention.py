@@ -11,6 +11,17 @@ BLOCK = 128  # queries that are taken at a time
 _HIDDEN = -1e30  # logit of a key that must not be seen; finite, so that a query that sees none gives no NaN
 
 
+def check_implementation(name: str) -> None:
+  """Checks that an implementation of attention runs on this machine's devices.
+
+  Raises:
+    ValueError: for `cudnn` without a GPU.
+  """
+  if name == 'cudnn' and jax.default_backend() != 'gpu':
+    raise ValueError(f"attention: 'cudnn' needs an NVIDIA GPU, and the devices here are {jax.default_backend()}; "
+                     "take 'auto'.")
+
+
 def causal_attention(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
   """Returns `softmax(q k / sqrt(K)) v` over the keys up to each query, in blocks of queries.
 

@@ -3,6 +3,7 @@
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
     DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
+    DIR/STEP/rows        JSON: the lines of metrics.jsonl up to this step, compressed (absent where there are none)
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
@@ -23,14 +24,14 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from critkl_jax import hosts, sharding
+from critkl_jax import finite, hosts, sharding, storage
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
 
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
-_ITEMS = ('params', 'opt_state', 'config')
+_ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -82,7 +83,7 @@ def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) 
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
-         wait: bool = True) -> None:
+         wait: bool = True, rows: Any = None) -> None:
   """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
 
   Args:
@@ -91,30 +92,72 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
     wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
+    rows: what JSON can hold, the metrics up to this step, as the first host has them; None for none.
   """
   if hosts.as_first_says(int(state.step) in manager.all_steps()):
     return
   trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
-  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
-            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
-            'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  config = _config(info, trees)
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
+  if rows is not None:
+    items['rows'] = ocp.args.JsonSave(rows)
   manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
     manager.wait_until_finished()  # the next step is given these very arrays to write over
 
 
+def _config(info: CheckpointInfo, trees: dict[str, Any]) -> dict[str, Any]:
+  return {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+          'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
+          'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+
+
+def same_params(path: pathlib.Path, other: pathlib.Path) -> bool:
+  """Returns whether two step directories hold the same parameters and say the same of them, by their configs."""
+  one, two = _stored_config(path), _stored_config(other)
+  sums = [values.get('checksums', {}).get('params') for values in (one, two)]
+  return (path.name == other.name and None not in sums and sums[0] == sums[1] and
+          all(one.get(name) == two.get(name) for name in ('kind', 'known_digits', 'model', 'training')))
+
+
+def _stored_config(path: pathlib.Path) -> dict[str, Any]:
+  read_info(path)  # raises if it cannot be read
+  return json.loads((path / 'config' / 'metadata').read_text())
+
+
 def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
   """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them; all hosts call it.
+
+  If the step is there already with the same parameters, by their checksums, it is kept as it is.
 
   Args:
     directory: made if needed.
     params: of the model.
     info: what they are.
-    step: number of finished steps, under which they are saved unless that step is there.
+    step: number of finished steps, under which they are saved.
+
+  Raises:
+    CheckpointError: if the step is there and holds something else.
   """
+  if hosts.as_first_says(step in steps_in(directory)):
+    config = _config(info, {'params': params})
+    hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), config), CheckpointError)
+    return
   with contextlib.closing(open_manager(directory)) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
+
+
+def _check_equal(path: epath.Path, config: dict[str, Any]) -> None:
+  """Refuses a step directory that holds something else than what is to be saved under its number."""
+  old, new = _stored_config(path), json.loads(json.dumps(config))
+  sums = old.get('checksums', new['checksums'])  # an older version kept none
+  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
+  different += ['parameters'] if sums.get('params') != new['checksums']['params'] else []
+  if different:
+    raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
+                          'kept, and nothing was saved over it: move it away, or give another directory.')
+  if (old['model'], old['training']) != (new['model'], new['training']):
+    hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
 
 
 def restore(path: pathlib.Path, state: TrainState) -> TrainState:
@@ -184,13 +227,28 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
   Raises:
     CheckpointError: if there is nothing at the path, no such step, or what is there is damaged.
   """
-  path = _find(pathlib.Path(path), step)
-  info = read_info(path)
-  shapes = jax.eval_shape(functools.partial(init_params, GPT2(info.model)), jax.random.key(0))
+  found = find_checkpoint(path, step)
+  path, info = found.path, found.info
+  # Of any attention, which has no parameters: the one that trained the model may not be there.
+  model = GPT2(dataclasses.replace(info.model, attention='auto'))
+  shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   places = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: here, shapes)
   target = sharding.shapes(shapes, places)
   return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
+
+
+def find_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None) -> Checkpoint:
+  """Returns the checkpoint that `load_checkpoint` would read, without its parameters (None), and starts no device.
+
+  Raises:
+    CheckpointError: if there is nothing at the path, no such step, or its config cannot be read.
+  """
+  try:
+    found = _find(pathlib.Path(path), step)
+    return Checkpoint(params=None, info=read_info(found), step=int(found.name), path=found)
+  except OSError as error:
+    raise CheckpointError(f'{str(path)[:200]}: cannot be read ({error.strerror}); give another path.') from error
 
 
 def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
@@ -229,6 +287,11 @@ def _read(path: pathlib.Path, item: str, target: Any) -> Any:
       raise CheckpointError(f'{path}: {item} is damaged or half written ({_reason(path, error)}); remove this step '
                             'directory or take another one.') from error
   _check_sums(path, item, restored)
+  broken = finite.not_finite_in(restored)
+  if broken:
+    names = ', '.join(broken[:3]) + (', ...' if broken[3:] else '')
+    raise CheckpointError(f'{path}: {item} is not finite: {names}; it was saved by an older version, or by another '
+                          'program; take an earlier step.')
   return restored
 
 

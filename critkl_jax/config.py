@@ -1,45 +1,25 @@
-"""Configurations: frozen dataclasses that check themselves, and JSON; settings that belong together are in `presets`.
+"""Configurations: frozen dataclasses that check themselves; settings that belong together are in `presets`.
 
-Every default stands here and nowhere else; command-line flags are generated from these fields.
+Every default stands here and nowhere else; command-line flags are generated from these fields. Values are converted to
+the types of their fields, or refused by name, when a config is made.
 """
 
 import dataclasses
-import json
-from typing import Any, TypeVar
 
-ConfigT = TypeVar('ConfigT')
+from critkl_jax.checks import LARGEST_SEED, at_least, between, convert_fields, one_of, positive
+from critkl_jax.views import flat_fields as flat_fields
+from critkl_jax.views import flat_values as flat_values
+from critkl_jax.views import from_dict as from_dict
+from critkl_jax.views import from_json as from_json
+from critkl_jax.views import nested_classes as nested_classes
+from critkl_jax.views import replace as replace
+from critkl_jax.views import to_json as to_json
 
-_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble'}  # which checkpoints of older versions lack
-
-
-# Checks.
-
-
-def _one_of(config, name, *options):
-  if getattr(config, name) not in options:
-    raise ValueError(f'{name}: expected one of {options}, got {getattr(config, name)!r}.')
-
-
-def _at_least(config, least, *names):
-  for name in names:
-    if not getattr(config, name) >= least:
-      raise ValueError(f'{name}: expected {least} or more, got {getattr(config, name)}.')
-
-
-def _positive(config, *names):
-  for name in names:
-    if not getattr(config, name) > 0:
-      raise ValueError(f'{name}: expected a positive number, got {getattr(config, name)}.')
-
-
-def _between(config, least, most, *names):
-  for name in names:
-    if not least <= getattr(config, name) <= most:
-      raise ValueError(f'{name}: expected {least} to {most}, got {getattr(config, name)}.')
-
-
-# Configs.
+MOST_DIGITS = 1000  # of an operand: its solution has some three million characters
+MOST_PROBLEMS = 1_000_000  # of a test
+MOST_POSITIONS = 2**24  # of a text: float32 counts no further
+MOST_LAYERS = 10_000  # nobody waits for the trace of more
+TEMPERATURES = 1e-6, 1e6  # the least and the greatest: beyond, logits over a temperature leave float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +55,13 @@ class GPT2Config:
   scan_layers: bool = False
 
   def __post_init__(self):
-    _at_least(self, 1, 'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width')
-    _one_of(self, 'value_head', 'linear', 'mlp')
-    _one_of(self, 'dtype', 'float32', 'bfloat16')
-    _one_of(self, 'attention', 'auto', 'xla', 'cudnn')
+    convert_fields(self)
+    at_least(self, 1, 'vocab_size', 'num_heads', 'width')
+    between(self, 1, MOST_POSITIONS, 'context_length')
+    between(self, 1, MOST_LAYERS, 'num_layers')
+    one_of(self, 'value_head', 'linear', 'mlp')
+    one_of(self, 'dtype', 'float32', 'bfloat16')
+    one_of(self, 'attention', 'auto', 'xla', 'cudnn')
     if self.width % self.num_heads:
       raise ValueError(f'num_heads: expected a divisor of width={self.width}, got {self.num_heads}.')
     if self.attention == 'cudnn' and self.dtype != 'bfloat16':
@@ -99,7 +82,12 @@ class PretrainConfig:
     warmup_steps: Steps of linear warm-up; a cosine follows.
     final_learning_rate: The end of the cosine, as a fraction of the peak.
     weight_decay: Decoupled weight decay.
+    hidden_only: Whether weight decay and Muon act on the kernels of the blocks alone, as is usual, and not on biases,
+      layer norms, embeddings and value head. False decays all parameters (Muon: all matrices) and orthogonalises the
+      embeddings too, as for the reference that comes with the package.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Steps in a row without an update, because loss, gradient or parameters were not finite, after which
+      the run stops.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
     eval_problems: Problems in each cell of the final accuracy table.
@@ -114,17 +102,27 @@ class PretrainConfig:
   warmup_steps: int = 100
   final_learning_rate: float = 0.02
   weight_decay: float = 0.0
+  hidden_only: bool = True
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   seed: int = 0
   save_every: int = 200
   eval_problems: int = 200
 
   def __post_init__(self):
-    _at_least(self, 1, 'known_digits', 'batch_size', 'num_steps', 'save_every')
-    _at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'eval_problems')
-    _positive(self, 'learning_rate', 'max_grad_norm')
-    _between(self, 0, 1, 'final_learning_rate')
-    _one_of(self, 'optimizer', 'muon', 'adamw')
+    convert_fields(self, seed=LARGEST_SEED)
+    between(self, 1, MOST_DIGITS, 'known_digits')
+    between(self, 0, MOST_PROBLEMS, 'eval_problems')
+    at_least(self, 1, 'batch_size', 'num_steps', 'max_skipped', 'save_every')
+    at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed')
+    positive(self, 'learning_rate', 'max_grad_norm')
+    between(self, 0, 1, 'final_learning_rate')
+    one_of(self, 'optimizer', 'muon', 'adamw')
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in a step."""
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,17 +173,19 @@ class LossConfig:
   gate_fraction: float = 0.2
 
   def __post_init__(self):
-    _one_of(self, 'algorithm', 'ppo', 'a2c')
-    _one_of(self, 'kl', 'prioritized', 'standard', 'none')
-    _one_of(self, 'kl_estimator', 'exact', 'k1', 'k2', 'k3')
-    _one_of(self, 'kl_placement', 'loss', 'reward')
-    _one_of(self, 'certainty', 'negentropy', 'min_entropy', 'max_prob')
-    _positive(self, 'clip_ratio', 'temperature', 'certainty_temperature')
-    _at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
+    convert_fields(self)
+    one_of(self, 'algorithm', 'ppo', 'a2c')
+    one_of(self, 'kl', 'prioritized', 'standard', 'none')
+    one_of(self, 'kl_estimator', 'exact', 'k1', 'k2', 'k3')
+    one_of(self, 'kl_placement', 'loss', 'reward')
+    one_of(self, 'certainty', 'negentropy', 'min_entropy', 'max_prob')
+    positive(self, 'clip_ratio')
+    between(self, *TEMPERATURES, 'temperature', 'certainty_temperature')
+    at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
               'certainty_exponent')
-    _one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'uncritical', 'random', 'top_entropy', 'response_entropy',
+    one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'uncritical', 'random', 'top_entropy', 'response_entropy',
             'negative_advantage', 'kl_cov')
-    _between(self, 0, 1, 'gate_threshold', 'gate_fraction')
+    between(self, 0, 1, 'gate_threshold', 'gate_fraction')
     if self.kl_gate != 'none' and self.kl_placement != 'loss':
       raise ValueError(f"kl_gate: {self.kl_gate!r} needs kl_placement='loss', got {self.kl_placement!r}.")
     if not self.certainty_intercept <= 1:
@@ -209,6 +209,8 @@ class FinetuneConfig:
     minibatches: Updates in a pass, a divisor of `episodes`.
     learning_rate: The learning rate of Adam.
     max_grad_norm: Gradients are scaled down to this global norm.
+    max_skipped: Iterations in a row without a single update, because loss, gradient or parameters were not finite,
+      after which the run stops.
     wrong_reward: Reward of a wrong answer, where a right one gets 1: 0 in the paper, -1 in its released code.
     advantage: The advantage estimator: `group_relative` (return minus the group's mean, over its standard deviation),
       `leave_one_out` (return minus the mean of the others) or `gae` (generalised advantage estimation with the
@@ -216,6 +218,8 @@ class FinetuneConfig:
     whiten_advantages: Whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
     discount: The discount gamma of GAE.
     gae_lambda: The lambda of GAE, between one-step (0) and Monte-Carlo (1) advantages.
+    bootstrap_truncated: Whether GAE takes the critic's value for what an episode cut at the limit might still have
+      earned, instead of 0.
     critic_warmup: The number of first iterations in which the critic alone learns; only `gae` has a critic to train.
     value_head: The critic, `linear` or `mlp`.
     value_head_detached: Whether the gradient of the critic stops before the trunk.
@@ -242,11 +246,13 @@ class FinetuneConfig:
   minibatches: int = 3
   learning_rate: float = 4e-5
   max_grad_norm: float = 1.0
+  max_skipped: int = 3
   wrong_reward: float = 0.0
   advantage: str = 'group_relative'
   whiten_advantages: bool = False
   discount: float = 1.0
   gae_lambda: float = 1.0
+  bootstrap_truncated: bool = False
   critic_warmup: int = 0
   value_head: str = 'linear'
   value_head_detached: bool = True
@@ -261,27 +267,33 @@ class FinetuneConfig:
   eval_problems: int = 128
 
   def __post_init__(self):
-    _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
-    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems')
-    _positive(self, 'learning_rate', 'max_grad_norm')
+    convert_fields(self, seed=LARGEST_SEED)
+    at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'max_skipped',
+             'save_every')
+    between(self, 0, MOST_DIGITS, 'extra_digits')
+    between(self, 0, MOST_PROBLEMS, 'eval_problems')
+    at_least(self, 0, 'critic_warmup', 'window', 'seed')
+    positive(self, 'learning_rate', 'max_grad_norm')
     if not self.wrong_reward < 1:
       raise ValueError(f'wrong_reward: expected less than 1, the reward of a right response, got {self.wrong_reward}.')
-    _between(self, 0, 1, 'discount', 'gae_lambda')
-    _one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
-    _one_of(self, 'value_head', 'linear', 'mlp')
-    _one_of(self, 'dtype', '', 'float32', 'bfloat16')
-    _one_of(self, 'attention', '', 'auto', 'xla', 'cudnn')
-    _one_of(self, 'rollout', 'auto', 'cached', 'speculative')
+    between(self, 0, 1, 'discount', 'gae_lambda')
+    one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
+    one_of(self, 'value_head', 'linear', 'mlp')
+    one_of(self, 'dtype', '', 'float32', 'bfloat16')
+    one_of(self, 'attention', '', 'auto', 'xla', 'cudnn')
+    one_of(self, 'rollout', 'auto', 'cached', 'speculative')
     for name in ('episodes_per_problem', 'minibatches'):
       if self.episodes % getattr(self, name):
         raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
+    if self.certainty_ensemble and not all(self.certainty_ensemble.split(',')):
+      raise ValueError(f'certainty_ensemble: expected paths separated by commas, got {self.certainty_ensemble!r}.')
     loss = self.loss
     if self.certainty_ensemble and (loss.kl, loss.kl_placement, loss.kl_gate) != ('prioritized', 'loss', 'none'):
       raise ValueError("certainty_ensemble: needs kl='prioritized', kl_placement='loss' and kl_gate='none', got "
                        f'{(loss.kl, loss.kl_placement, loss.kl_gate)}.')
     if self.loss.algorithm == 'a2c' and self.epochs > 1:
       raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
-    for name in ('whiten_advantages', 'critic_warmup'):
+    for name in ('whiten_advantages', 'critic_warmup', 'bootstrap_truncated'):
       if getattr(self, name) and self.advantage != 'gae':
         raise ValueError(f"{name}: only advantage='gae' uses it, got {self.advantage!r}.")
     if self.advantage != 'gae' and self.group_size == 1:
@@ -297,105 +309,14 @@ class FinetuneConfig:
   @property
   def ensemble_paths(self) -> tuple[str, ...]:
     """The checkpoint directories of further references."""
-    return tuple(path for path in self.certainty_ensemble.split(',') if path)
+    return tuple(self.certainty_ensemble.split(',')) if self.certainty_ensemble else ()
+
+  @property
+  def num_updates(self) -> int:
+    """Number of updates in an iteration."""
+    return self.epochs * self.minibatches
 
   @property
   def group_size(self) -> int:
     """Number of episodes that are compared with one another."""
     return self.episodes_per_problem if self.episodes_per_problem > 1 else self.episodes
-
-
-# Flat views and JSON.
-
-
-def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
-  """Returns the fields of a config and of the configs in it, by name.
-
-  Raises:
-    ValueError: if two of them share a name.
-  """
-  fields = {}
-  for field in dataclasses.fields(config_class):
-    nested = flat_fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
-    shared = sorted(fields.keys() & nested.keys())
-    if shared:
-      raise ValueError(f'{config_class.__name__}: fields {shared} stand in more than one config.')
-    fields |= nested
-  return fields
-
-
-def nested_classes(config_class: type) -> list[type]:
-  """Returns a config class and the config classes of its fields, outermost first."""
-  inner = [nested_classes(f.type) for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(f.type)]
-  return [config_class, *(c for classes in inner for c in classes)]
-
-
-def flat_values(config: Any) -> dict[str, Any]:
-  """Returns the values of a config's fields and of those of the configs in it, by name."""
-  values = {}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    values |= flat_values(value) if dataclasses.is_dataclass(field.type) else {field.name: value}
-  return values
-
-
-def replace(config: ConfigT, **values: Any) -> ConfigT:
-  """Returns the config with fields replaced by name, those of the configs in it too.
-
-  Raises:
-    ValueError: if no config has such a field, or a value is not allowed.
-  """
-  unknown = sorted(values.keys() - flat_fields(type(config)).keys())
-  if unknown:
-    raise ValueError(f'{type(config).__name__} has no fields {unknown}.')
-  changes = {}
-  for field in dataclasses.fields(config):
-    if dataclasses.is_dataclass(field.type):
-      inner = flat_fields(field.type)
-      changes[field.name] = replace(getattr(config, field.name), **{k: v for k, v in values.items() if k in inner})
-    elif field.name in values:
-      changes[field.name] = values[field.name]
-  return dataclasses.replace(config, **changes)
-
-
-def to_json(config: Any) -> str:
-  """Returns the config as JSON text."""
-  return json.dumps(dataclasses.asdict(config), indent=2)
-
-
-def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
-  """Returns the config that `to_json` wrote.
-
-  Fields that older versions did not write take their defaults, which are what those versions did.
-
-  Raises:
-    ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
-  """
-  try:
-    values = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{config_class.__name__}: not JSON ({error}).') from error
-  return from_dict(config_class, values)
-
-
-def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
-  """Returns the config of a nested dict; raises as `from_json` does."""
-  name = config_class.__name__
-  if not isinstance(values, dict):
-    raise ValueError(f'{name}: expected a JSON object, got {type(values).__name__}.')
-  fields = {field.name: field for field in dataclasses.fields(config_class)}
-  missing = fields.keys() - values.keys() - _ADDED
-  for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', missing)):
-    if names:
-      raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
-  return config_class(**{key: _read_field(name, fields[key], value) for key, value in values.items()})
-
-
-def _read_field(owner, field, value):
-  if dataclasses.is_dataclass(field.type):
-    return from_dict(field.type, value)
-  if field.type is float and type(value) is int:
-    return float(value)
-  if type(value) is not field.type:
-    raise ValueError(f'{owner}.{field.name}: expected {field.type.__name__}, got {value!r}.')
-  return value

@@ -183,7 +183,8 @@ def finish(decoder: Decoder, episodes: Episodes, prompt: chex.Array, prompt_mask
   mask = jnp.arange(decoder.max_new_tokens)[None] < e.length[:, None]
   actions, log_probs, values = (x[:, :decoder.max_new_tokens] for x in (e.actions, e.log_probs, e.values))
   return Rollout(prompt=prompt, prompt_mask=prompt_mask, actions=jnp.where(mask, actions, decoder.pad_id), mask=mask,
-                 log_probs=jnp.where(mask, log_probs, 0.0), values=jnp.where(mask, values, 0.0), num_calls=e.num_calls)
+                 log_probs=jnp.where(mask, log_probs, 0.0), values=jnp.where(mask, values, 0.0), num_calls=e.num_calls,
+                 truncated=e.stop_state < decoder.stop.shape[0])
 
 
 @jax.custom_batching.custom_vmap

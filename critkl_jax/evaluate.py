@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from critkl_jax import sharding
 from critkl_jax.confidence import certainty
+from critkl_jax.config import GPT2Config
 from critkl_jax.gpt2 import GPT2, gathered, gathered_whole
+from critkl_jax.intervals import share_interval
 from critkl_jax.losses import action_log_probs
 from critkl_jax.records import Problem
 from critkl_jax.rollout import as_rollout, respond, score
@@ -108,12 +110,8 @@ def bootstrap_interval(samples: np.ndarray, confidence: float = 0.95, num_resamp
 
 
 def accuracy_interval(accuracy: float, num_problems: int) -> tuple[float, float]:
-  """Returns the 95% score interval of a share of problems (Wilson 1927), which has a width where all of them are right,
-  or none, and never leaves 0..1."""
-  z2 = 1.959964**2
-  middle = (num_problems * accuracy + z2 / 2) / (num_problems + z2)
-  reach = np.sqrt(z2 * num_problems * accuracy * (1 - accuracy) + z2**2 / 4) / (num_problems + z2)
-  return float(np.clip(middle - reach, 0.0, accuracy)), float(np.clip(middle + reach, accuracy, 1.0))
+  """Returns the exact 95% interval of a share of problems (`intervals.share_interval`)."""
+  return share_interval(accuracy * num_problems, num_problems)[1:]
 
 
 def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], distributions: list[str],
@@ -142,7 +140,7 @@ def accuracies(model: GPT2, params: Any, known_digits: int, digits: list[int], d
   Raises:
     ValueError: before the first row, if a distribution is unknown or texts do not fit into the model's context.
   """
-  tasks = {n: _task_of(model, known_digits, n) for n in digits}
+  tasks = {n: task_of(model.config, known_digits, n) for n in digits}
   for distribution in distributions:
     _check_distribution(distribution)
   for num_digits, task in tasks.items():
@@ -161,14 +159,20 @@ def accuracy_table(*args: Any, **options: Any) -> list[dict[str, Any]]:
   return list(accuracies(*args, **options))
 
 
-def _task_of(model, known_digits, num_digits):
+def task_of(config: GPT2Config, known_digits: int, num_digits: int) -> Task:
+  """Returns the task of problems whose longer operand has so many digits.
+
+  Raises:
+    ValueError: if the model's context is too short for them, or its vocabulary too small.
+  """
+  addition.check_vocabulary(config.vocab_size)
   if num_digits < 1:
     raise ValueError(f'digits: expected 1 or more, got {num_digits}.')
   task = addition.plus_task(min(known_digits, num_digits), max(num_digits - known_digits, 0))
   needed = task.prompt_length + task.response_length
-  if needed > model.config.context_length:
-    raise ValueError(f'digits: {num_digits} need a context of {needed}, and the model has '
-                     f'{model.config.context_length}; take fewer.')
+  if needed > config.context_length:
+    raise ValueError(f'digits: {num_digits} need a context of {needed}, and the model has {config.context_length}; '
+                     'take fewer.')
   return task
 
 

@@ -5,6 +5,7 @@ tanh-GELU, tied embedding; parameters carry the names of the released model. Let
 B episodes, T new tokens, S cached and new tokens, D width, H heads, K width of a head, V vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from critkl_jax import sharding
-from critkl_jax.attention import attend, causal_attention
+from critkl_jax.attention import attend, causal_attention, check_implementation
 from critkl_jax.config import GPT2Config
 
 
@@ -57,6 +58,20 @@ class GPT2Output:
 def init_params(model: 'GPT2', key: chex.PRNGKey) -> chex.ArrayTree:
   """Returns fresh parameters, a nested dict of float32 arrays; the key is consumed."""
   return model.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def reference_config(policy: GPT2Config, reference: GPT2Config) -> GPT2Config:
+  """Returns the config with which a reference is read beside a policy: its own sizes and critic, the policy's numerics.
+
+  Training reads both with one network (`FinetuneConfig.model_of`); whatever compares a policy with a reference has to,
+  or rounding would pass for a divergence.
+
+  Args:
+    policy: the policy's.
+    reference: the reference's.
+  """
+  numerics = {name: getattr(policy, name) for name in ('dtype', 'attention', 'remat', 'scan_layers')}
+  return dataclasses.replace(reference, **numerics)
 
 
 def forward_flops(config: GPT2Config, lengths: Sequence[int]) -> float:
@@ -141,6 +156,7 @@ class Attention(nn.Module):
     else:
       itself = jnp.eye(mask.shape[1], dtype=bool)  # at padding, so that no row is empty
       sees = mask[:, None, None] | itself[None, None]
+      check_implementation(config.attention)
       out_BxTxHxK = jax.nn.dot_product_attention(
           q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=sees, is_causal=True, implementation=config.attention)
     projection = nn.Dense(config.width, dtype=dtype, kernel_init=_residual_init(config), name='c_proj')
@@ -210,7 +226,7 @@ class GPT2(nn.Module):
     care: offsets that keep positions inside the context, and no more tokens than the cache has free slots.
 
     Args:
-      tokens: int32 `[B, T]`.
+      tokens: int32 `[B, T]`, 0..V-1; with any other one that is no padding, what is said of its episode is NaN.
       mask: bool `[B, T]` false at padding; all true if None.
       cache: keys and values of earlier tokens; the new ones are written at its index.
       position_offset: int32 `[]` or `[B]` added to the positions.
@@ -225,6 +241,7 @@ class GPT2(nn.Module):
     if tokens.shape[1] > config.context_length:
       raise ValueError(f'tokens: {tokens.shape[1]} positions do not fit into a context of {config.context_length}.')
     mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    tokens = _known_or_padding(jnp.asarray(tokens, jnp.int32), mask, config.vocab_size)
     attention_mask, positions, cache = _place(mask, cache)
     positions = positions + jnp.reshape(jnp.asarray(position_offset, jnp.int32), (-1, 1))
 
@@ -268,6 +285,12 @@ class GPT2(nn.Module):
 
     block = jax.checkpoint(block, prevent_cse=False) if config.remat else block
     return jax.lax.scan(block, (x_BxTxD, cached), (layers, jnp.arange(config.num_layers)))[0]
+
+
+def _known_or_padding(tokens, mask, vocab_size):
+  """Returns ids whose embedding is NaN where a token that is no padding is not in the vocabulary, and never elsewhere:
+  padding would reach all others as 0 times NaN, and a negative id is counted from the end of an array."""
+  return jnp.where(mask, jnp.where(tokens < 0, vocab_size, tokens), jnp.clip(tokens, 0, vocab_size - 1))
 
 
 def _place(mask, cache):

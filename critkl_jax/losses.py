@@ -12,6 +12,7 @@ from flax import struct
 
 from critkl_jax.config import LossConfig
 from critkl_jax.ops.weighted_kl import LOG_PROB_FLOOR, WeightedKL, linear_weighted_kl_loss, weighted_kl
+from critkl_jax.ops.weighted_kl.statistics import in_vocabulary, nan_unless
 from critkl_jax.records import Batch
 
 _MAX_LOG_RATIO = 20.0  # exp of more is of no use in float32
@@ -47,10 +48,24 @@ def masked_mean(x: chex.Array, mask: chex.Array) -> chex.Array:
   return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
 
-def action_log_probs(logits: chex.Array, actions: chex.Array) -> chex.Array:
-  """Returns the log-probability of each action: float32 `[...]` of logits `[..., V]` and int32 actions `[...]`."""
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return jnp.take_along_axis(log_probs, actions[..., None], -1)[..., 0]
+def action_log_probs(logits: chex.Array, actions: chex.Array, mask: chex.Array | None = None) -> chex.Array:
+  """Returns the log-probability of each action.
+
+  Args:
+    logits: float `[..., V]`.
+    actions: int32 `[...]`, 0..V-1; the log-probability of others is NaN, and so is the gradient through it.
+    mask: bool `[...]`; where it is false logits and actions may be anything, the result is 0, and there is no gradient.
+      All true if None.
+
+  Returns:
+    float32 `[...]`.
+  """
+  if mask is not None:
+    logits = jnp.where(mask.astype(bool)[..., None], logits, 0.0)
+  log_probs, known = jax.nn.log_softmax(logits.astype(jnp.float32)), in_vocabulary(actions, logits.shape[-1])
+  found = jnp.take_along_axis(log_probs, jnp.where(known, actions, 0)[..., None], -1)[..., 0]
+  found = nan_unless(known, found)
+  return found if mask is None else jnp.where(mask.astype(bool), found, 0.0)
 
 
 def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | None = None,
@@ -64,7 +79,7 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
   Args:
     logits: float `[..., V]` of the policy, at the temperature at which the actions were drawn.
     ref_logits: float `[..., V]` of the reference at the same temperature; no gradient flows into them.
-    actions: int32 `[...]` sampled tokens; not needed for `exact`.
+    actions: int32 `[...]` sampled tokens, 0..V-1; not needed for `exact`. Estimates from others are NaN.
     estimator: `exact`, `k1`, `k2` or `k3`.
 
   Returns:
@@ -79,7 +94,10 @@ def token_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array | N
     actions = jnp.zeros(logits.shape[:-1], jnp.int32)
   elif actions is None:
     raise ValueError(f'actions: the estimator {estimator!r} needs the sampled actions, got None.')
-  return estimated_kl(weighted_kl(logits, ref_logits, actions, exponent=0.0), estimator)
+  known = in_vocabulary(actions, logits.shape[-1])
+  record = weighted_kl(logits, ref_logits, jnp.where(known, actions, 0), exponent=0.0)
+  # Last of all, so that a mask that comes after keeps NaN out of the gradient.
+  return nan_unless(known, estimated_kl(record, estimator))
 
 
 def estimated_kl(record: WeightedKL, estimator: str) -> chex.Array:

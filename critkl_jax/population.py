@@ -244,10 +244,12 @@ def compile_step(model: GPT2, task: Task, configs: Sequence[FinetuneConfig], mes
     ValueError: as `make_population_step`.
   """
   state, numbers = state_shapes(model, configs, mesh), numbers_shapes(configs, mesh)
-  compiled = make_population_step(model, task, configs, mesh, mapping, probe).lower(state, *numbers).compile()
+  step = make_population_step(model, task, configs, mesh, mapping, probe)
+  compiled = step.lower(state, *numbers).compile()
   stats, mapping = compiled.memory_analysis(), _named(mapping, len(configs), mesh)
   own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state))) // mesh.size
-  return compiled, Memory(state=own, shared=stats.argument_size_in_bytes - own, temporary=stats.temp_size_in_bytes,
+  step = step if jax.config.jax_debug_nans else compiled  # of the two only jit can say where NaN comes from
+  return step, Memory(state=own, shared=stats.argument_size_in_bytes - own, temporary=stats.temp_size_in_bytes,
                           members=len(configs) // mesh.shape['member'], mapping=mapping)
 
 

@@ -1,6 +1,7 @@
 """The pre-training step: fresh problems drawn on the device, loss on the solution text only."""
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from critkl_jax import sharding, slices
+from critkl_jax import finite, sharding, slices
 from critkl_jax.config import PretrainConfig
 from critkl_jax.gpt2 import GPT2, gathered, init_params
 from critkl_jax.losses import masked_mean
@@ -18,15 +19,37 @@ from critkl_jax.tasks.task import Task
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-  """Returns Muon (Jordan 2024; matrices by Muon, the rest by Adam) or AdamW with warm-up and a cosine."""
+  """Returns Muon (Jordan 2024; the rest by Adam) or AdamW with warm-up and a cosine.
+
+  With `hidden_only`, weight decay and Muon act on the kernels of the blocks (`hidden_kernels`); without, AdamW decays
+  all parameters, and Muon takes all matrices.
+  """
   schedule = optax.warmup_cosine_decay_schedule(
       0.0, config.learning_rate, config.warmup_steps, max(config.num_steps, config.warmup_steps + 1),
       config.learning_rate * config.final_learning_rate)
   if config.optimizer == 'muon':
-    optimizer = optax.contrib.muon(schedule, weight_decay=config.weight_decay)
+    optimizer = optax.contrib.muon(schedule, weight_decay=config.weight_decay,
+                                   muon_weight_dimension_numbers=_muon_dimensions if config.hidden_only else None)
   else:
-    optimizer = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
+    optimizer = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay,
+                            mask=hidden_kernels if config.hidden_only else None)
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+
+
+def hidden_kernels(params: Any) -> Any:
+  """Returns where a PyTree of parameters holds kernels of the blocks: true for each of them, false for biases, layer
+  norms, embeddings and value head."""
+
+  def hidden(path, _):
+    names = [entry.key for entry in path]
+    return names[0].startswith('h_') and names[-1] == 'kernel'
+
+  return jax.tree_util.tree_map_with_path(hidden, params)
+
+
+def _muon_dimensions(params):
+  matrix = optax.contrib.MuonDimensionNumbers()
+  return jax.tree.map(lambda hidden: matrix if hidden else None, hidden_kernels(params))
 
 
 def pretraining_keys(config: PretrainConfig) -> tuple[chex.PRNGKey, chex.PRNGKey]:
@@ -73,7 +96,8 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Me
     mesh: the devices over which examples and model are spread, as the state is; None for one device.
 
   Returns:
-    The step; its metrics are float32 `[]`: `loss` in nats a token, `accuracy` of the next token, `num_tokens`.
+    The step; its metrics are float32 `[]`: `loss` in nats a token, `accuracy` of the next token, `num_tokens`, and
+    those of `finite.counted`: an update with anything in it that is not finite is not made.
 
   Raises:
     ValueError: if the longest example does not fit into the context.
@@ -107,7 +131,10 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Me
     grads = sharding.at_rest(grads)
     metrics['num_tokens'] = jnp.sum(solution.mask, dtype=jnp.float32)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+    after = optax.apply_updates(state.params, updates), opt_state
+    (params, opt_state), number = finite.guarded((state.params, state.opt_state), after, metrics, grads)
+    metrics |= finite.counted(number[None])
+    state = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
     if mesh is not None:
       state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh))
     return state, metrics

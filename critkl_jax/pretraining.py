@@ -32,11 +32,10 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
     Interrupted: as `runner.run`.
   """
   model, workdir = GPT2(config.model), pathlib.Path(workdir)
-  _refuse_other_reference(workdir / 'reference', config)
+  info = check_pretraining(config, workdir)
   tasks = {n: pretraining_task(config.known_digits, n) for n in range(1, config.known_digits + 1)}
   steps = {n: jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for n, task in tasks.items()}
   key = sharding.replicate(pretraining_keys(config)[1], mesh)
-  info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
   state = runner.run(
       lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
       config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'), track=track)
@@ -44,14 +43,22 @@ def pretrain(config: PretrainConfig, workdir: str | pathlib.Path, mesh: Mesh | N
   return state
 
 
-def _refuse_other_reference(directory, config):
-  """Refuses parameters of another pre-training: they are never overwritten, and would be taken for this one's."""
-  path = checkpoint.latest(directory)
+def check_pretraining(config: PretrainConfig, workdir: str | pathlib.Path) -> checkpoint.CheckpointInfo:
+  """Returns what the checkpoints of a pre-training hold; changes nothing.
+
+  Raises:
+    CheckpointError: if the workdir holds a run or a reference of other settings.
+  """
+  info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
+  runner.check_workdir(workdir, info)
+  path = checkpoint.latest(pathlib.Path(workdir) / 'reference')
   if path is None:
-    return
+    return info
+  # Parameters of another pre-training: they are never overwritten, and would be taken for this one's.
   old, new = flat_values(checkpoint.read_info(path).training), flat_values(config)
   different = [f'{name}: {old.get(name)!r} then, {value!r} now' for name, value in new.items()
-               if old.get(name) != value and name != 'save_every']
+               if old.get(name) != value and name not in runner.FREE_FIELDS | runner.ROUNDING_FIELDS]
   if different:
     raise checkpoint.CheckpointError(f'{path}: made with other settings ({"; ".join(different)}); give the same ones, '
                                      'or another --workdir.')
+  return info

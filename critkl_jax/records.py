@@ -64,6 +64,7 @@ class Rollout:
     values: float32 `[B, T]` value estimate of the state in which each action was taken; 0 after the end.
     num_calls: int32 `[B]` calls of the policy, after the prompt, until the episode ended: its greatest entry is the
       number of sequential steps of the rollout. None where nothing was sampled.
+    truncated: bool `[B]` whether the episode was cut at T tokens before it ended. None where nothing was sampled.
   """
 
   prompt: chex.Array
@@ -73,6 +74,7 @@ class Rollout:
   log_probs: chex.Array
   values: chex.Array
   num_calls: chex.Array | None = None
+  truncated: chex.Array | None = None
 
 
 @struct.dataclass

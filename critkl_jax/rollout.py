@@ -193,7 +193,7 @@ def respond_from(model: GPT2, params: Any, task: Task, problems: Any, rollout: R
   if num_prompt + num_tokens > model.config.context_length:
     raise ValueError(f'rollout: {num_prompt + num_tokens} positions do not fit into a context of '
                      f'{model.config.context_length}.')
-  window = (window or _usual_window(model, rollout.prompt.shape[0])) if task.draft else 1
+  window = min(window or _usual_window(model, rollout.prompt.shape[0]), num_tokens) if task.draft else 1
   decoder = Decoder(
       policy=gpt2_policy(model, params), stop=jnp.asarray(task.stop), max_new_tokens=num_tokens, window=window,
       draft=_task_draft(task, problems) if task.draft else None, rewind=_rewind, pad_id=task.tokenizer.pad_id,
@@ -243,6 +243,14 @@ def score_hidden(model: GPT2, params: Any, rollout: Rollout) -> tuple[chex.Array
   return output.hidden[:, first:], params['wte']['embedding'].astype(output.hidden.dtype), output.values[:, first:]
 
 
+def value_at_end(model: GPT2, params: Any, rollout: Rollout) -> chex.Array:
+  """Returns the value of the state after the last place of each response: float32 `[B]`, of use where the response
+  fills all T places."""
+  tokens = jnp.concatenate([rollout.prompt, rollout.actions], 1)
+  mask = jnp.concatenate([rollout.prompt_mask, rollout.mask], 1)
+  return model.apply({'params': params}, tokens, mask).values[:, -1]
+
+
 def _read(model, params, rollout):
   tokens = jnp.concatenate([rollout.prompt, rollout.actions[:, :-1]], 1)
   mask = jnp.concatenate([rollout.prompt_mask, rollout.mask[:, :-1]], 1)
@@ -273,7 +281,8 @@ def _cache_lengths(num_prompt, usual_length, window, num_slots):
   """Returns the lengths that a cache takes on one after another, half of what is usual and the usual one, and the full
   one."""
   usual = min(num_prompt + usual_length + window, num_slots) if usual_length else num_slots
-  half, usual, full = (-(-n // 32) * 32 for n in ((num_prompt + usual) // 2, usual, num_slots))
+  half = max((num_prompt + usual) // 2, num_prompt - 1 + window)  # less would not take the first window
+  half, usual, full = (-(-n // 32) * 32 for n in (half, usual, num_slots))
   return sorted({half, usual}), full
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import math
 import pathlib
 import shutil
 import signal
@@ -18,70 +16,15 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, population, sharding, storage, trackers
+from critkl_jax import checkpoint, finite, hosts, interruption, locks, population, sharding, storage
 from critkl_jax.compilation import compilation_seconds
+from critkl_jax.metrics import MetricsWriter, mend_metrics
+from critkl_jax.metrics import read_metrics as read_metrics
 from critkl_jax.records import TrainState
-from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.storage import WorkdirError
 
 # How the progress bar calls its metrics.
 _SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
-
-
-class MetricsWriter:
-  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
-  one writes.
-
-  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
-  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
-  Metrics of critical tokens have no entry where there were none.
-  """
-
-  def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
-    self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
-    if not hosts.is_first():
-      return
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in self._rows))
-    self._trackers = (track or trackers.open_trackers)(workdir, first_step)
-
-  def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Adds the metrics of one step, Python or NumPy numbers."""
-    if not hosts.is_first():
-      return
-    metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
-    self._rows.append({'step': step, **metrics})
-    metrics |= self._signatures(step)
-    with self._path.open('a') as file:
-      file.write(storage.to_json({'step': step, **metrics}) + '\n')
-    for tracker in self._trackers:
-      tracker.write(step, metrics)
-
-  def _signatures(self, step):
-    found = signatures(self._rows)
-    for name in (name for name, seen in found.items() if seen and name not in self._warned):
-      logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
-      self._warned.add(name)
-    return {f'signature/{name}': float(seen) for name, seen in found.items()}
-
-  def close(self) -> None:
-    """Finishes what the trackers write."""
-    for tracker in self._trackers:
-      tracker.close()
-
-
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
-  none."""
-  path = pathlib.Path(path)
-  rows = []
-  for line in path.read_text().splitlines() if path.is_file() else []:
-    try:
-      row = json.loads(line)
-      rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    except json.JSONDecodeError:
-      logging.warning('%s: unfinished line dropped.', path)
-  return rows
 
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -93,7 +36,8 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   TensorBoard events. The step's arrays are donated; while the device works on a step, the host logs the one before.
 
   Args:
-    step: (state, number of finished steps) -> (state, metrics); the metrics have `num_tokens` among them.
+    step: (state, number of finished steps) -> (state, metrics); the metrics have `num_tokens` among them, and, if it
+      leaves out updates that are not finite, those of `finite.counted`.
     state: where to start if there is no checkpoint.
     num_steps: number of finished steps at which the run ends.
     info: saved beside the arrays; a checkpoint of another run is refused.
@@ -107,18 +51,25 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
 
   Raises:
     CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
+    WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the state is saved.
+    NonFinite: after the config's `max_skipped` steps in a row without an update, or if the last step made none, once
+      the state after the last update is saved.
   """
   workdir = pathlib.Path(workdir)
-  state = sharding.bound(resume(state, info, workdir))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
-  with (contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
-        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager):
+  with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume(state, info, workdir))
+    first = int(state.step)
+    _mend([workdir], first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
+    writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
+    manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')))
     return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
-                    save=lambda state: checkpoint.save(manager, state, info))
+                    save=lambda state: checkpoint.save(manager, state, info, rows=writer.packed()),
+                    idle=finite.Watch(state.params, info.training))
 
 
 def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -145,16 +96,20 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
+    WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     Interrupted: after a signal on any host, once the members are saved.
+    NonFinite: as in `run`, if it holds for all members; others go on without those that make no update.
   """
   workdir = pathlib.Path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
-  state = sharding.bound(resume_population(state, infos, workdir))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
   with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume_population(state, infos, workdir))
+    first = int(state.step)
+    _mend(list(homes.values()), first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
     writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
     managers = [stack.enter_context(contextlib.closing(checkpoint.open_manager(home / 'checkpoints')))
                 for home in homes.values()]
@@ -165,13 +120,26 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
     def save(state):
       own = population.members_on_host(state.replace(ref_params=None, step=None, ensemble=()))
-      for manager, info, member in zip(managers, infos.values(), own):
+      for manager, info, member, writer in zip(managers, infos.values(), own, writers):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
-        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1)
+        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1,
+                        rows=writer.packed())
       for manager in managers:
         manager.wait_until_finished()
 
-    return _advance(step, state, num_steps, workdir, save_every, show, write, save)
+    params = jax.eval_shape(lambda: population.member(state, 0).params)
+    idle = finite.Watch(params, next(iter(infos.values())).training, list(infos))
+    return _advance(step, state, num_steps, workdir, save_every, show, write, save, idle)
+
+
+def _mend(homes: list[pathlib.Path], step: int, known: bool) -> None:
+  """Restores the metrics of a run, or of members, that goes on from a step; see `mend_metrics`."""
+
+  def mend():
+    for home in homes:
+      mend_metrics(home, step, known)
+
+  hosts.first_does(mend, WorkdirError)
 
 
 def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
@@ -182,27 +150,37 @@ def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
     hosts.say(f'Going on from step {first} of {num_steps} in {workdir}.')
 
 
-def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
-  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
-  first = int(state.step)
+def _advance(step, state, num_steps, workdir, save_every, show, write, save, idle) -> TrainState:
+  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state.
+
+  Steps at the end that made no update are not saved: the state is that of the last one that did, under its number.
+  """
+  first = saved = int(state.step)
   signalled = hosts.any_host_before()
   next(signalled)
   with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
-    log = _Log(write, bar)
+    log = _Log(lambda number, metrics: write(number, idle.take(number, metrics)), bar)
     try:
       for number in range(first + 1, num_steps + 1):
         state, metrics = step(state, number - 1)
         watch.deferring = True  # not before: the first step may have to be compiled, which no signal should wait for
         log.add(number, metrics)
         stop = signalled.send(watch.caught[0] if watch.caught else 0)
-        if stop or number % save_every == 0 or number == num_steps:
+        if stop or idle.tripped() or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
-          save(state)
-          watch.text = _last_save(workdir, number)
+          if number - idle.steps > saved:
+            saved = number - idle.steps
+            save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state)
+          watch.text = _last_save(workdir, saved)
+        if idle.tripped(last=number == num_steps):
+          kept = f'step {saved} is saved in {workdir}' if saved else 'nothing is saved'
+          raise finite.NonFinite(f'{idle.reason(number, num_steps)}; {kept}. The same command would come to the same '
+                                 'end; other settings, such as a smaller learning rate, need a workdir of their own.')
         if stop and number < num_steps:
+          left = _last_save(workdir, saved) if saved < number else (
+              f'; it is saved in {workdir}, and the same command goes on from there.')
           raise interruption.Interrupted(
-              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, '
-              'and the same command goes on from there.')
+              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}{left}')
     finally:
       watch.deferring = False
   return state
@@ -304,7 +282,11 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pa
     CheckpointError: if the checkpoint is damaged or was made with another config.
   """
   step = check_workdir(workdir, info)
-  return checkpoint.restore(pathlib.Path(workdir) / 'checkpoints' / str(step), state) if step else state
+  if not step:
+    return state
+  path = pathlib.Path(workdir) / 'checkpoints' / str(step)
+  _say_rounding(path, info)
+  return checkpoint.restore(path, state)
 
 
 def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path
@@ -315,16 +297,17 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint is damaged or was made with another config.
   """
-  directories = [pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos]
-  _check_members(pathlib.Path(workdir), list(infos))
-  saved = [set(checkpoint.steps_in(directory)) for directory in directories]
+  directories = {name: pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos}
+  hosts.first_does(lambda: _keep_members(pathlib.Path(workdir), list(infos)), ValueError)
+  saved = [set(checkpoint.steps_in(directory)) for directory in directories.values()]
   step = hosts.as_first_says(max(set.intersection(*saved), default=-1))
-  _drop_later(directories, step)
+  hosts.first_does(lambda: _drop_later(directories, infos, step), ValueError)
   if step < 0:
     return state
-  paths = [directory / str(step) for directory in directories]
+  paths = [directory / str(step) for directory in directories.values()]
   for path, info in zip(paths, infos.values()):
     _check_same(path, info)
+  _say_rounding(paths[0], next(iter(infos.values())))
   logging.info('Going on from step %d of %s.', step, workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
   found = population.stack([checkpoint.restore(path, target) for path in paths])
@@ -333,42 +316,78 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
   return placed.replace(ref_params=state.ref_params, ensemble=state.ensemble)
 
 
-def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
-  """Keeps the names of a study's members in its workdir; those of a study that has saved nothing may change."""
-  file = workdir / 'members.json'
-  old = json.loads(file.read_text()) if file.is_file() else names
-  started = any(checkpoint.steps_in(directory) for directory in workdir.glob('members/*/checkpoints'))
-  if hosts.as_first_says(started and old != names):
-    different = sorted(set(old) ^ set(names)) or ['in another order']
+def check_members(workdir: pathlib.Path, names: list[str]) -> None:
+  """Checks that a study's workdir holds these members or has saved nothing, and changes nothing.
+
+  Raises:
+    CheckpointError: if it holds others.
+    WorkdirError: if its list of members cannot be read.
+  """
+  file, old = workdir / 'members.json', names
+  started = [path for path in workdir.glob('members/*/checkpoints') if checkpoint.steps_in(path)]
+  if started and file.is_file():
+    old = storage.read_json(file, list, 'restore it, or remove it if the members of this command are all of them')
+  if old != names:
+    different = sorted(set(map(str, old)) ^ set(names)) or ['in another order']
     some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
     raise checkpoint.CheckpointError(
         f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
-  hosts.wait_for_all('members')
+
+
+def _keep_members(workdir, names):
+  """Keeps the names of a study's members in its workdir."""
+  check_members(workdir, names)
   workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_json(file, names, indent=None)
+  storage.write_json(workdir / 'members.json', names, indent=None)
 
 
-def _drop_later(directories: list[pathlib.Path], step: int) -> None:
+def _drop_later(directories: dict[str, pathlib.Path], infos: dict[str, checkpoint.CheckpointInfo], step: int) -> None:
   """Removes what some members have saved beyond the step that all have: the study will come to other numbers there, if
-  it goes on elsewhere."""
-  later = [directory / str(n) for directory in directories for n in checkpoint.steps_in(directory) if n > step]
-  for path in later if hosts.is_first() else ():
+  it goes on elsewhere. A stop amid a save leaves one such step at most, and directories of all members; where it is
+  otherwise, somebody removed a member's checkpoints, and the others' are kept."""
+  later = {name: [n for n in checkpoint.steps_in(directory) if n > step] for name, directory in directories.items()}
+  newest = max((n for steps in later.values() for n in steps), default=step)
+  lacking = [name for name, steps in later.items() if newest not in steps]
+  if max(map(len, later.values())) > 1 or any(newest > step and not directories[name].is_dir() for name in lacking):
+    raise WorkdirError(f'{directories[lacking[0]]} lacks step {newest}, which other members have; restore it, or '
+                       'remove the checkpoints of all members to begin again.')
+  for name, path in ((name, directories[name] / str(n)) for name, steps in later.items() for n in steps):
+    _check_same(path, infos[name])
+    hosts.say(f'Step {path.name} of {name} is made again: not all members had saved it.')
     shutil.rmtree(path)
-  hosts.wait_for_all('dropped')
 
 
-# Fields that may differ between a run and its continuation: they change no update.
-_FREE_FIELDS = frozenset({'num_iterations', 'save_every'})
+# Fields that may differ between a run and its continuation: they change no update, or by rounding alone.
+FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_skipped', 'eval_problems'})
+ROUNDING_FIELDS = frozenset({'attention', 'remat', 'rollout', 'scan_layers', 'window'})
 
 
 def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
-  different = _differences(checkpoint.read_info(path), info)
+  different = [said for name, said in _differences(path, info).items()
+               if name not in FREE_FIELDS | ROUNDING_FIELDS and not (
+                   name == 'reference' and _is_kept(path, info.training.reference))]
   if different:
     raise checkpoint.CheckpointError(
         f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
 
 
-def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> list[str]:
-  old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(info), sep='/') for info in (old, new))
-  return [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old.keys() | new.keys())
-          if old.get(name) != new.get(name) and name.split('/')[-1] not in _FREE_FIELDS]
+def _say_rounding(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
+  """Says which settings of a run that goes on differ from those that it had, where numbers may be rounded otherwise."""
+  different = [said for name, said in _differences(path, info).items() if name in ROUNDING_FIELDS]
+  if different:
+    hosts.say(f'Other settings than before ({"; ".join(different)}): updates are the same up to rounding.')
+
+
+def _differences(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> dict[str, str]:
+  """Returns what differs between a checkpoint's settings and others, by the name of the field."""
+  old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(one), sep='/')
+              for one in (checkpoint.read_info(path), info))
+  return {name.split('/')[-1]: f'{name}: {old.get(name)!r} then, {new.get(name)!r} now'
+          for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
+
+
+def _is_kept(path: pathlib.Path, reference: str) -> bool:
+  """Returns whether a reference, given by another path than before, is the one that the run of a checkpoint keeps."""
+  kept = checkpoint.latest(path.parent.parent / 'reference')
+  given = checkpoint.find_checkpoint(reference or checkpoint.SHIPPED_REFERENCE).path
+  return kept is not None and checkpoint.same_params(kept, given)

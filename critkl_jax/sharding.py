@@ -10,6 +10,7 @@ compiler makes the collectives, and on no mesh, or one device, nothing changes.
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,12 +42,8 @@ def make_mesh(text: str = '', devices: Sequence[Any] | None = None) -> Mesh:
     ValueError: if an axis is unknown or given twice, the sizes do not fit the number of devices, or a host would have
       none of them.
   """
+  sizes = mesh_sizes(text)
   devices = jax.devices() if devices is None else devices
-  given = [part.split(':') for part in text.split(',') if part] or [['data', '-1']]
-  if any(len(part) != 2 or part[0] not in AXES or not part[1].lstrip('-').isdigit() for part in given) or len(
-      dict(given)) < len(given):
-    raise ValueError(f'mesh: expected sizes of {AXES}, such as data:4,model:2, got {text!r}.')
-  sizes = dict.fromkeys(AXES, 1) | {axis: int(size) for axis, size in given}
   known = math.prod(size for size in sizes.values() if size != -1)
   rest = [axis for axis, size in sizes.items() if size == -1]
   if len(rest) == 1 and known > 0 and len(devices) % known == 0:
@@ -58,6 +55,16 @@ def make_mesh(text: str = '', devices: Sequence[Any] | None = None) -> Mesh:
   if hosts[0] > hosts[1]:
     raise ValueError(f'mesh: {text!r} takes {number} of {len(devices)} devices, and leaves hosts without any.')
   return Mesh(np.asarray(devices[:number]).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+  """Returns the size of each axis that text names, `-1` for what devices are left; raises as `make_mesh` does, and asks
+  for no device."""
+  found = re.findall(r'(?:^|,)(\w+):(-1|[0-9]{1,9})(?=,|$)', text or 'data:-1')
+  if ','.join(map(':'.join, found)) != (text or 'data:-1') or not dict(found).keys() <= set(AXES) or len(
+      dict(found)) < len(found):
+    raise ValueError(f'mesh: expected sizes of {AXES}, such as data:4,model:2, got {text!r}.')
+  return dict.fromkeys(AXES, 1) | {axis: int(size) for axis, size in found}
 
 
 def without_members(mesh: Mesh) -> Mesh | None:

@@ -20,8 +20,9 @@ _CPU_TOKENS = 2048  # in a slice
 
 
 def pick_size(num_episodes: int, num_tokens: int) -> int:
-  """Returns how many of `num_episodes` episodes of `num_tokens` tokens to take at a time, a divisor of their number."""
-  if jax.default_backend() != 'cpu' or sharding.axis_size('data') > 1:
+  """Returns how many of `num_episodes` episodes of `num_tokens` tokens to take at a time, a divisor of their number;
+  all of them while `jax_debug_nans` is on, which cannot look into loops."""
+  if jax.default_backend() != 'cpu' or sharding.axis_size('data') > 1 or jax.config.jax_debug_nans:
     return num_episodes
   most = max(_CPU_TOKENS // num_tokens, 1)
   return max(n for n in range(1, min(most, num_episodes) + 1) if num_episodes % n == 0)
@@ -29,7 +30,12 @@ def pick_size(num_episodes: int, num_tokens: int) -> int:
 
 def by_length(mask: chex.Array) -> chex.Array:
   """Returns the permutation `[B]` that brings episodes with masks `[B, T]` into the order of their lengths."""
-  return jnp.argsort(jnp.sum(mask, 1))
+  return jnp.argsort(_lengths(mask))
+
+
+def _lengths(mask):
+  """Returns up to where `[B]` episodes with masks `[B, T]` reach, holes included."""
+  return jnp.max(mask.astype(jnp.int32) * jnp.arange(1, mask.shape[1] + 1)[None], 1)
 
 
 def split(tree: Any, size: int) -> Any:
@@ -42,8 +48,10 @@ def at_length(fn: Callable[[int], Any], lengths: Sequence[int], mask: chex.Array
 
   Every length is compiled, one is executed; under `vmap` the same one for all members. Results have one shape.
   """
+  if jax.config.jax_debug_nans:  # which cannot look into branches
+    return fn(lengths[-1])
   branches = [lambda n=n: fn(n) for n in lengths]
-  longest = jnp.max(jnp.sum(mask, 1))
+  longest = jnp.max(_lengths(mask))
   return jax.lax.switch(sum(any_of_all(longest > n).astype(jnp.int32) for n in lengths[:-1]), branches)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from critkl_jax import advantages, sharding, slices
+from critkl_jax import advantages, finite, sharding, slices
 from critkl_jax.confidence import certainty, kl_weight, mean_distribution
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.critical_tokens import on_path
@@ -22,7 +22,7 @@ from critkl_jax.initial_state import Hyperparameters, make_optimizer
 from critkl_jax.losses import linear_ppo_loss, op_options, ppo_loss, weighted_penalty
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, pick_implementation, weighted_kl
 from critkl_jax.records import Batch, Rollout, Solution, TrainState
-from critkl_jax.rollout import respond, score, score_hidden
+from critkl_jax.rollout import respond, score, score_hidden, value_at_end
 from critkl_jax.tasks.task import Task
 
 
@@ -46,6 +46,8 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
     `[]`: those of `ppo_loss` and `grad_norm` as means over the updates, and of the rollout `accuracy`, the mean of what
     the task rewards, `response_length`, tokens in an episode, `num_tokens`, tokens sampled, and those of
     `rollout_metrics`. `kl_critical` and `weight_critical` are means over critical tokens, NaN where there were none.
+    An update with anything in it that is not finite is not made: `skipped_updates` counts them, `not_finite` is the
+    number of the first term that was not, 0 if all were (`finite.term_of` names it).
   """
 
   lengths = shorter_lengths(task)
@@ -66,6 +68,7 @@ def make_train_step(model: GPT2, task: Task, config: FinetuneConfig, mesh: Mesh 
       batch = gated(model, config, state, rollout, ref_output, batch, gate_key, hyperparameters)
     probed = probe(state.params) if probe else {}
     state, metrics = update(model, config, state, rollout, ref_output, batch, shuffle_key, hyperparameters, lengths)
+    metrics['not_finite'] = finite.blamed('rewards', rewards, metrics['not_finite'])
     metrics |= rollout_metrics(task, rollout, solutions, batch.critical) | probed
     num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
     if mesh is not None:
@@ -151,7 +154,7 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
   """
   mask = rollout.mask
   rewards = rewards + config.wrong_reward * (1.0 - rewards)
-  last = mask & ~jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+  last = mask & (jnp.cumsum(mask[:, ::-1], 1)[:, ::-1] == 1)
   token_rewards = jnp.where(last, rewards[:, None], 0.0)
   if config.loss.kl_placement == 'reward':
     numbers = hyperparameters.loss
@@ -167,8 +170,9 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
           (hidden, ref_output, rollout.actions, mask), (embedding, _ref_embedding(state, embedding), numbers))
     token_rewards -= jnp.where(mask, numbers.kl_coefficient * weighted_penalty(record, config.loss)[0], 0.0)
   if config.advantage == 'gae':
+    final_values = last_values(model, config, state.params, rollout) if config.bootstrap_truncated else None
     token_advantages, returns = advantages.gae(
-        token_rewards, rollout.values, mask, hyperparameters.discount, hyperparameters.gae_lambda)
+        token_rewards, rollout.values, mask, hyperparameters.discount, hyperparameters.gae_lambda, final_values)
     if config.whiten_advantages:
       token_advantages = advantages.whiten(token_advantages, mask)
   else:
@@ -178,6 +182,16 @@ def make_batch(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: 
     returns = jnp.where(mask, jnp.cumsum(token_rewards[:, ::-1], -1)[:, ::-1], 0.0)
   return Batch(actions=rollout.actions, mask=mask, log_probs=rollout.log_probs, values=rollout.values,
                advantages=token_advantages, returns=returns)
+
+
+def last_values(model: GPT2, config: FinetuneConfig, params: Any, rollout: Rollout) -> chex.Array:
+  """Returns the values `[B]` of the states in which episodes were cut, 0 for those that ended; arguments as
+  `reference_pass`."""
+  params = gathered(model, params, model.config.dtype)
+  size = slices.pick_size(config.episodes // config.minibatches, rollout.prompt.shape[1] + rollout.actions.shape[1])
+  parts = sharding.episodes(slices.split(rollout, size), axis=1)
+  values = jax.lax.map(lambda part: value_at_end(model, params, part), parts).reshape(-1)
+  return jnp.where(rollout.truncated, values, 0.0)
 
 
 def gated(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Rollout, ref_output: chex.Array,
@@ -245,11 +259,14 @@ def rollout_metrics(task: Task, rollout: Rollout, solutions: Solution, critical:
     critical: bool `[B, T]` the critical tokens, as far as responses follow the right solutions.
 
   Returns:
-    `critical_right`, the share of critical tokens that are the right ones, NaN if there are none; and, if the task
-    judges form, `format_errors`, the share of responses that are not well formed.
+    `critical_right`, the share of critical tokens that are the right ones, NaN if there are none; `truncated`, the
+    share of episodes that were cut before they ended; `max_response_length`, tokens in the longest episode; and, if the
+    task judges form, `format_errors`, the share of responses that are not well formed.
   """
   right = jnp.sum(critical & (rollout.actions == solutions.tokens), dtype=jnp.float32)
-  metrics = {'critical_right': right / jnp.sum(critical, dtype=jnp.float32)}
+  metrics = {'critical_right': finite.ratio(right, jnp.sum(critical, dtype=jnp.float32)),
+             'truncated': jnp.mean(rollout.truncated.astype(jnp.float32)),
+             'max_response_length': jnp.max(jnp.sum(rollout.mask, 1)).astype(jnp.float32)}
   if task.well_formed is not None:
     formed = jax.vmap(task.well_formed)(rollout.actions, rollout.mask)
     metrics['format_errors'] = jnp.mean(1.0 - formed.astype(jnp.float32))
@@ -274,7 +291,8 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
 
   Returns:
     The state one step later, and the means of the loss's metrics over the updates; where the batch knows its critical
-    tokens `kl_critical` and `weight_critical`, means over them.
+    tokens `kl_critical` and `weight_critical`, means over them; and the metrics of `finite.counted`, since an update
+    with anything in it that is not finite is not made.
   """
   optimizer, numbers = make_optimizer(config), hyperparameters.loss
   if config.certainty_ensemble:  # the weight is in the batch's gate
@@ -289,20 +307,30 @@ def update(model: GPT2, config: FinetuneConfig, state: TrainState, rollout: Roll
     grads, metrics = _mean_gradient(_loss_fn(model, config, state, numbers), params, *minibatch, lengths)
     grads = {name: grad if name == 'value_head' else jax.tree.map(lambda x: jnp.where(warming_up, 0.0, x), grad)
              for name, grad in grads.items()}
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    carry = sharding.at_rest((optax.apply_updates(params, updates), opt_state))
-    return carry, metrics | {'grad_norm': optax.tree.norm(grads)}
+    updates, after = optimizer.update(grads, opt_state, params)
+    after = sharding.at_rest((optax.apply_updates(params, updates), after))
+    carry, number = finite.guarded(carry, after, _terms(*minibatch, learning_rate) | metrics, grads)
+    return carry, (metrics | {'grad_norm': optax.tree.norm(grads)}, number)
 
   shuffles = jax.vmap(lambda k: jax.random.permutation(k, config.episodes))(jax.random.split(key, config.epochs))
   indices = shuffles.reshape(config.epochs * config.minibatches, -1)
-  opt_state = state.opt_state._replace(
-      hyperparams=state.opt_state.hyperparams | {'learning_rate': jnp.float32(hyperparameters.learning_rate)})
-  (params, opt_state), metrics = jax.lax.scan(one_update, (state.params, opt_state), indices)
-  metrics = jax.tree.map(jnp.mean, metrics)
+  learning_rate = jnp.float32(hyperparameters.learning_rate)
+  opt_state = state.opt_state._replace(hyperparams=state.opt_state.hyperparams | {'learning_rate': learning_rate})
+  (params, opt_state), (metrics, numbers) = finite.scan(one_update, (state.params, opt_state), indices)
+  metrics = jax.tree.map(jnp.mean, metrics) | finite.counted(numbers)
   if batch.critical is not None:
     share = metrics.pop('critical')
-    metrics |= {f'{name}_critical': metrics.pop(f'{name}_at_critical') / share for name in ('kl', 'weight')}
+    metrics |= {f'{name}_critical': finite.ratio(metrics.pop(f'{name}_at_critical'), share)
+                for name in ('kl', 'weight')}
   return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+
+def _terms(rollout, ref_output, batch, learning_rate):
+  """Returns the terms of an update that are known before its loss, 0 where they do not count."""
+  terms = {name: getattr(batch, name) for name in ('log_probs', 'values', 'advantages', 'returns', 'gate')}
+  terms = {name: jnp.where(batch.mask, x, 0.0) for name, x in terms.items() if x is not None}
+  reference = jnp.where(batch.mask[..., None], ref_output, jnp.zeros((), ref_output.dtype))
+  return terms | {'reference': reference, 'learning_rate': learning_rate}
 
 
 def _loss_fn(model, config, state, numbers) -> Callable:

@@ -17,25 +17,27 @@ import numpy as np
 from absl import flags
 
 from critkl_jax import checkpoint, critical_tokens, hosts, storage
-from critkl_jax.analysis import charts, reading
+from critkl_jax.analysis import reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import Checkpoint
-from critkl_jax.config import LossConfig
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.tasks.addition import TOKENIZER
+from critkl_jax.config import MOST_PROBLEMS, LossConfig
+from critkl_jax.tasks.addition import TOKENIZER, check_vocabulary
 
-from .analysis_record import check_workdir, claim_workdir
+from . import parsing, paths
+from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
 from .flags import run
 from .tables import summary_tables, text_of
+from .workdirs import claim
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/analysis', 'Directory that takes what is found.')
 CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE)],
                                 'Workdirs, checkpoint directories or step directories.')
 REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each one's own if not given.")
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits.', 1,
+                                MOST_PROBLEMS)
 RESPONSES = flags.DEFINE_enum('responses', 'greedy', list(reading.RESPONSES), 'Whose tokens are read.')
 THRESHOLD = flags.DEFINE_float(
     'threshold', critical_tokens.THRESHOLD, 'Certainty below which a token is critical.', 0.0, 1.0)
@@ -47,25 +49,44 @@ SAMPLES = flags.DEFINE_integer('samples', critical_tokens.SAMPLES, 'Responses sa
                                lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Checkpoints of a directory that are read, at most; 0 for none.',
                              lower_bound=0)
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of problems and samples.')
+SEED = parsing.define_seed()
 OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
 COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in reading.CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
-def main() -> None:
-  """Reads every checkpoint, and writes tables, pictures and the page."""
-  start, workdir, names = time.monotonic(), pathlib.Path(WORKDIR.value), names_of(CHECKPOINTS.value)
-  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
-  pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
-  digits = digits_of(pairs)
-  settings = settings_of(names, digits)
+def check() -> tuple[pathlib.Path, dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
+  """Returns the workdir, the checkpoints by name, found without their parameters, and the numbers of digits, or exits
+  with one line."""
+  names, given = names_of(parsing.read_names(CHECKPOINTS)), parsing.read_digits(DIGITS)
+  if REFERENCE.value == '':
+    refuse('--reference: expected a path, got an empty one.')
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
+  found = {name: reading.load_pair(path, REFERENCE.value, checkpoint.find_checkpoint) for name, path in names.items()}
+  digits = digits_of(found, given)
+  check_record(workdir, names, found, digits)
+  return workdir, names, found, digits
+
+
+def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
+                 digits: list[int]) -> bool:
+  """Returns whether the workdir holds an analysis that will be replaced; exits with one line if it holds another."""
   try:
-    if check_workdir(workdir, settings, files_of(pairs), OVERWRITE.value):
-      hosts.say(f'The analysis that {workdir} holds will be replaced')
+    return check_workdir(workdir, settings_of(names, digits), files_of(pairs), OVERWRITE.value)
   except ValueError as error:
     refuse(f'--workdir: {error}')
-  workdir.mkdir(parents=True, exist_ok=True)
+
+
+def main(workdir: pathlib.Path, names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]],
+         digits: list[int]) -> None:
+  """Reads every checkpoint, and writes tables, pictures and the page."""
+  start = time.monotonic()
+  claim(workdir, 'analyze')
+  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
+  pairs = {name: reading.load_pair(*(one.path for one in pair)) for name, pair in found.items()}
+  settings = settings_of(names, digits)
+  if check_record(workdir, names, pairs, digits):
+    hosts.say(f'The analysis that {workdir} holds will be replaced')
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
@@ -78,28 +99,28 @@ def main() -> None:
   for name, (policy, reference) in pairs.items():
     summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
   storage.write_json(workdir / 'summary.json', summaries)
+  finish_workdir(workdir, settings, files_of(pairs))
   print('', *(f'{run.name}: {run.origin}' for run in runs), text_of(tables), sep='\n')
   print(f'\n{time.monotonic() - start:.0f} s. {workdir} holds summary.json, tokens.csv and pictures. Open in a browser:'
         f'\n{workdir / "report.html"}')
 
 
-def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[int]:
+def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]], given: list[int] | None) -> list[int]:
   """Returns the numbers of digits to read, or exits with one line if the checkpoints cannot be read with them."""
   known = {policy.info.known_digits for policy, _ in pairs.values()}
   if len(known) > 1:
     refuse(f'--checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
                      'time.')
-  try:
-    digits = [int(n) for n in DIGITS.value] if DIGITS.value else [*known, *(n + 1 for n in known)]
-    if min(digits) < 1:
-      raise ValueError(f'expected numbers of 1 or more, got {digits}.')
-    for policy, _ in pairs.values():
-      task, context = reading.task_of(policy, digits), policy.info.model.context_length
-      if task.prompt_length + task.response_length > context:
-        raise ValueError(f'problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, '
-                         f'and {policy.path} has a context of {context}.')
-  except ValueError as error:
-    refuse(f'--digits: {error}')
+  digits = given or [*known, *(n + 1 for n in known)]
+  for policy, _ in pairs.values():
+    task, context = reading.task_of(policy, digits), policy.info.model.context_length
+    if task.prompt_length + task.response_length > context:
+      refuse(f'--digits: problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, and '
+             f'{policy.path} has a context of {context}.')
+    try:
+      check_vocabulary(policy.info.model.vocab_size)
+    except ValueError as error:
+      refuse(f'--checkpoints: {policy.path}: {error}')
   return digits
 
 
@@ -147,7 +168,7 @@ def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[
     hosts.say(f'Replacing {COUNTERFACTUAL.value} tokens and the critical ones of each response, with {SAMPLES.value} '
               'samples each (minutes)')
     detectors['counterfactual'] = critical_tokens.counterfactual(
-        GPT2(policy.info.model), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
+        reading.model_of(policy), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
         num_positions=COUNTERFACTUAL.value, always=critical_tokens.oracle(task), temperature=loss.temperature,
         progress=True)
   return reading.read_tokens(policy, reference, digits=digits, num_problems=PROBLEMS.value, responses=RESPONSES.value,
@@ -167,6 +188,8 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: lis
 
 def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: pathlib.Path) -> Run:
   """Draws the pictures of one checkpoint, and returns what the page shows of it."""
+  from critkl_jax.analysis import charts  # draws, for which no wrong flag should wait
+
   pictures = {'certainty of the reference': workdir / picture_of(name, 'certainty'),
               'along the response': workdir / picture_of(name, 'positions')}
   charts.plot_certainty(tokens, pictures['certainty of the reference'], name)
@@ -198,8 +221,14 @@ def training_of(policy: Checkpoint) -> str:
   weight = f'certainty^{loss.certainty_exponent:g}' if loss.kl == 'prioritized' else '1 at all tokens'
   names = ('kl_estimator', 'kl_placement', 'certainty', 'certainty_intercept', 'certainty_temperature', 'kl_gate')
   special = [f', {name}={getattr(loss, name)}' for name in names if getattr(loss, name) != getattr(plain, name)]
+  training, apart = policy.info.training, ''
+  if training.certainty_ensemble:
+    apart = (f' Weights below take the certainty of its own reference; in training it was that of the mean of '
+             f'{1 + len(training.ensemble_paths)} references.')
+  elif loss.kl_gate != 'none':
+    apart = ' Weights below leave the gate out.'
   return (f'Fine-tuned with the {loss.kl} KL penalty: weight {weight}, coefficient {loss.kl_coefficient:g}'
-          f'{"".join(special)}.')
+          f'{"".join(special)}.{apart}')
 
 
 def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> str:
@@ -226,7 +255,8 @@ def _several(number: int, noun: str) -> str:
 def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
   """Writes a row for each token."""
   detectors = [name for name in next(iter(read.values())) if name.startswith(('critical/', 'score/'))]
-  with path.open('w', newline='') as file:
+  unfinished = path.with_name(f'{path.name}.unfinished')
+  with unfinished.open('w', newline='') as file:
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(['checkpoint', 'response', 'problem', 'digits', 'reward', 'position', 'text', 'token', 'right',
                      *COLUMNS, *detectors])
@@ -241,7 +271,8 @@ def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> 
       reward = np.where(np.isnan(tokens['reward']), '', np.char.mod('%g', tokens['reward']))[rows]
       writer.writerows(zip([name] * len(rows), rows, *own, reward, positions,
                            tokens['character'][rows, positions], tokens['token'][rows, positions], right, *numbers))
+  unfinished.replace(path)
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

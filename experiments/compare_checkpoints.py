@@ -6,42 +6,54 @@
 import pathlib
 import time
 
-import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, hosts, storage
-from critkl_jax.analysis.charts import plot_comparison
+from critkl_jax import checkpoint, evaluate, hosts, storage
+from critkl_jax.analysis import reading
 from critkl_jax.analysis.comparison import compare
+from critkl_jax.checkpoint import Checkpoint
+from critkl_jax.config import MOST_PROBLEMS
 
+from . import parsing, paths
 from .exits import refuse
 from .flags import run
 from .tables import command
-from .workdirs import refuse_other_results, refuse_others
+from .workdirs import claim, refuse_other_results
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png; without it '
                               'nothing is written.')
-PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', lower_bound=1)
+PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', 1, MOST_PROBLEMS)
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-SEED = flags.DEFINE_integer('seed', 0, 'Seed of the problems.')
+SEED = parsing.define_seed(text='Seed of the problems.')
 SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
 
 
-def main(first: str, second: str) -> None:
-  """Prints the comparison and writes it where asked."""
-  start, workdir = time.monotonic(), WORKDIR.value and pathlib.Path(WORKDIR.value)
-  hosts.say(f'Comparing {second} with {first} on {PROBLEMS.value} problems of each number of digits: two programs to '
-            'compile, each 10 to 40 s on a CPU.')
-  one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
-  if workdir:
-    refuse_others(workdir, 'compare_checkpoints')
-    refuse_other_results(workdir / 'comparison.json', origin(one, two))
+def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | None, pathlib.Path | None]:
+  """Returns the checkpoints, found without their parameters, the numbers of digits and the workdir, or exits with one
+  line."""
+  digits = parsing.read_digits(DIGITS)
+  workdir = None if WORKDIR.value is None else paths.read_workdir('workdir', WORKDIR.value)
+  two, one = reading.load_pair(second, first, checkpoint.find_checkpoint)
+  known = one.info.known_digits
   try:
-    digits = [int(n) for n in DIGITS.value] if DIGITS.value else None
-    found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
-  except checkpoint.CheckpointError:
-    raise
+    for found in (one, two):
+      evaluate.task_of(found.info.model, known, max(digits or [known + 1]))
   except ValueError as error:
-    refuse(f'--digits: {error}')
+    refuse(f'--{error}' if 'digits' in str(error) else f'{found.path}: {error}')
+  if workdir:
+    refuse_other_results(workdir / 'comparison.json', origin(one, two))
+  return one, two, digits, workdir
+
+
+def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdir: pathlib.Path | None) -> None:
+  """Prints the comparison and writes it where asked."""
+  start = time.monotonic()
+  if workdir:
+    claim(workdir, 'compare_checkpoints')
+  hosts.say(f'Comparing {second.path} with {first.path} on {PROBLEMS.value} problems of each number of digits: two '
+            'programs to compile, each 10 to 40 s on a CPU.')
+  one, two = (checkpoint.load_checkpoint(found.path) for found in (first, second))
+  found = compare(one, two, PROBLEMS.value, digits, SEED.value, progress=True)
   print(f'first:  {one.path}, step {one.step}\nsecond: {two.path}, step {two.step}')
   print_drift(found['drift'], found['left_out'])
   print_answers(found)
@@ -50,10 +62,10 @@ def main(first: str, second: str) -> None:
   kept = f'In {workdir}: comparison.json, comparison.png' if workdir else (
       'Nothing was written: --workdir=DIRECTORY keeps all of this as comparison.json and comparison.png')
   print(f'\n{time.monotonic() - start:.0f} s. {kept}.\nNext, token by token: '
-        f'{command("analyze", f"--checkpoints={second}", f"--reference={first}")}')
+        f'{command("analyze", f"--checkpoints={two.path}", f"--reference={one.path}")}')
 
 
-def origin(one: checkpoint.Checkpoint, two: checkpoint.Checkpoint) -> dict[str, str | int]:
+def origin(one: Checkpoint, two: Checkpoint) -> dict[str, str | int]:
   """Describes the comparison and its problems."""
   return {'first': str(one.path), 'second': str(two.path), 'problems': PROBLEMS.value, 'seed': SEED.value,
           'digits_asked': ','.join(DIGITS.value or [])}
@@ -93,12 +105,12 @@ def print_answers(found) -> None:
 
 def write(found, workdir: pathlib.Path) -> None:
   """Writes comparison.json and comparison.png."""
+  from critkl_jax.analysis.charts import plot_comparison  # draws, for which no wrong flag should wait
+
   workdir.mkdir(parents=True, exist_ok=True)
   plot_comparison(found, workdir / 'comparison.png')
-  position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
-  found = found | {'kl': found['kl'] | {'by_position': position}}
   storage.write_json(workdir / 'comparison.json', found)
 
 
 if __name__ == '__main__':
-  run(main, 'FIRST', 'SECOND')
+  run(main, check, 'FIRST', 'SECOND')

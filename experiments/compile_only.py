@@ -21,16 +21,19 @@ from critkl_jax.footprint import Footprint, footprint, needed_flops, num_paramet
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.task import Task
 
-from . import targets
+from . import paths, targets
 from .exits import refuse
-from .flags import define_config, keep_no_programs, read_config, run
+from .flags import check_mesh, define_config, keep_no_programs, read_config, run
+from .workdirs import refuse_other_file
 
 keep_no_programs()
+MOST_MEMBERS = 10_000
 TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'Kind and number of devices: v4, v5e, v5p or v6e with the shape '
                                'of the slice, or H100:8 for GPUs of one machine.')
 MESH = flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model; all along data if not given.')
-MEMBERS = flags.DEFINE_integer('members', 1, 'Members of a study, which differ in their seeds.', lower_bound=1)
+MEMBERS = flags.DEFINE_integer('members', 1, 'Members of a study, which differ in their seeds.', 1, MOST_MEMBERS)
 MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPINGS],
                             'How members are computed, as in experiments.sweep.')
 MODEL = flags.DEFINE_enum('model', None, list(PRETRAIN_PRESETS), 'Sizes of the model; those of --preset if not given.')
@@ -38,17 +41,36 @@ JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 
 
-def main() -> None:
-  """Compiles and prints."""
-  jax.config.update('jax_platforms', 'cpu')
+def check() -> tuple[str, FinetuneConfig, GPT2, Task]:
+  """Returns the name of the sizes and what is to be compiled, or exits with one line."""
   config = read_config(FINETUNE_PRESETS)
   name = MODEL.value or flags.FLAGS.preset
   if name not in PRETRAIN_PRESETS:
     refuse(f'--model: expected one of {tuple(PRETRAIN_PRESETS)}; the preset {name!r} names no sizes.')
   pretraining = PRETRAIN_PRESETS[name]
+  check_mesh(MESH.value)
+  paths.check_file('json', JSON.value)
+  if JSON.value:
+    refuse_other_file(JSON.value, ('topology', 'mesh', 'fits'), 'json')
   task = plus_task(pretraining.known_digits, config.extra_digits)
+  needed, context = task.prompt_length + task.response_length, pretraining.model.context_length
+  if needed > context:
+    refuse(f'--extra_digits: {pretraining.known_digits} + {config.extra_digits} digits need a context of {needed}, and '
+           f'{name} has {context}; take fewer.')
   try:
+    targets.check_topology(TOPOLOGY.value)
     model = GPT2(config.model_of(pretraining.model))
+  except ValueError as error:
+    refuse(f'--{error}')
+  if model.config.attention == 'cudnn' and targets.backend_of(TOPOLOGY.value) != 'gpu':
+    refuse(f"--attention: 'cudnn' needs an NVIDIA GPU, got --topology={TOPOLOGY.value}; give --attention=auto.")
+  return name, config, model, task
+
+
+def main(name: str, config: FinetuneConfig, model: GPT2, task: Task) -> None:
+  """Compiles and prints."""
+  jax.config.update('jax_platforms', 'cpu')
+  try:
     mesh = sharding.make_mesh(MESH.value, targets.devices_of(TOPOLOGY.value))
     config = enough_episodes(config, mesh)
   except ValueError as error:
@@ -121,4 +143,4 @@ def out_of_memory(error: Exception) -> str:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

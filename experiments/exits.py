@@ -4,7 +4,9 @@
 nothing was changed. `STOPPED`: a signal ended the run, what was finished is saved, and the same command goes on.
 """
 
+import pathlib
 import sys
+import traceback
 from typing import NoReturn
 
 from critkl_jax.interruption import STOPPED as STOPPED
@@ -15,10 +17,20 @@ REFUSED = 2
 
 def refuse(reason: object) -> NoReturn:
   """Ends the process with one line on the standard error, as wrong input does."""
-  end(REFUSED, f'error: {reason}')
+  end(REFUSED, 'error: ' + ' '.join(str(reason).splitlines()))
 
 
 def end(code: int, text: object) -> NoReturn:
   """Ends the process with a text on the standard error and an exit code."""
   print(text, file=sys.stderr, flush=True)
   sys.exit(code)
+
+
+def place_of(error: BaseException) -> str:
+  """Returns from which line of the project an error came, ` (at FILE:LINE, in FUNCTION)`; empty if none is known."""
+  root = pathlib.Path(__file__).resolve().parents[1]
+  own = [frame for frame in traceback.extract_tb(error.__traceback__)
+         if pathlib.Path(frame.filename).is_relative_to(root / 'critkl_jax')]
+  if not own:
+    return ''
+  return f' (at {pathlib.Path(own[-1].filename).relative_to(root)}:{own[-1].lineno}, in {own[-1].name})'

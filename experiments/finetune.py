@@ -20,37 +20,69 @@ from absl import flags
 from critkl_jax import checkpoint, evaluate, hosts, runner, sharding, storage
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.config import FinetuneConfig, flat_values
+from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.tasks.task import Task
 from critkl_jax.train_step import make_train_step
 
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
-from .reference import keep_reference, load_ensemble, model_and_task, tested_before
+from . import paths
+from .flags import (
+    check_attention,
+    check_devices,
+    define_config,
+    define_devices,
+    define_training,
+    read_config,
+    read_mesh,
+    read_trackers,
+    run,
+)
+from .reference import (
+    check_ensemble,
+    find_reference,
+    keep_reference,
+    load_ensemble,
+    load_reference,
+    model_and_task,
+    tested_before,
+)
 from .tables import before_after_rows, command
-from .workdirs import refuse_fewer_steps, refuse_others
+from .workdirs import claim, refuse_fewer_steps
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
-define_wandb()
+define_training()
 
 
-def main() -> None:
+def check() -> tuple[Any, ...]:
+  """Returns what the flags ask for, or exits with one line."""
+  config = read_config(FINETUNE_PRESETS)
+  track = read_trackers(config)
+  check_devices()
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
+  refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
+  reference = find_reference(config, workdir)
+  model, task = model_and_task(config, reference)
+  check_ensemble(config, reference)
+  return config, workdir, track, model, task
+
+
+def main(config: FinetuneConfig, workdir: pathlib.Path, track: Callable, model: GPT2, task: Task) -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
-  config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
-  track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
-  refuse_others(workdir, 'finetune')
-  refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
-  reference = keep_reference(config, workdir, mesh)
+  check_attention(model.config)
+  claim(workdir, 'finetune')
+  reference = load_reference(config, workdir, mesh)
   known = reference.info.known_digits
-  model, task = model_and_task(config, reference)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
   finished = runner.check_workdir(workdir, info)
-  state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, reference, mesh))
+  state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
+  keep_reference(workdir, reference)
   del reference  # the state has its own
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   step = make_train_step(model, task, config, mesh)
@@ -59,7 +91,7 @@ def main() -> None:
   with (hosts.waiting(doing) if doing else contextlib.nullcontext(),
         concurrent.futures.ThreadPoolExecutor(1) as other):  # the compiler leaves a core to the test
     compiled = other.submit(compile_unless, finished >= config.num_iterations, step, state, key, hyperparameters)
-    before = tested_before(test, state.ref_params, workdir)
+    before = tested_before(test, state.ref_params, config, workdir)
     step = compiled.result()
   if finished < config.num_iterations:
     hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
@@ -72,8 +104,8 @@ def main() -> None:
 
 
 def compile_unless(done: bool, step: Callable, *arguments: Any) -> Callable:
-  """Compiles the step for its arguments, unless no step is left to make."""
-  return step if done else step.lower(*arguments).compile()
+  """Compiles the step for its arguments, unless no step is left to make, or jit has to look for NaN."""
+  return step if done or jax.config.jax_debug_nans else step.lower(*arguments).compile()
 
 
 def plan_of(config: FinetuneConfig, known: int) -> str:
@@ -134,4 +166,4 @@ def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: di
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

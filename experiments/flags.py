@@ -5,20 +5,23 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from critkl_jax import compilation, hosts, interruption, sharding, trackers
+from critkl_jax import attention, compilation, hosts, interruption, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
+from critkl_jax.finite import NonFinite
+from critkl_jax.storage import WorkdirError
 
-from . import exits
+from . import exits, parsing, paths
 from . import help as help_lib
 from .exits import refuse
+from .workdirs import held
 
 ConfigT = TypeVar('ConfigT')
 
@@ -45,8 +48,9 @@ def keep_no_programs() -> None:
   flags.FLAGS.set_default('compilation_cache', '')
 
 
-def define_wandb() -> None:
-  """Defines the flag that sends metrics to Weights & Biases."""
+def define_training() -> None:
+  """Defines the flags that send metrics to Weights & Biases and look for NaN."""
+  flags.DEFINE_boolean('debug_nans', False, 'Stop at the line that gives the first NaN (`jax_debug_nans`); slow.')
   flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
                       'none. TensorBoard events are written into the workdir wherever tensorboardX is installed.')
 
@@ -79,6 +83,7 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
   """Returns the mesh for updates of so many episodes, or exits with one line if they cannot be shared out; None for a
   single device."""
   try:
+    sharding.mesh_sizes(values.mesh)  # before it asks for devices
     mesh = sharding.make_mesh(values.mesh or most_devices(num_episodes))
     sharding.check_episodes(mesh, num_episodes)
     if mesh.shape['member'] > 1:
@@ -110,12 +115,7 @@ def take_cores(most: int) -> None:
 
 def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
   """Joins the other hosts where flags ask for it, or exits with one line; returns what to call at an orderly end."""
-  if 'multi_host' not in values:
-    return lambda: None
-  if not (values.multi_host or values.coordinator_address):
-    for name in ('num_processes', 'process_id'):
-      if values[name].value is not None:
-        refuse(f'--{name}: means nothing without --coordinator_address or --multi_host.')
+  if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
     return lambda: None
   try:
     hosts.initialize(values.coordinator_address, values.num_processes, values.process_id, values.host_timeout)
@@ -126,43 +126,79 @@ def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
       'same command on all hosts goes on from there.')
 
 
-def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
-  """Returns the chosen preset with the given flags in it; exits with one line if a value is not allowed."""
-  preset = presets[values.preset]
-  given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset))}
+def check_devices(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Exits with one line if the flags of `define_devices` cannot be, whatever devices there are."""
+  parsing.check_hosts(values)
+  check_mesh(values.mesh)
+
+
+def check_mesh(text: str) -> None:
+  """Exits with one line if a mesh is not written as one is."""
   try:
-    return config_lib.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    sharding.mesh_sizes(text)
   except ValueError as error:
     refuse(f'--{error}')
 
 
-def run(main: Callable[..., None], *arguments: str) -> None:
-  """Runs a binary: what the user can mend is said in one line, without a traceback, and exits with status 1.
+def check_attention(model: config_lib.GPT2Config) -> None:
+  """Exits with one line if the devices here do not have a model's attention, which its checkpoint may have named."""
+  try:
+    attention.check_implementation(model.attention)
+  except ValueError as error:
+    refuse('--' + str(error).replace("take 'auto'", 'give --attention=auto'))
 
-  `arguments` are names of what is given without a flag, all of which must be; `main` is called with it.
+
+def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
+  """Returns the chosen preset with the given flags in it; exits with one line if a value is not allowed, or if a
+  warm-up is longer than the run."""
+  preset = presets[values.preset]
+  given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset))}
+  try:
+    config = config_lib.replace(preset, **{name: value for name, value in given.items() if value is not None})
+  except ValueError as error:
+    refuse(f'--{error}')
+  found = config_lib.flat_values(config)
+  for name, end in (('warmup_steps', 'num_steps'), ('critic_warmup', 'num_iterations')):
+    if name in found and found[name] > found[end]:
+      refuse(f'--{name}: expected at most {end}={found[end]}, got {found[name]}; give both.')
+  return config
+
+
+def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -> None:
+  """Runs a binary: what the user can mend is said in one line, without a traceback (exit codes are in `exits`).
+
+  Args:
+    main: called with what `check` returns, once the other hosts are there.
+    check: called with what is given without a flag; it refuses what cannot be, starts no device and writes nothing.
+    *arguments: names of what is given without a flag, all of which must be.
   """
 
   def guarded(argv: list[str]) -> None:
-    if len(argv) - 1 != len(arguments):
-      refuse(f'expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
-               f'error: arguments {argv[1:]} are not flags; flags start with --, see --help.')
+    checked = checked_line(check, arguments, argv)
 
     def ended():
       pass
 
     if flags.FLAGS.compilation_cache:
       compilation.keep_programs(flags.FLAGS.compilation_cache)
+    if 'debug_nans' in flags.FLAGS and flags.FLAGS.debug_nans:
+      jax.config.update('jax_debug_nans', True)
     try:
       ended = join_hosts()
-      with interruption.watch():
-        main(*argv[1:])
+      with interruption.watch(), held:
+        main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
-    except CheckpointError as error:
+    except (CheckpointError, WorkdirError) as error:
       refuse(error)
-    except hosts.LostHost as error:
+    except FloatingPointError as error:  # of --debug_nans
+      exits.end(exits.FAILED, f'error: {error}{exits.place_of(error)}.')
+    except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
-    except jax.errors.JaxRuntimeError as error:
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+        exits.end(exits.FAILED, f'error: out of memory ({(str(error).splitlines() or ["of the host"])[0][:200]}); take '
+                  'fewer episodes or problems, or a smaller model.')
       if not hosts.may_be_lost(error):
         raise
       traceback.print_exc()
@@ -175,7 +211,20 @@ def run(main: Callable[..., None], *arguments: str) -> None:
   if {'-h', '-help', '--help'} & set(sys.argv[1:]):
     print(help_lib.text(sys.modules['__main__'].__doc__))
     return
-  app.run(guarded)
+  app.run(guarded, flags_parser=parsing.parse)
+
+
+def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequence[str]) -> tuple[Any, ...]:
+  """Returns what a binary's `check` returns for a parsed command line, or exits with one line."""
+  if len(argv) - 1 != len(arguments):
+    refuse(f'expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
+           f'arguments {argv[1:]} are not flags; flags start with --, see --help.')
+  if flags.FLAGS['compilation_cache'].present and flags.FLAGS.compilation_cache:
+    paths.read_workdir('compilation_cache', flags.FLAGS.compilation_cache)
+  try:
+    return check(*argv[1:])
+  except CheckpointError as error:
+    refuse(error)
 
 
 def _attribute_help(config_class: type, name: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from critkl_jax import config, population
-from critkl_jax.analysis.statistics import clip_interval, paired_difference, seed_statistics
+from critkl_jax.analysis.statistics import paired_difference, seed_statistics
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.intervals import of_difference, of_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +57,18 @@ def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
   for group in groups:
     rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
     own = rewards[group.label]
-    accuracy, *interval = clipped(seed_statistics(own)['mean'], 0.0, 1.0)
+    accuracy, *interval = without_nan(of_share(seed_statistics(own)['mean'], own.shape[1]))
     row = {'group': group.label, 'members': len(group.members), 'accuracy': accuracy, 'accuracy_interval': interval,
            'accuracies': own.mean(1).tolist()}
     baseline = baseline_of(group, groups)
     if baseline is not None:
-      mean, low, high = clipped(paired_difference(own, rewards[baseline.label]), -1.0, 1.0)
+      mean, low, high = without_nan(of_difference(paired_difference(own, rewards[baseline.label]), own.shape[1]))
       row |= {'baseline': baseline.label, 'difference': mean, 'low': low, 'high': high,
               'differences': (own - rewards[baseline.label]).mean(1).tolist()}
     rows.append(row)
   return rows
 
 
-def clipped(value: tuple[float, float, float], least: float, most: float) -> list[float | None]:
-  """Returns `(value, low, high)` within the bounds of what it can be, None for bounds that there are not."""
-  return [None if np.isnan(x) else x for x in clip_interval(value, least, most)]
+def without_nan(value: tuple[float, float, float]) -> list[float | None]:
+  """Returns `(value, low, high)` with None for bounds that there are not."""
+  return [None if np.isnan(x) else x for x in value]

@@ -14,14 +14,14 @@ GROUPS = {
                    'certainty_intercept', 'certainty_temperature', 'certainty_ensemble', 'kl_gate', 'gate_threshold',
                    'gate_fraction'),
     'Algorithm': ('algorithm', 'learning_rate', 'advantage', 'clip_ratio', 'entropy_coefficient', 'temperature',
-                  'max_grad_norm', 'optimizer', 'warmup_steps', 'final_learning_rate', 'weight_decay',
+                  'max_grad_norm', 'optimizer', 'warmup_steps', 'final_learning_rate', 'weight_decay', 'hidden_only',
                   'value_coefficient', 'value_clip', 'value_head', 'value_head_detached', 'critic_warmup',
-                  'whiten_advantages', 'discount', 'gae_lambda'),
+                  'whiten_advantages', 'discount', 'gae_lambda', 'bootstrap_truncated'),
     'Sizes': ('num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'num_steps', 'batch_size',
               'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width'),
     'Devices': ('mesh', 'dtype', 'attention', 'remat', 'scan_layers', 'rollout', 'window', 'population_map',
                 'multi_host', 'coordinator_address', 'num_processes', 'process_id', 'host_timeout'),
-    'Run': ('reference', 'seed', 'save_every', 'compilation_cache', 'wandb'),
+    'Run': ('reference', 'seed', 'save_every', 'max_skipped', 'debug_nans', 'compilation_cache', 'wandb'),
 }
 _WIDTH = 100
 

@@ -7,6 +7,8 @@ The same command goes on where it was stopped.
 
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -15,31 +17,53 @@ from critkl_jax.config import PretrainConfig
 from critkl_jax.evaluate import DISTRIBUTIONS, accuracies
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.pretraining import pretrain
-from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
+from critkl_jax.pretraining import check_pretraining, pretrain
+from critkl_jax.tasks.addition import LENGTH_MARGIN, check_vocabulary, prompt_length, solution_length
 
+from . import paths
 from .exits import refuse
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
+from .flags import (
+    check_attention,
+    check_devices,
+    define_config,
+    define_devices,
+    define_training,
+    read_config,
+    read_mesh,
+    read_trackers,
+    run,
+)
 from .tables import command, print_accuracies
-from .workdirs import refuse_others
+from .workdirs import claim
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
 define_devices()
-define_wandb()
+define_training()
 
 
-def main() -> None:
-  """Pre-trains, then prints and saves the accuracy table."""
+def check() -> tuple[Any, ...]:
+  """Returns what the flags ask for, or exits with one line."""
   config = read_config(PRETRAIN_PRESETS)
-  model, track = GPT2(config.model), read_trackers(config)
-  tested = [config.known_digits + k for k in range(3)]
-  needed = prompt_length(tested[-1]) + solution_length(tested[-1]) + LENGTH_MARGIN
+  track, longest = read_trackers(config), config.known_digits + 2
+  check_devices()
+  try:
+    check_vocabulary(config.model.vocab_size)
+  except ValueError as error:
+    refuse(f'--{error}')
+  needed = prompt_length(longest) + solution_length(longest) + LENGTH_MARGIN
   if needed > config.model.context_length:
-    refuse(f'--context_length: N+2 = {tested[-1]} digits need {needed}, got '
-                     f'{config.model.context_length}.')
-  start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
-  refuse_others(workdir, 'pretrain')
+    refuse(f'--context_length: N+2 = {longest} digits need {needed}, got {config.model.context_length}.')
+  return config, paths.read_workdir('workdir', WORKDIR.value), track
+
+
+def main(config: PretrainConfig, workdir: pathlib.Path, track: Callable) -> None:
+  """Pre-trains, then prints and saves the accuracy table."""
+  start, mesh = time.monotonic(), read_mesh(config.batch_size)
+  model, tested = GPT2(config.model), [config.known_digits + k for k in range(3)]
+  check_attention(config.model)
+  claim(workdir, 'pretrain')
+  check_pretraining(config, workdir)
   hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
             f'{config.batch_size} texts, in {workdir}.\nThe first steps compile a program for each number of digits, '
             'up to a minute each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
@@ -57,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -1,8 +1,7 @@
 """The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
 
-import json
+import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -11,64 +10,145 @@ from jax.sharding import Mesh
 from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.storage import WorkdirError
+from critkl_jax.tasks import addition
 from critkl_jax.tasks.task import Task
 
 from .exits import refuse
 
+MARK = 'kept_by.json'  # in a copy of the reference: the workdir whose run made it, and may replace it
 
-def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
-  """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
+
+def find_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.Checkpoint:
+  """Returns the reference that `load_reference` would read, without its parameters, and starts no device."""
+  return checkpoint.find_checkpoint(
+      workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
+
+
+def load_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+  """Reads the reference: the workdir's own copy if its run has saved anything, else the config's. Changes nothing.
+
+  Raises:
+    CheckpointError: if there is no reference to be read.
+    WorkdirError: if the workdir holds another one that no run of this workdir left there.
+  """
   kept = workdir / 'reference'
-  started = checkpoint.latest(workdir / 'checkpoints') or any(workdir.glob('members/*/checkpoints/*'))
-  if hosts.as_first_says(bool(started)):
+  if hosts.as_first_says(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
-  if hosts.is_first():  # what a run left that was stopped before it saved anything
-    shutil.rmtree(kept, ignore_errors=True)
-    before_file(workdir).unlink(missing_ok=True)
-  hosts.wait_for_all('reference')
   reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
-  checkpoint.save_params(kept, reference.params, reference.info, reference.step)
+
+  def check():
+    if not (_holds(kept, reference) or _is_own(kept)):
+      raise WorkdirError(f'{kept} is there, and this run did not make it: it is kept. Give another --workdir, or '
+                         f'--reference={kept} if that is the one to start from.')
+
+  hosts.first_does(check, ValueError)
   return reference
 
 
-def load_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint, mesh: Mesh | None = None
-                  ) -> tuple[Any, ...]:
-  """Returns the parameters of a config's further references, or exits with one line if their model is another."""
-  loaded = [checkpoint.load_checkpoint(path, mesh=mesh) for path in config.ensemble_paths]
-  for path, other in zip(config.ensemble_paths, loaded):
+def keep_reference(workdir: pathlib.Path, reference: checkpoint.Checkpoint) -> None:
+  """Keeps a copy of the reference under the workdir, from which the run goes on and is analysed later, unless it is
+  there: a copy for another run that saved nothing is replaced once this one is whole."""
+  kept, unfinished = workdir / 'reference', workdir / 'reference.unfinished'
+  if hosts.as_first_says(has_started(workdir) or _holds(kept, reference)):
+    return
+
+  def begin():
+    if not _is_own(unfinished):
+      raise WorkdirError(f'{unfinished} is there, and no run left it; move it away.')
+    if unfinished.exists():
+      storage.to_path(unfinished).rmtree()
+    unfinished.mkdir(parents=True)
+    storage.write_json(unfinished / MARK, {'workdir': os.path.realpath(workdir), 'copy_of': str(reference.path)})
+
+  hosts.first_does(begin, ValueError)
+  checkpoint.save_params(unfinished, reference.params, reference.info, reference.step)
+  hosts.first_does(lambda: storage.replace_directory(unfinished, kept), ValueError)
+
+
+def has_started(workdir: pathlib.Path) -> bool:
+  """Returns whether the run of a workdir, or one of its members, has saved a checkpoint."""
+  return any(checkpoint.latest(path) is not None
+             for path in (workdir / 'checkpoints', *workdir.glob('members/*/checkpoints')))
+
+
+def _holds(kept, reference):
+  """Returns whether a directory holds the reference already, as its newest step."""
+  path = checkpoint.latest(kept)
+  try:
+    return path is not None and checkpoint.same_params(path, reference.path)
+  except checkpoint.CheckpointError:  # a damaged one is another
+    return False
+
+
+def _is_own(directory):
+  """Returns whether a directory may be replaced: it is missing, empty, or has the mark of this workdir and holds
+  nothing but a checkpoint."""
+  if not directory.exists():
+    return True
+  names = [path.name for path in directory.iterdir()] if directory.is_dir() else ['a file']
+  if MARK not in names:
+    return not names
+  mark = storage.read_json(directory / MARK, advice=f'move {directory} away')
+  return mark.get('workdir') == os.path.realpath(directory.parent) and all(
+      name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them
+
+
+def check_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> None:
+  """Exits with one line if the model of one of a config's further references is another."""
+  for path in config.ensemble_paths:
+    own = checkpoint.find_checkpoint(path).info.model
     for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
-      own, wanted = (getattr(one.info.model, name) for one in (other, reference))
-      if own != wanted:
-        refuse(f'--certainty_ensemble: {path} has {name}={own}, and the reference {wanted}.')
-  return tuple(one.params for one in loaded)
+      if getattr(own, name) != getattr(reference.info.model, name):
+        refuse(f'--certainty_ensemble: {path} has {name}={getattr(own, name)}, and the reference '
+               f'{getattr(reference.info.model, name)}.')
+
+
+def load_ensemble(config: FinetuneConfig, mesh: Mesh | None = None) -> tuple[Any, ...]:
+  """Returns the parameters of a config's further references."""
+  return tuple(checkpoint.load_checkpoint(path, mesh=mesh).params for path in config.ensemble_paths)
 
 
 def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
-  """Returns the policy and its problems, or exits with one line if the reference does not allow them."""
+  """Returns the policy and its problems, or exits with one line if the reference does not allow them; its parameters
+  are not needed."""
   try:
     model = GPT2(config.model_of(reference.info.model))
+    addition.check_vocabulary(model.config.vocab_size)
   except ValueError as error:
     refuse(f'--{error}')
   known = reference.info.known_digits
-  task = plus_task(known, config.extra_digits)
+  task = addition.plus_task(known, config.extra_digits)
   needed = task.prompt_length + task.response_length
   if needed > model.config.context_length:
-    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and '
-                     f'the reference has {model.config.context_length}; take fewer.')
+    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and the reference has '
+           f'{model.config.context_length}; take fewer.')
   return model, task
 
 
-def tested_before(test: Callable, ref_params: Any, workdir: pathlib.Path) -> dict[str, Any]:
-  """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
-  file = before_file(workdir)
-  if hosts.as_first_says(file.is_file()):
-    return json.loads(file.read_text())
+def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the reference's test; a continued run reads it from the workdir, if it was made in the same way, instead of
+  testing again."""
+  file = workdir / 'before.json'
+  made_with = {'reference': sum(checkpoint.checksums(ref_params).values()) % 2**32,
+               'eval_problems': config.eval_problems, 'extra_digits': config.extra_digits}
+  kept = _kept_test(file, made_with, has_started(workdir)) if hosts.is_first() else None
+  if hosts.as_first_says(kept is not None):
+    return kept or {}  # the first host alone reports
   result, _ = test(ref_params)
-  storage.write_json(file, result, indent=None)
+  storage.write_json(file, {'made_with': made_with} | result, indent=None)
   return result
 
 
-def before_file(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns where the reference's test is kept."""
-  return workdir / 'before.json'
+def _kept_test(file, made_with, started):
+  """Returns the test that a workdir holds; None, which is said, if it cannot be read, or if it is of something else."""
+  if not file.exists():
+    return None
+  try:
+    found = storage.read_json(file, advice='the reference is tested again')
+  except WorkdirError as error:
+    hosts.say(str(error))
+    return None
+  same = found.pop('made_with', made_with if started else None) == made_with  # an older version did not say with what
+  whole = all(isinstance(found.get(name), float | int) for name in ('N', f'N+{made_with["extra_digits"]}'))
+  return found if same and (whole or not made_with['eval_problems']) else None

@@ -10,7 +10,6 @@ short what all of them found.
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -22,19 +21,20 @@ from absl import flags
 
 from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import FinetuneConfig, flat_values
+from critkl_jax.config import MOST_PROBLEMS, FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
-from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
+from critkl_jax.studies import advance, catalog, files, ladder, references
 from critkl_jax.studies.certainty import certainty_results, overconfidence
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 
+from . import parsing, paths
 from .exits import refuse
 from .flags import run, take_cores
 from .tables import command
-from .workdirs import refuse_others
+from .workdirs import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,28 +66,38 @@ PRESET = flags.DEFINE_enum('preset', 'tiny', list(DEFAULTS),
                            'Settings of reference and runs, from which the arms depart.')
 LIST = flags.DEFINE_boolean('list', False, 'Name the studies, the runs they lack, and the time that these will take.')
 SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given, and "
-                             f'{DEFAULTS["smoke"].seeds} at preset smoke.', lower_bound=1)
+                             f'{DEFAULTS["smoke"].seeds} at preset smoke.', 1, 10_000)
 PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k digits in the test of a run; '
                                 f'{DEFAULTS["tiny"].problems} if not given, and {DEFAULTS["smoke"].problems} at preset '
-                                'smoke.', lower_bound=1)
+                                'smoke.', 1, MOST_PROBLEMS)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
-MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
+MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.', lower_bound=0)
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 
-def main() -> None:
-  """Makes the missing runs in groups, and writes the studies that they complete."""
-  start, workdir, usual = time.monotonic(), pathlib.Path(WORKDIR.value), DEFAULTS[PRESET.value]
+def check() -> tuple[Plan, list[catalog.Study]]:
+  """Returns the plan and the studies that the flags ask for, or exits with one line."""
+  usual = DEFAULTS[PRESET.value]
+  studies = chosen(parsing.read_names(STUDY) or usual.studies)
+  workdir = paths.read_workdir('workdir', WORKDIR.value)
   plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
-  studies = chosen(STUDY.value or usual.studies)
+  if not LIST.value:
+    check_workdir(workdir, plan)
+  return plan, studies
+
+
+def main(plan: Plan, studies: list[catalog.Study]) -> None:
+  """Makes the missing runs in groups, and writes the studies that they complete."""
+  start, workdir = time.monotonic(), plan.workdir
   if LIST.value:
     print(table_of(plan, chosen(['all'])))
     return
   take_cores(MEMBERS.value)
   hosts.say(f'{len(studies)} studies at preset {PRESET.value}, in {workdir}: '
             f'{", ".join(study.name for study in studies)}.')
-  refuse_others(workdir, 'reproduce')
+  claim(workdir, 'reproduce')
   check_workdir(workdir, plan)
+  storage.write_json(workdir / 'studies.json', settings_of(plan), indent=1)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
       print(f'{len(missing)} runs are left; the same command goes on with them.')
@@ -126,23 +136,27 @@ def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
   return f'studies and runs that are left: {again}'
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+  """Returns what the records of a workdir are made with."""
+  return {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
+
+
 def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
-  """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
+  """Exits with one line if the records in the workdir were made with other settings; changes nothing."""
   file = workdir / 'studies.json'
-  wanted = {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
-  found = json.loads(file.read_text()) if file.is_file() else wanted
+  found = wanted = settings_of(plan)
+  if file.is_file():
+    found = storage.read_json(file, advice='restore it, or remove it if the records were made with this preset')
   for name in ('preset', 'problems'):
     if found.get(name) != wanted[name]:
       refuse(f'--{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
                'give the same, or another --workdir.')
-  old, new = found['base'], wanted['base']
+  old, new = found.get('base') or {}, wanted['base']
   different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
                if old.get(name) != new.get(name)]
   if different:
     refuse(f'--preset: the records in {workdir} were made when preset {PRESET.value} was another '
              f'({"; ".join(different)}); give another --workdir.')
-  workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_json(file, wanted, indent=1)
 
 
 def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneConfig]:
@@ -162,6 +176,8 @@ def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
 
 def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:
   """Makes the study of certainty, unless it is there, and prints what it says."""
+  from critkl_jax.studies import certainty_page  # draws, for which no wrong flag should wait
+
   if not plan.number_missing(study):
     print(f'\n{study.name}: is there, {plan.workdir / "studies" / study.name / "README.md"}')
     return
@@ -185,6 +201,8 @@ def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Che
 
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
   """Writes the study of climbs as far as they go, and prints what they say."""
+  from critkl_jax.studies import ladder_page  # draws, for which no wrong flag should wait
+
   kept = {}
   for arm in study.arms:
     for seed in plan.seeds(study):
@@ -207,7 +225,7 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   arm, num_problems = next(arm for arm in study.arms if arm.ensemble), len(plan.seeds(study)) * GENERATIONS
   names = [catalog.reference_name(changes) for changes in (arm.pretraining, *arm.ensemble)]
   file = advance.reading_path(plan.workdir, names[0], 'overconfidence')
-  if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:
+  if not file.is_file() or storage.read_json(file).get('generations') != num_problems:
     several = [reference_of(name, plan) for name in names]
     digits = [several[0].info.known_digits + plan.base.extra_digits]
     hosts.say(f'Reading {num_problems} sampled answers with {len(several)} references.')
@@ -216,7 +234,7 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
     about = advance.describe_machine() | {'references': [advance.describe_reference(one, plan.workdir, name)
                                                          for name, one in zip(names, several)]}
     files.write_json(file, overconfidence(readings) | {'about': about})
-  return json.loads(file.read_text())
+  return storage.read_json(file)
 
 
 def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
@@ -226,16 +244,18 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
     load = functools.partial(reference_of, name, plan)
     levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, problems(), name)
     file = advance.reading_path(plan.workdir, name, 'certainty')
-    if not file.is_file() or json.loads(file.read_text())['sets'] != num_sets:
+    if not file.is_file() or storage.read_json(file).get('sets') != num_sets:
       files.write_json(file, {'known_digits': load().info.known_digits,
                               **certainty_results(read_generations(study, plan, load()), num_sets),
                               'about': advance.describe_machine()})
-    certainty[name] = json.loads(file.read_text())
+    certainty[name] = storage.read_json(file)
   return {'levels': levels, 'certainty': certainty}
 
 
 def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study as far as its runs go, and prints what they say."""
+  from critkl_jax.studies import page  # draws, for which no wrong flag should wait
+
   names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
   loads = {name: functools.partial(reference_of, name, plan) for name in names}
   records = {name: advance.reference_record(load, plan.base, plan.workdir, problems(), name)
@@ -256,8 +276,7 @@ def chosen(names: Sequence[str]) -> list[catalog.Study]:
   found = {}
   for name in names:
     some = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
-    if some[0] not in catalog.STUDIES:
-      refuse(f'--study: expected core, all, or some of {", ".join(catalog.STUDIES)}; got {name!r}.')
+    parsing.check_known('study', some, ['core', 'all', *catalog.STUDIES])
     found |= {one: references.with_numbers(references.suited(catalog.STUDIES[one], PRESET.value), PRESET.value)
               for one in some}
   return list(found.values())
@@ -285,4 +304,4 @@ def table_of(plan: Plan, studies: Sequence[catalog.Study]) -> str:
 
 
 if __name__ == '__main__':
-  run(main)
+  run(main, check)

@@ -80,13 +80,17 @@ def before_after_rows(accuracy: dict[str, dict[str, float]], known: int, extra: 
   meanings = {'N': f'N = {known} digits (known from pre-training)',
               f'N+{extra}': f'N + {extra} = {known + extra} digits (trained here)'}
   for name, meaning in meanings.items():
-    cells = []
-    for when in ('before', 'after'):
-      share = accuracy[when][name]
-      low, high = accuracy_interval(share, num_problems)
-      cells.append(f'{100 * share:5.1f}% [{100 * low:.1f}, {100 * high:.1f}]')
+    cells = [share_text(accuracy[when][name], num_problems) for when in ('before', 'after')]
     lines.append(f'{meaning:<42}{cells[0]:<22}{cells[1]}')
   return '\n'.join(lines)
+
+
+def share_text(share: float | None, num_problems: int) -> str:
+  """Formats a share of problems with its 95% interval; `none` where there is no number, as null in a file."""
+  if share is None or math.isnan(share):
+    return 'none'
+  low, high = accuracy_interval(share, num_problems)
+  return f'{100 * share:5.1f}% [{100 * low:.1f}, {100 * high:.1f}]'
 
 
 def study_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -109,6 +113,8 @@ def study_rows(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _mean_text(mean, interval, each, form, unit):
+  if mean is None:
+    return 'none'
   few = interval[0] is None
   texts = [format(100 * x, form) for x in (each if few else interval)]
   return f'{100 * mean:{form}}{unit} ' + (f'({", ".join(texts)})' if few else f'[{", ".join(texts)}]')

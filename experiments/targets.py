@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from critkl_jax.checks import nearest
+
 
 class Chip(NamedTuple):
   """A kind of accelerator.
@@ -49,9 +51,24 @@ def chip_of(topology: str) -> Chip:
   """
   kind = topology.split(':')[0]
   if kind not in CHIPS:
-    raise ValueError(
-        f'topology: expected one of {tuple(CHIPS)}, with its shape as in v5e:2x4 or H100:8, got {topology!r}.')
+    raise ValueError(f'topology: expected one of {tuple(CHIPS)}, with its shape as in v5e:2x4 or H100:8, got '
+                     f'{topology!r}; the nearest is {nearest(kind, CHIPS)!r}.')
   return CHIPS[kind]
+
+
+def check_topology(topology: str) -> None:
+  """Checks what can be said of a topology before its compiler is loaded.
+
+  Raises:
+    ValueError: if its kind or its shape is unknown, or its compiler is not installed.
+  """
+  chip_of(topology)
+  kind, _, shape = topology.partition(':')
+  if not re.fullmatch(r'[0-9]{1,4}(x[0-9]{1,4}){0,2}', shape or '1'):
+    raise ValueError(f'topology: expected a shape such as 2x4 or 8 after {kind}:, got {topology!r}.')
+  missing = missing_compiler(backend_of(topology))
+  if missing:
+    raise ValueError(f"topology: the compiler for {kind} is not installed: pip install '.[{missing}]'")
 
 
 def backend_of(topology: str) -> str:
@@ -73,9 +90,7 @@ def devices_of(topology: str) -> Sequence[Any]:
     ValueError: if the topology is unknown, or its compiler is not installed.
   """
   backend, (kind, _, shape) = backend_of(topology), topology.partition(':')
-  missing = missing_compiler(backend)
-  if missing:
-    raise ValueError(f"topology: the compiler for {kind} is not installed: pip install '.[{missing}]'")
+  check_topology(topology)
   os.environ.update(environment(topology))
   try:
     if backend == 'gpu':

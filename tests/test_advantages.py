@@ -34,6 +34,34 @@ def test_gae_by_hand():
   np.testing.assert_allclose(returns, [0.625, 0.75, 1.0])
 
 
+def test_gae_skips_holes_by_hand():
+  # As the test above, two tokens that do not count in between: what stands there, a reward among it, changes nothing.
+  mask = jnp.array([True, False, True, True, False])
+  advantages, returns = gae(jnp.array([0.0, 9.0, 0.0, 1.0, 9.0]), jnp.array([0.5, 7.0, 0.5, 0.5, 7.0]), mask, 1.0, 0.5)
+  np.testing.assert_allclose(advantages, [0.125, 0, 0.25, 0.5, 0])
+  np.testing.assert_allclose(returns, [0.625, 0, 0.75, 1.0, 0])
+
+
+def test_gae_with_any_mask_is_that_of_the_tokens_that_count():
+  rng = np.random.default_rng(1)
+  rewards, values = rng.normal(size=(2, 32, 7)).astype(np.float32)
+  mask, final = rng.random((32, 7)) < 0.6, rng.normal(size=32).astype(np.float32)
+  assert any(np.any(np.diff(row.astype(int)) > 0) for row in mask)
+  found = jax.jit(gae)(rewards, values, mask, 0.9, 0.8, final)
+  for b, row in enumerate(mask):
+    alone = gae(rewards[b, row], values[b, row], np.ones(row.sum(), bool), 0.9, 0.8, final[b])
+    for own, wanted in zip(found, alone):
+      np.testing.assert_allclose(own[b, row], wanted, rtol=1e-5, atol=1e-6)
+      assert not own[b, ~row].any()
+
+
+def test_gae_takes_the_value_at_the_cut_by_hand():
+  rewards, values = jnp.zeros((2, 2)), jnp.full((2, 2), 0.5)
+  advantages, returns = gae(rewards, values, jnp.ones((2, 2), bool), 0.5, 1.0, jnp.array([1.0, 0.0]))
+  np.testing.assert_allclose(advantages, [[-0.25, 0.0], [-0.5, -0.5]])
+  np.testing.assert_allclose(returns, [[0.25, 0.5], [0.0, 0.0]])
+
+
 def test_gae_ignores_what_stands_after_the_end_and_has_no_gradient():
   mask = jnp.array([True, True, False])
   clean = gae(jnp.array([0.0, 1.0, 0.0]), jnp.array([0.3, 0.2, 0.0]), mask)

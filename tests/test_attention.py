@@ -5,6 +5,8 @@ import pytest
 from tiers import slow_except
 
 from critkl_jax.attention import BLOCK, causal_attention
+from critkl_jax.config import GPT2Config
+from critkl_jax.gpt2 import GPT2
 
 
 @pytest.fixture(params=slow_except((2 * BLOCK + 37,), (1, BLOCK - 1, BLOCK, 2 * BLOCK + 37)))
@@ -50,3 +52,11 @@ def test_bfloat16_softmax_is_taken_in_float32():
 def test_a_query_that_sees_nothing_gives_no_nan():
   qkv = [jax.random.normal(jax.random.key(2), (1, 5, 1, 4))] * 3
   assert jnp.all(jnp.isfinite(causal_attention(*qkv, jnp.zeros((1, 5), bool))))
+
+
+def test_an_implementation_that_is_not_here_is_named():
+  model = GPT2(GPT2Config(vocab_size=5, context_length=8, num_layers=1, num_heads=1, width=8, dtype='bfloat16',
+                          attention='cudnn'))
+  words = "attention: 'cudnn' needs an NVIDIA GPU, and the devices here are cpu; take 'auto'"
+  with jax.numpy_dtype_promotion('standard'), pytest.raises(ValueError, match=words):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))

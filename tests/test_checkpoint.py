@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from critkl_jax import checkpoint
+from critkl_jax import attention, checkpoint
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import init_finetuning
@@ -216,3 +216,45 @@ def test_without_the_optimizer_there_is_nothing_to_go_on_from(tmp_path, state):
 
 def test_info_knows_its_kind():
   assert dataclasses.replace(INFO, training=PRETRAIN_PRESETS['smoke']).kind == 'pretrain'
+
+
+def test_parameters_that_are_there_are_kept_and_never_in_silence(tmp_path, state, capsys):
+  params, other = state.params, jax.tree.map(lambda x: x + 1, state.params)
+  checkpoint.save_params(tmp_path, params, INFO, 3)
+  checkpoint.save_params(tmp_path, params, INFO, 3)
+  assert capsys.readouterr().out == ''
+  slower = dataclasses.replace(INFO, training=dataclasses.replace(INFO.training, save_every=9))
+  checkpoint.save_params(tmp_path, params, slower, 3)
+  assert 'is there already with the same arrays; it keeps the settings' in capsys.readouterr().out
+  other_digits = dataclasses.replace(INFO, known_digits=2)
+  for new, info, named in ((other, INFO, 'parameters'), (params, other_digits, 'known_digits')):
+    with pytest.raises(CheckpointError, match=rf'holds something else \({named} differ\); it is kept'):
+      checkpoint.save_params(tmp_path, new, info, 3)
+  assert_trees_equal(load_checkpoint(tmp_path).params, params)
+
+
+def test_the_same_parameters_are_known_without_reading_them(saved, state, tmp_path):
+  checkpoint.save_params(tmp_path / 'same', state.params, INFO, 10)
+  checkpoint.save_params(tmp_path / 'other', jax.tree.map(lambda x: x + 1, state.params), INFO, 10)
+  assert checkpoint.same_params(saved / '10', tmp_path / 'same' / '10')
+  assert not checkpoint.same_params(saved / '10', tmp_path / 'other' / '10')
+  assert not checkpoint.same_params(saved / '10', saved / '2')
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_a_model_trained_with_an_attention_that_is_not_here_is_read(tmp_path, state):
+  model = dataclasses.replace(MODEL, dtype='bfloat16', attention='cudnn')
+  info = dataclasses.replace(INFO, model=model)
+  checkpoint.save_params(tmp_path, state.params, info, 3)
+  loaded = load_checkpoint(tmp_path)
+  assert loaded.info.model.attention == 'cudnn'
+  assert checkpoint.checksums(loaded.params) == checkpoint.checksums(state.params)
+  with pytest.raises(ValueError, match="attention: 'cudnn' needs an NVIDIA GPU, and the devices here are cpu"):
+    attention.check_implementation(loaded.info.model.attention)
+
+
+def test_a_checkpoint_is_found_without_its_parameters(saved):
+  found, loaded = checkpoint.find_checkpoint(saved), load_checkpoint(saved)
+  assert (found.params, found.info, found.step, found.path) == (None, loaded.info, loaded.step, loaded.path)
+  with pytest.raises(CheckpointError, match='cannot be read'):
+    checkpoint.find_checkpoint('x' * 300)

@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from tiers import slow_except
 
-from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, stacked
+from critkl_jax.config import FinetuneConfig, GPT2Config
+from critkl_jax.gpt2 import GPT2, forward_flops, init_cache, reference_config, stacked
 from critkl_jax.presets import PRETRAIN_PRESETS
 
 
@@ -227,6 +227,18 @@ def test_bfloat16_activations_float32_everything_else(small_model):
   assert init_cache(half.config, 2, 4).keys[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize('numerics', [
+    {'dtype': 'bfloat16', 'attention': 'cudnn', 'remat': True}, {'scan_layers': True, 'attention': 'xla'}, {}])
+def test_references_are_read_with_the_numerics_that_training_reads_them_with(numerics):
+  """Whatever training changes of a reference's config, but for its critic, is in what analysis reads it with."""
+  reference = GPT2Config(width=64, attention='auto', value_head_detached=False)
+  for head in ('linear', 'mlp'):
+    policy = FinetuneConfig(**numerics, value_head=head).model_of(reference)
+    found = reference_config(policy, reference)
+    assert dataclasses.replace(found, value_head=head, value_head_detached=True) == policy
+    assert (found.value_head, found.value_head_detached) == ('linear', False)
+
+
 def test_too_long_texts_are_refused(small_model):
   model, params = small_model
   with pytest.raises(ValueError, match='33 positions do not fit into a context of 32'):
@@ -249,3 +261,19 @@ def test_flops_are_those_of_the_products():
   assert forward_flops(config, [1]) == one
   assert forward_flops(config, [1, 1]) == 2 * one
   assert forward_flops(config, [2]) == 2 * one + 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize('unknown', [11, -1, -100, 2**31 - 1])
+def test_tokens_outside_the_vocabulary_are_nothing_as_padding_and_nan_else(small_model, unknown):
+  model, params = small_model
+  tokens, mask = np.array(tokens_of(model)), np.arange(10)[None] < np.array([10, 6, 8])[:, None]
+
+  def read(tokens):
+    return model.apply({'params': params}, tokens, mask)
+
+  padded, wrong = np.where(mask, tokens, unknown), tokens.copy()
+  wrong[1, 3] = unknown
+  np.testing.assert_array_equal(read(padded).logits[mask], read(tokens).logits[mask])
+  found = np.isnan(read(wrong).logits)
+  assert found[1, 3:].all()
+  assert not found[[0, 2]].any()

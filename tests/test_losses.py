@@ -144,6 +144,26 @@ def test_masked_places_change_nothing_and_may_hold_anything():
   jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
+@pytest.mark.parametrize('form', ['logits', 'hidden states'])
+def test_an_action_outside_the_vocabulary_is_nan_unless_it_is_masked(form):
+  logits, values, ref_logits, batch = make_arguments()
+
+  def loss(logits, actions):
+    some = batch.replace(actions=actions)
+    if form == 'logits':
+      return ppo_loss(logits, values, ref_logits, some)[0]
+    table = jnp.eye(V)
+    return losses.linear_ppo_loss(logits, table, values, ref_logits, table, some, implementation='chunked')[0]
+
+  clean = jax.value_and_grad(loss)(logits, batch.actions)
+  for unknown in (V, -1, -100, 2**31 - 1):
+    masked = jax.value_and_grad(loss)(logits, jnp.where(batch.mask, batch.actions, unknown))
+    jax.tree.map(np.testing.assert_array_equal, masked, clean)
+    value, gradient = jax.value_and_grad(loss)(logits, batch.actions.at[0, 1].set(unknown))
+    assert np.isnan(value)
+    assert np.isnan(gradient[0, 1]).all()
+
+
 def test_an_empty_mask_gives_zero():
   logits, values, ref_logits, batch = make_arguments()
   loss, _ = ppo_loss(logits, values, ref_logits, batch.replace(mask=jnp.zeros((B, T), bool)))

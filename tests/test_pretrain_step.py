@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from tiers import slow_except
 
+from critkl_jax import checkpoint
 from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.pretrain_step import (
+    draw_longest,
+    init_pretraining,
+    make_optimizer,
+    make_pretrain_step,
+    pretraining_keys,
+)
 from critkl_jax.tasks.addition import pretraining_task, prompt_length, solution_length
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -52,6 +59,58 @@ def test_every_position_is_trained():
 def test_is_a_function_of_the_seed():
   one, two, other = (train(dataclasses.replace(CONFIG, seed=seed), 3)[1][-1]['loss'] for seed in (1, 1, 2))
   assert one == two != other
+
+
+def leaves_of(fn, params):
+  """Returns the paths of the arrays for which `fn` holds."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/')
+          for path, x in jax.tree_util.tree_leaves_with_path(params) if fn(x)}
+
+
+HIDDEN = {f'h_0/{name}/kernel' for name in ('attn/c_attn', 'attn/c_proj', 'mlp/c_fc', 'mlp/c_proj')}
+
+
+def first_updates(grads, params, **values):
+  config = dataclasses.replace(CONFIG, warmup_steps=0, max_grad_norm=1e9, **values)
+  optimizer = make_optimizer(config)
+  return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+@pytest.fixture(scope='module')
+def params():
+  params = init_params(GPT2(CONFIG.model), jax.random.key(0))
+  return jax.tree.map(lambda x: x + 0.1, params)  # nothing is 0, and all that decays is seen to
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_weight_decay_moves_the_kernels_of_the_blocks_alone(params, optimizer):
+  grads = jax.tree.map(jnp.zeros_like, params)
+  moved, all_moved = (leaves_of(jnp.any, first_updates(grads, params, optimizer=optimizer, weight_decay=0.1,
+                                                       hidden_only=hidden_only)) for hidden_only in (True, False))
+  assert moved == HIDDEN
+  if optimizer == 'adamw':
+    assert all_moved == leaves_of(lambda _: True, params)
+  else:
+    assert all_moved == leaves_of(lambda x: x.ndim == 2, params)
+
+
+def test_muon_takes_the_kernels_of_the_blocks_alone(params):
+  grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+  def of_adam(x):  # whose first update is as large at every element, up to the gradient's sign
+    return jnp.std(jnp.abs(x)) < 1e-3 * jnp.mean(jnp.abs(x)) + 1e-12
+
+  by_muon, matrices = (leaves_of(lambda x: not of_adam(x), first_updates(grads, params, hidden_only=hidden_only))
+                       for hidden_only in (True, False))
+  assert by_muon == HIDDEN
+  assert matrices >= HIDDEN | {'wte/embedding', 'wpe/embedding'}
+
+
+def test_the_shipped_reference_was_trained_as_its_preset_trains():
+  config = checkpoint.read_info(checkpoint.latest(checkpoint.SHIPPED_REFERENCE)).training
+  assert not config.hidden_only
+  assert dataclasses.replace(config, max_skipped=3) == PRETRAIN_PRESETS['tiny']
+  assert PRETRAIN_PRESETS['paper'].hidden_only
 
 
 def test_longest_operands_follow_the_uniform_lengths():

@@ -5,7 +5,7 @@ import pytest
 from tiers import slow_except
 
 from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.rollout import generate, gpt2_generate, score
 from critkl_jax.tasks.task import stop_after
 
@@ -237,6 +237,29 @@ def test_any_policy_that_can_forget_is_sampled_in_windows():
   np.testing.assert_array_equal(rollout.actions, plain.actions)
   with pytest.raises(ValueError, match='window'):
     run(window=5)
+
+
+@pytest.mark.parametrize(('prompt', 'tokens', 'usual', 'windows'), slow_except([(6, 100, 4, (99, 500))], [
+    (6, 100, 4, (99, 500)), (6, 100, 0, (63, 64, 65, 100, 101)), (6, 122, 30, (32, 33, 90, 121, 122)),
+    (1, 1, 0, (1, 2, 500)), (6, 3, 0, (2, 3, 4, 500)), (2, 126, 1, (125, 126, 127))]))
+def test_a_window_of_any_size_gives_the_tokens_of_plain_decoding(many_prompts, prompt, tokens, usual, windows):
+  model = GPT2(GPT2Config(vocab_size=11, context_length=128, num_layers=1, num_heads=2, width=16))
+  own = model, init_params(model, jax.random.key(3))
+  prompts = [x[:, -prompt:] for x in many_prompts]
+  options = {'max_new_tokens': tokens, 'usual_length': usual}
+  plain = sample(own, prompts, method='cached', **options)
+  for window in windows:
+    _assert_same(sample(own, prompts, method='speculative', window=window, **options), plain)
+
+
+def test_episodes_that_are_cut_are_known(small_model, many_prompts):
+  for method in ('cached', 'speculative'):
+    rollout = sample(small_model, many_prompts, method=method, max_new_tokens=8)
+    ended = jnp.any((rollout.actions == 3) & rollout.mask, 1)
+    np.testing.assert_array_equal(rollout.truncated, ~ended)
+    assert 0 < rollout.truncated.sum() < 17
+  rollout = sample(small_model, many_prompts, max_new_tokens=1, stop=stop_after([list(range(11))]))
+  assert not rollout.truncated.any()  # the last token that fits ends the episode
 
 
 @pytest.mark.parametrize('method', slow_except(('speculative',), ('cached', 'speculative')))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from critkl_jax import checkpoint, interruption, runner, signatures, trackers
-from critkl_jax.config import replace
+from critkl_jax.config import flat_fields, flat_values, replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
 
@@ -176,3 +177,64 @@ def test_tensorboard_events_are_written_where_it_is_installed(tmp_path, monkeypa
   monkeypatch.undo()
   run(tmp_path, 2)
   assert list(tmp_path.glob('events.out.tfevents.*'))
+
+
+OTHER = {int: lambda x: x + 1, float: lambda x: x / 2 + 0.2, bool: lambda x: not x}
+OTHERS = {'algorithm': 'a2c', 'kl': 'standard', 'kl_estimator': 'exact', 'kl_placement': 'reward',
+          'certainty': 'max_prob', 'kl_gate': 'oracle', 'reference': 'elsewhere', 'certainty_ensemble': 'one,two',
+          'advantage': 'leave_one_out', 'value_head': 'mlp', 'dtype': 'bfloat16', 'attention': 'xla',
+          'rollout': 'cached', 'episodes': 8, 'episodes_per_problem': 2, 'minibatches': 4}
+LIKE_GAE = ('whiten_advantages', 'critic_warmup', 'bootstrap_truncated')  # which no other advantage has
+
+
+@pytest.fixture(scope='module')
+def workdirs(tmp_path_factory):
+  """Workdirs of a step with and without a critic."""
+  found = {}
+  for advantage in (CONFIG.advantage, 'gae'):
+    found[advantage] = tmp_path_factory.mktemp(advantage)
+    info = dataclasses.replace(INFO, training=replace(CONFIG, advantage=advantage))
+    checkpoint.save_params(found[advantage] / 'checkpoints', start().params, info, 2)
+  return found
+
+
+@pytest.mark.parametrize('name', sorted(flat_fields(type(CONFIG))))
+def test_a_run_goes_on_with_other_settings_exactly_where_they_change_no_update(workdirs, name):
+  config = replace(CONFIG, advantage='gae') if name in LIKE_GAE else CONFIG
+  info, workdir = dataclasses.replace(INFO, training=config), workdirs[config.advantage]
+  value = flat_values(config)[name]
+  other = replace(config, **{name: OTHERS[name] if name in OTHERS else OTHER[type(value)](value)})
+  if name in runner.FREE_FIELDS | runner.ROUNDING_FIELDS:
+    assert runner.check_workdir(workdir, dataclasses.replace(info, training=other)) == 2
+  else:
+    with pytest.raises(checkpoint.CheckpointError, match=f'{name}: |no such directory'):
+      runner.check_workdir(workdir, dataclasses.replace(info, training=other))
+
+
+def test_settings_that_round_otherwise_are_said_once(tmp_path, capsys):
+  run(tmp_path, 2)
+  other = dataclasses.replace(INFO, model=dataclasses.replace(INFO.model, remat=True),
+                              training=replace(CONFIG, remat=True, window=3, eval_problems=9))
+  run(tmp_path, 4, info=other)
+  out = capsys.readouterr().out
+  assert out.count('updates are the same up to rounding') == 1
+  assert 'training/window: 0 then, 3 now' in out
+  assert 'eval_problems' not in out
+  assert checkpoint.read_info(tmp_path / 'checkpoints' / '4').training.eval_problems == 9
+
+
+def test_the_same_reference_may_be_given_by_another_path(tmp_path):
+  params = {'w': np.ones(3, np.float32)}
+  pretrained = dataclasses.replace(INFO, training=PRETRAIN_PRESETS['smoke'])
+  for place in (tmp_path / 'run' / 'reference', tmp_path / 'moved'):
+    checkpoint.save_params(place, params, pretrained, 4)
+  checkpoint.save_params(tmp_path / 'other', {'w': np.zeros(3, np.float32)}, pretrained, 4)
+  checkpoint.save_params(tmp_path / 'run' / 'checkpoints', start().params, INFO, 2)
+
+  def check(place):
+    training = replace(CONFIG, reference=tmp_path / place)
+    return runner.check_workdir(tmp_path / 'run', dataclasses.replace(INFO, training=training))
+
+  assert check('moved') == 2
+  with pytest.raises(checkpoint.CheckpointError, match="training/reference: '' then, "):
+    check('other')

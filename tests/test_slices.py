@@ -47,6 +47,13 @@ def test_the_shortest_sufficient_length_is_taken():
   np.testing.assert_array_equal(both, [5, 5])  # members share a length, so that only one is executed
 
 
+def test_an_episode_with_a_hole_is_as_long_as_it_reaches():
+  taken = jax.jit(lambda mask: slices.at_length(lambda n: jnp.int32(n), (2, 5, 9), mask))
+  assert taken(jnp.array([[True, False, False, False, True, False, False, False, False]])) == 5
+  np.testing.assert_array_equal(slices.by_length(jnp.array([[True, True, False], [True, False, True]])), [0, 1])
+  np.testing.assert_array_equal(slices.by_length(jnp.array([[True, False, True], [True, True, False]])), [1, 0])
+
+
 def test_under_vmap_one_branch_alone_is_executed():
   fn = jax.vmap(lambda mask: slices.at_length(lambda n: jnp.sum(mask[:, :n]), (2, 9), mask))
   jaxpr = str(jax.make_jaxpr(fn)(jnp.ones((3, 1, 9), bool)))

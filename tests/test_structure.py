@@ -12,13 +12,13 @@ import critkl_jax
 PACKAGE = pathlib.Path(critkl_jax.__file__).parent
 # Data flow one way: a module imports only from those before it.
 ORDER = [
-    'config', 'presets', 'tokenizer', 'records', 'sharding', 'drafts',
+    'checks', 'views', 'config', 'presets', 'tokenizer', 'records', 'sharding', 'drafts',
     'tasks.task', 'tasks.text', 'tasks.addition_draft', 'tasks.addition', 'attention', 'gpt2', 'confidence',
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
-    'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step',
-    'initial_state', 'train_step', 'population', 'footprint', 'evaluate', 'hosts', 'storage', 'compilation',
-    'interruption', 'trackers', 'checkpoint', 'signatures', 'runner',
+    'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'finite',
+    'pretrain_step', 'initial_state', 'train_step', 'population', 'footprint', 'intervals', 'evaluate', 'hosts',
+    'storage', 'locks', 'compilation', 'interruption', 'trackers', 'checkpoint', 'signatures', 'metrics', 'runner',
     'pretraining',
     'analysis.statistics', 'analysis.style', 'analysis.curves', 'analysis.agreement', 'analysis.reading',
     'analysis.summary', 'analysis.charts', 'analysis.comparison', 'analysis.page',
@@ -122,3 +122,13 @@ def test_names_may_be_asked_for_while_a_program_is_traced():
           'found = [(m, n) for m in list(sys.modules) if m.startswith("critkl_jax") for n, v in '
           'vars(sys.modules[m]).items() if isinstance(v, jax.core.Tracer)]; assert not found, found')
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_json_is_written_strictly():
+  """Strict parsers refuse NaN: `storage` writes null for it, and whatever else makes JSON raises."""
+  for path in [*MODULES.values(), *(PACKAGE.parent / 'experiments').glob('*.py'),
+               *(PACKAGE.parent / 'benchmarks').rglob('*.py')]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) in ('json.dump', 'json.dumps', 'dumps', 'dump'):
+        strict = [word for word in node.keywords if word.arg == 'allow_nan' and ast.unparse(word.value) == 'False']
+        assert strict, f'{path}:{node.lineno}: take storage.write_json or storage.to_json'

@@ -207,6 +207,28 @@ def test_the_reward_stands_at_the_last_token(model, reference):
   np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, rewards[:, None], 0), atol=1e-6)
 
 
+def test_a_mask_with_a_hole_gives_the_reward_once(model, reference):
+  config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0)
+  rollout, rewards, ref_logits, _ = make_inputs(model, reference, config)
+  long = rollout.mask.sum(1) > 2
+  assert long.any()
+  rollout = rollout.replace(mask=rollout.mask.at[:, 1].set(False))
+  state, numbers = init_finetuning(model, config, reference), Hyperparameters.of(config)
+  for values in ({}, {'advantage': 'group_relative'}):
+    config = config_lib.replace(config, **values)
+    holed = make_batch(model, config, state, rollout, rewards, ref_logits, numbers)
+    np.testing.assert_allclose(holed.returns, jnp.where(rollout.mask, rewards[:, None], 0), atol=1e-6)
+
+
+def test_gae_may_take_the_critics_value_where_an_episode_was_cut(model, reference):
+  reference = reference | {'value_head': {'c_proj': reference['value_head']['c_proj'] | {'bias': jnp.full(1, 0.25)}}}
+  config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0, bootstrap_truncated=True)
+  rollout, rewards, _, batch = make_inputs(model, reference, config)
+  assert 0 < rollout.truncated.sum() < 8
+  expected = rewards + 0.25 * rollout.truncated
+  np.testing.assert_allclose(batch.returns, jnp.where(rollout.mask, expected[:, None], 0), atol=1e-6)
+
+
 def test_a_wrong_response_may_cost(model, reference):
   config = config_lib.replace(SMALL, advantage='gae', gae_lambda=1.0, wrong_reward=-1.0)
   rollout, rewards, _, batch = make_inputs(model, reference, config)

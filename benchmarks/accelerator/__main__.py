@@ -7,6 +7,8 @@ import sys
 from absl import app, flags
 
 from benchmarks.accelerator.parts import Part, run_parts, table
+from experiments import parsing, paths
+from experiments.exits import refuse
 
 # A part's share of the minutes, the seconds of 8 minutes; it gets what earlier ones have left, too.
 NO_PREALLOCATION = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
@@ -30,7 +32,8 @@ JSON = flags.DEFINE_string('json', 'accelerator.json', 'File that takes the resu
 def main(arguments: list[str]) -> None:
   """Runs the parts; exits with status 1 if one of them failed or was stopped."""
   if len(arguments) > 1:
-    sys.exit(f'error: arguments {arguments[1:]} are not flags; flags start with --, see --help.')
+    refuse(f'arguments {arguments[1:]} are not flags; flags start with --, see --help.')
+  paths.check_file('json', JSON.value)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped by SIGTERM'))  # so that no part outlives this process
   path = pathlib.Path(JSON.value)
   found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
@@ -39,4 +42,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parsing.parse)

@@ -86,9 +86,10 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
   """
   results = path.with_name(f'{path.name}.{part.name}')
   results.unlink(missing_ok=True)
-  arguments = {'results': str(results), 'earlier': str(path), 'seconds': limit, 'preset': preset}
+  arguments = json.dumps({'results': str(results), 'earlier': str(path), 'seconds': limit, 'preset': preset},
+                         allow_nan=False)
   began, last = time.monotonic(), collections.deque(maxlen=ERROR_LINES)
-  with process_group([sys.executable, '-m', 'benchmarks.accelerator.child', part.function, json.dumps(arguments)],
+  with process_group([sys.executable, '-m', 'benchmarks.accelerator.child', part.function, arguments],
                      environment(path, preset) | dict(part.environment)) as process:
     reader = threading.Thread(target=relay, args=(process.stdout, part.name, start, last), daemon=True)
     reader.start()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from critkl_jax.intervals import of_share
+
 _NAMES = ('precision', 'recall', 'auroc', 'average_precision')
 
 
@@ -14,7 +16,9 @@ def agreement(score: np.ndarray, called: np.ndarray, wanted: np.ndarray, weight:
               num_resamples: int = 500, seed: int = 0) -> dict[str, Any]:
   """Compares what a detector finds with what was to be found.
 
-  Intervals are percentile bootstrap over whole responses, because tokens of one are no independent draws.
+  Intervals are percentile bootstrap over whole responses, because tokens of one are no independent draws. Where all
+  resamples are alike, as of a precision of 1, they are exact ones, for as many responses as have a wanted token, or for
+  a precision a called one.
 
   Args:
     score: float `[B, T]`, the greater the more critical.
@@ -44,12 +48,13 @@ def agreement(score: np.ndarray, called: np.ndarray, wanted: np.ndarray, weight:
   shares = np.full(num_responses, 1 / num_responses)
   times = np.random.default_rng(seed).multinomial(num_responses, shares, num_resamples)
   whole = _figures(rank, called, wanted, own)
+  numbers = dict.fromkeys(_NAMES, np.unique(rows[wanted]).size) | {'precision': np.unique(rows[called]).size}
   resampled = [_figures(rank, called, wanted, own * row[rows]) for row in times]
   found: dict[str, Any] = {}
   for name, value in whole.items():
     edges = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found[name] = None if np.isnan(value) else (
-        value, *map(float, np.nanquantile([one[name] for one in resampled], edges)))
+    found[name] = None if np.isnan(value) else of_share(
+        (value, *np.nanquantile([one[name] for one in resampled], edges)), numbers[name], confidence)
   return found | {'base_rate': float(own @ wanted / own.sum()) if own.size else None}
 
 

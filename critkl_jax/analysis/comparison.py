@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from critkl_jax.analysis.reading import read_answers, read_tokens
-from critkl_jax.analysis.statistics import problem_statistics
 from critkl_jax.checkpoint import Checkpoint
 from critkl_jax.evaluate import accuracy_interval
+from critkl_jax.intervals import difference_interval
 
 
 def parameter_drift(one: Any, two: Any) -> list[dict[str, Any]]:
@@ -57,10 +57,10 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
   Returns:
     `drift`: of `parameter_drift`, of the arrays that both have in one shape, and `left_out`, names of the others.
     `answers`: of each number of digits the greedy `accuracy` of both and its 95% `intervals`, `num_problems`,
-    `difference` (mean, low, high; paired over problems), and numbers `gained` and `lost`. `flipped`: the problems whose
-    answer changed from right to wrong or back, with both responses. `kl`: KL(second || first) on the right solutions,
-    nats a token at the temperature of the second's loss: `mean`, `critical`, `other`, and `by_position` `[T]` (NaN
-    where no solution is so long).
+    `difference` (mean, low, high; of `difference_interval`), and numbers `gained` and `lost`. `flipped`: the problems
+    whose answer changed from right to wrong or back, with both responses. `kl`: KL(second || first) on the right
+    solutions, nats a token at the temperature of the second's loss: `mean`, `critical`, `other`, and `by_position`
+    `[T]` (NaN where no solution is so long).
 
   Raises:
     CheckpointError: if they do not belong together.
@@ -72,11 +72,11 @@ def compare(one: Checkpoint, two: Checkpoint, num_problems: int = 128, digits: l
   for number in np.unique(first['digits']):
     before, after = (x['reward'][x['digits'] == number] for x in (first, second))
     accuracy = [float(x.mean()) for x in (before, after)]
+    gained, lost = (int(np.sum((x > 0) & (y == 0))) for x, y in ((after, before), (before, after)))
     answers[str(number)] = {'accuracy': accuracy, 'intervals': [accuracy_interval(x, before.size) for x in accuracy],
                             'num_problems': before.size,
-                            'difference': problem_statistics(after - before),
-                            'gained': int(((after > 0) & (before == 0)).sum()),
-                            'lost': int(((after == 0) & (before > 0)).sum())}
+                            'difference': difference_interval(gained, lost, before.size),
+                            'gained': gained, 'lost': lost}
   flipped = [{'problem': first['problem'][i], 'digits': int(first['digits'][i]),
               'change': 'gained' if second['reward'][i] else 'lost', 'first': first['response'][i],
               'second': second['response'][i]} for i in np.nonzero(first['reward'] != second['reward'])[0]]

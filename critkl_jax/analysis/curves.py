@@ -10,16 +10,17 @@ from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.statistics import FEWEST_SEEDS, curve_band
 from critkl_jax.analysis.style import (
-    OTHERS,
-    PENALTIES,
-    WIDTH,
-    colours_of,
-    in_percent,
-    level_line,
-    panel_title,
-    save,
-    split_label,
+  OTHERS,
+  PENALTIES,
+  WIDTH,
+  colours_of,
+  in_percent,
+  level_line,
+  panel_title,
+  save,
+  split_label,
 )
+from critkl_jax.intervals import of_share
 
 WIDEST = 3  # panels in a row
 MOST_BANDS = 4  # groups of a panel that all have bands; of more groups only the three penalties have them
@@ -157,13 +158,19 @@ def _draw_group(axis, name, runs, colour, band):
   curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
   mean, low, high = curve_band(curves)
   if _is_share(name):
-    low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    low, high = np.array([of_share(point, number)[1:] for *point, number in zip(mean, low, high, _episodes(runs[0]))]).T
   line, = axis.plot(steps, mean, linewidth=1.6, color=colour)
   if band and 1 < len(runs) < FEWEST_SEEDS:
     axis.plot(steps, curves.T, linewidth=0.6, color=colour, alpha=0.6)
   elif band:
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
   return line
+
+
+def _episodes(run):
+  """Returns of how many episodes each row's shares are; 0 where it does not say."""
+  lengths = np.array([[row.get(name) or np.nan for name in ('num_tokens', 'response_length')] for row in run], float)
+  return np.nan_to_num(np.rint(lengths[:, 0] / lengths[:, 1])).astype(int)
 
 
 def _draw_references(axis, name, shares, label):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from critkl_jax import storage
+
 _PNG = b'\x89PNG\r\n\x1a\n'  # the first bytes of a PNG file
 
 
@@ -80,7 +82,7 @@ def write_page(path: str | pathlib.Path, runs: Sequence[Run], alphabet: str, abo
   for character in '<>&':  # no text among the data may end the script or begin a comment
     text = text.replace(character, f'\\u{ord(character):04x}')
   page = _part('html').replace('/*STYLE*/', _part('css')).replace('/*SCRIPT*/', _part('js'))
-  pathlib.Path(path).write_text(page.replace('/*DATA*/', text), encoding='utf-8')
+  storage.write_text(path, page.replace('/*DATA*/', text))
 
 
 def _part(kind):
@@ -129,8 +131,8 @@ def _picture(file):
 
 
 def _plain(x):
-  """Returns numbers as JSON has them, None for NaN."""
-  return np.where(np.isnan(x), None, np.asarray(x)).tolist()
+  """Returns numbers as JSON has them, None for those that are not finite."""
+  return np.where(np.isfinite(x), np.asarray(x), None).tolist()
 
 
 def _share(x):

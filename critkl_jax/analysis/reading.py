@@ -21,7 +21,7 @@ import tqdm
 from critkl_jax import checkpoint as checkpoint_lib
 from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, entropy
-from critkl_jax.config import FinetuneConfig, LossConfig
+from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig
 from critkl_jax.critical_tokens import (
     QUANTILE,
     THRESHOLD,
@@ -33,7 +33,7 @@ from critkl_jax.critical_tokens import (
     read_logits,
 )
 from critkl_jax.evaluate import answer_all, draw_problems, make_answer
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.gpt2 import GPT2, reference_config
 from critkl_jax.losses import Coefficients, action_log_probs, op_options, weighted_penalty
 from critkl_jax.ops.weighted_kl import weighted_kl
 from critkl_jax.rollout import as_rollout, score
@@ -73,7 +73,8 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     tokens (`kl_gate`) and the certainty of an ensemble; `certainty/KIND` of each kind; `right_prob` and
     `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each
     detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the
-    end of a response. Policy and reference are read at the temperature of the loss, certainties at their own.
+    end of a response. Policy and reference are read as they were in training: with the policy's types, and at the
+    temperature of its loss; certainties at their own temperature.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read or they do not belong together.
@@ -88,7 +89,7 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
   digits = digits or [known, known + 1]
   task = task_of(policy, digits)
   detectors = standard_detectors(task, loss) if detectors is None else detectors
-  answer = make_answer(_model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature)
+  answer = make_answer(model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature)
   read = make_token_reader(policy, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, policy, task)
@@ -136,7 +137,7 @@ def read_answers(policies: Sequence[Checkpoint], *, digits: list[int] | None = N
     load_pair(policy, first)
   digits = digits or [known, known + 1]
   task = task_of(first, digits)
-  answers = {model: make_answer(model, task) for model in map(_model_of, policies)}
+  answers = {model: make_answer(model, task) for model in map(model_of, policies)}
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, first, task)
   drawn = _problems(first, digits, num_problems, problem_key)
@@ -144,7 +145,7 @@ def read_answers(policies: Sequence[Checkpoint], *, digits: list[int] | None = N
   batches = list(itertools.product(range(len(policies)), digits, range(0, num_problems, batch_size)))
   for i, number, start in tqdm.tqdm(batches, 'answers', unit='batch', disable=not progress):
     problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
-    rollout, rewards = answers[_model_of(policies[i])](policies[i].params, problems, answer_key)
+    rollout, rewards = answers[model_of(policies[i])](policies[i].params, problems, answer_key)
     own = {name: text for name, text in _texts(task, problems, rollout).items() if name in ('problem', 'response')}
     parts[i].append(own | {'reward': np.asarray(rewards), 'digits': np.full(rewards.shape, number)})
   return [{name: np.concatenate([part[name] for part in own]) for name in own[0]} for own in parts]
@@ -165,17 +166,18 @@ def standard_detectors(task: Task, loss: LossConfig = LossConfig(), threshold: f
           'quantile': low_certainty(quantile=quantile, **own)}
 
 
-def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None
-              ) -> tuple[Checkpoint, Checkpoint]:
-  """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`.
+def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None,
+              load: Callable[..., Checkpoint] = load_checkpoint) -> tuple[Checkpoint, Checkpoint]:
+  """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`, and what reads a checkpoint:
+  `find_checkpoint` for all but the parameters.
 
   Raises:
     CheckpointError: if one cannot be read, or they have other vocabularies or were pre-trained on other numbers.
   """
-  policy = path if isinstance(path, Checkpoint) else load_checkpoint(path)
+  policy = path if isinstance(path, Checkpoint) else load(path)
   if not isinstance(reference, Checkpoint):
     found = find_reference(policy) if reference is None else reference
-    reference = policy if found == policy.path else load_checkpoint(found)
+    reference = policy if found == policy.path else load(found)
   for name, one, two in (('vocab_size', policy.info.model.vocab_size, reference.info.model.vocab_size),
                          ('known_digits', policy.info.known_digits, reference.info.known_digits)):
     if one != two:
@@ -192,7 +194,7 @@ def find_reference(policy: Checkpoint) -> pathlib.Path:
   kept = checkpoint_lib.latest(policy.path.parent.parent / 'reference')
   if kept is not None:
     return kept
-  return load_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
+  return checkpoint_lib.find_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
 
 
 def loss_of(policy: Checkpoint) -> LossConfig:
@@ -201,10 +203,25 @@ def loss_of(policy: Checkpoint) -> LossConfig:
   return training.loss if isinstance(training, FinetuneConfig) else LossConfig()
 
 
+def model_of(policy: Checkpoint) -> GPT2:
+  """Returns a policy's network as it was trained; but for `cudnn` attention, which is `auto` where there is no GPU."""
+  return GPT2(_on_this_device(policy.info.model))
+
+
+def reference_model_of(policy: Checkpoint, reference: Checkpoint) -> GPT2:
+  """Returns a reference's network as it was read when the policy was trained (`gpt2.reference_config`)."""
+  return GPT2(_on_this_device(reference_config(policy.info.model, reference.info.model)))
+
+
+def _on_this_device(config: GPT2Config) -> GPT2Config:
+  here = config.attention != 'cudnn' or jax.default_backend() == 'gpu'
+  return dataclasses.replace(config, remat=False, attention=config.attention if here else 'auto')
+
+
 def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> Callable:
   """Makes `(params, ref_params, problems, rollout) -> dict`, jitted: arrays `[B, T]` and `[B, T, 5]` of `read_tokens`
   but for the detectors', and `ref_logits` `[B, T, V]`, which detectors look at."""
-  config, model, ref_model = loss_of(policy), _model_of(policy), _model_of(reference)
+  config, model, ref_model = loss_of(policy), model_of(policy), reference_model_of(policy, reference)
 
   def read(params, ref_params, problems, rollout):
     mask, ref_logits = rollout.mask, read_logits(ref_model, ref_params, rollout)
@@ -263,7 +280,7 @@ def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = 
   digits = [known, known + 1] if digits is None else [min(digits), max(digits)]
   task, longest = task_of(last, digits), digits[-1]
   batch_size = _batch_size(batch_size, last, task)
-  answer, read = make_answer(_model_of(last), task), make_token_reader(last, reference, task)
+  answer, read = make_answer(model_of(last), task), make_token_reader(last, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   problems = _problems(last, digits, num_problems, problem_key)
   right = as_rollout(*(jax.vmap(f)(problems[longest]) for f in (task.prompt, task.solution)))
@@ -316,11 +333,6 @@ def _in_batches(read, arrays, batch_size):
   parts = [jax.device_get(read(jax.tree.map(lambda x, i=i: x[i:i + batch_size], arrays)))
            for i in range(0, size, batch_size)]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _model_of(checkpoint: Checkpoint) -> GPT2:
-  """Returns the model as any device can run it."""
-  return GPT2(dataclasses.replace(checkpoint.info.model, remat=False, attention='auto'))
 
 
 def _batch_size(asked, policy, task):

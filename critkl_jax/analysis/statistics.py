@@ -6,10 +6,10 @@ Student's quantile, 12.7 for two, makes one that says nothing. Where a single mo
 resampled (`problem_statistics`).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import scipy.special  # all of scipy.stats would take as long to import as jax
+
+from critkl_jax.intervals import share_interval
 
 FEWEST_SEEDS = 4  # for an interval over seeds
 
@@ -142,21 +142,6 @@ def count_pairs(values: np.ndarray, baseline: np.ndarray) -> dict[str, int]:
   arguments as in `paired_statistics`. A pair without a value is none of them."""
   means = (_matrix(values) - _matrix(baseline)).mean(1)
   return {'higher': int(np.sum(means > 0)), 'equal': int(np.sum(means == 0)), 'lower': int(np.sum(means < 0))}
-
-
-def share_interval(count: float, number: int, confidence: float = 0.95) -> tuple[float, float, float]:
-  """Returns the share of `count` in `number` and its interval (Clopper and Pearson 1934), which has a width where all
-  are alike, too: four of four leave anything from 0.40 on. It is exact for whole counts; between them, with halves for
-  ties, it interpolates, and covers more."""
-  edge = (1 - confidence) / 2
-  low = 0.0 if count == 0 else scipy.special.betaincinv(count, number - count + 1, edge)
-  high = 1.0 if count == number else scipy.special.betaincinv(count + 1, number - count, 1 - edge)
-  return float(count / number), float(low), float(high)
-
-
-def clip_interval(value: Sequence[float], low: float, high: float) -> tuple[float, float, float]:
-  """Returns `(value, low, high)` within the bounds of what it can be: widened intervals may pass them."""
-  return tuple(float(np.clip(x, low, high)) for x in value)
 
 
 def _matrix(values) -> np.ndarray:

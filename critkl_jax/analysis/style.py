@@ -1,5 +1,6 @@
 """How all pictures look: one colour for each penalty everywhere, and sizes that are legible where pages show them."""
 
+import io
 import pathlib
 import re
 import textwrap
@@ -11,6 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from critkl_jax import storage
 from critkl_jax.config import LossConfig
 
 PENALTIES = {'prioritized': '#2a6f97', 'standard': '#d9480f', 'none': '#6c757d'}
@@ -145,4 +147,6 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
   letters = int(figure.get_size_inches()[0] * _LETTERS_PER_INCH)
   lines = [_wrap(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
   figure.suptitle('\n'.join(lines).replace('$', r'\$'), fontsize=10.5)
-  figure.savefig(path, dpi=DPI)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=DPI, format='png')
+  storage.write_bytes(path, picture.getvalue())

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from critkl_jax.analysis.agreement import agreement
-from critkl_jax.evaluate import bootstrap_interval
+from critkl_jax.evaluate import accuracy_interval, bootstrap_interval
 
 METRICS = {  # of a token -> its name in tables
     'certainty': 'certainty of the reference',
@@ -25,8 +25,8 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
     tokens: arrays of `reading.read_tokens`.
 
   Returns:
-    `accuracy`: of each number of digits `accuracy` with `low` and `high` (95% bootstrap) and `num_problems`; empty if
-    right solutions were read. `places`: means of `METRICS` at the oracle's `critical` tokens, at `other` tokens after
+    `accuracy`: of each number of digits `accuracy` with `low` and `high` (exact 95% interval) and `num_problems`; none
+    if solutions were read. `places`: means of `METRICS` at the oracle's `critical` tokens, at `other` tokens after
     right ones, and at those `after_error`, where the right token is not known; with their `number`. `certainty_gap`:
     certainty at critical tokens minus elsewhere, over responses that have some, as `(mean, low, high)`; None without.
     `lowest_other_certainty`. `certain_and_wrong`: the share of tokens after right ones at which the reference gives
@@ -36,7 +36,7 @@ def summarize(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
   accuracy = {}
   for number in np.unique(tokens['digits'][~np.isnan(tokens['reward'])]):
     own = tokens['reward'][tokens['digits'] == number]
-    low, high = bootstrap_interval(own)
+    low, high = accuracy_interval(float(own.mean()), len(own))
     accuracy[str(number)] = {'accuracy': float(own.mean()), 'low': low, 'high': high, 'num_problems': len(own)}
   here, critical = tokens['on_path'], tokens['critical/oracle']
   other = here & ~critical

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from critkl_jax.analysis.agreement import agreement
 from critkl_jax.analysis.reading import CERTAINTIES
-from critkl_jax.analysis.statistics import clip_interval, problem_statistics, seed_statistics
+from critkl_jax.analysis.statistics import seed_statistics
 from critkl_jax.critical_tokens import THRESHOLD
+from critkl_jax.intervals import clip_interval, of_share, share_interval
 
 PAPER_GAPS = {3: (-0.33, 0.01), 5: (-0.21, 0.18), 7: (-0.13, 0.04)}  # table 1 of arXiv 2502.06533, N -> mean, deviation
 LEAST_RESPONSES = 20  # that reach a position without an error, for it to count
@@ -70,9 +70,9 @@ def _first_wrong(wrong, critical, unsure, confidence):
   rows = wrong.any(1)
   if not rows.any():
     return None
-  shares = {name: problem_statistics((wrong & where)[rows].any(1).astype(float), confidence)
-            for name, where in (('critical', critical), ('unsure', unsure))}
-  return {'generations': int(rows.sum())} | {name: clip_interval(share, 0, 1) for name, share in shares.items()}
+  return {'generations': int(rows.sum())} | {
+      name: share_interval(int((wrong & where).any(1).sum()), int(rows.sum()), confidence)
+      for name, where in (('critical', critical), ('unsure', unsure))}
 
 
 def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float = 0.95, num_resamples: int = 1000,
@@ -103,7 +103,8 @@ def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float 
 
   def share(where):
     resampled = (times @ where.sum(1)) / np.maximum(times @ critical.sum(1), 1)
-    return (float(where.sum() / max(critical.sum(), 1)), *map(float, np.quantile(resampled, edges)))
+    value = where.sum() / max(critical.sum(), 1), *np.quantile(resampled, edges)
+    return of_share(value, int(critical.any(1).sum()), confidence)
 
   return {'generations': len(critical), 'critical_tokens': int(critical.sum()),
           'references': [share(one) for one in sure], 'together': share(together)}
@@ -139,6 +140,8 @@ def correlation(values: np.ndarray, others: np.ndarray, here: np.ndarray, confid
   Resamples add noise of their own to the means, and noise weakens a correlation: their interval is moved by as much as
   their median lies beside the correlation.
   """
+  import scipy.stats  # takes as long to import as jax, for which no wrong flag should wait
+
   rng = np.random.default_rng(seed)
   times = rng.multinomial(len(here), np.full(len(here), 1 / len(here)), num_resamples)
 

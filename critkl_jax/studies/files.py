@@ -25,7 +25,7 @@ def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict
   writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
-  (home / 'results.csv').write_text(file.getvalue())
+  storage.write_text(home / 'results.csv', file.getvalue())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -56,13 +56,14 @@ def write_index(workdir: pathlib.Path) -> None:
     found = itertools.dropwhile(lambda line: not line.startswith(('- ', '| ')), text[start + 1:])
     said += ['', *itertools.takewhile(bool, found)] if said else itertools.takewhile(bool, found)
     lines += [f'## [{page.parent.name}](studies/{page.parent.name}/README.md)', '', text[2], '', *said, '']
-  (workdir / 'README.md').write_text('\n'.join(lines))
+  storage.write_text(workdir / 'README.md', '\n'.join(lines))
 
 
 def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:
   """Returns `(value, low, high)` as text, each number times `scale` in a format; the value alone if its bounds are NaN,
-  `none` where there is no value."""
-  if value is None or math.isnan(value[0]):
+  or null in a file, `none` where there is no value."""
+  value = [math.nan if x is None else x for x in value or (None,) * 3]
+  if math.isnan(value[0]):
     return 'none'
   texts = [format(scale * x, form) for x in value]
   return texts[0] if math.isnan(value[1]) else f'{texts[0]} [{texts[1]}, {texts[2]}]'

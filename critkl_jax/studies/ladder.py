@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from critkl_jax import checkpoint
-from critkl_jax.analysis.statistics import clip_interval, paired_statistics, seed_statistics
+from critkl_jax.analysis.statistics import paired_statistics, seed_statistics
 from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.intervals import of_difference, of_share
 from critkl_jax.studies.advance import run_path
 from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
 from critkl_jax.studies.plan import Plan
@@ -132,7 +133,7 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
   """
   arms, highest, rewards, commits, seconds = {}, {}, {}, set(), 0.0
   for arm in study.arms:
-    climbs, retained = {}, []
+    climbs, retained, numbers = {}, [], []
     for seed in plan.seeds(study):
       runs = climb(plan, study, arm, seed)
       records = [record for _, record in runs if record is not None]
@@ -147,14 +148,15 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       highest.setdefault(arm.label, {})[seed] = max(tops, default=first)
       for row, one in zip(climbs[seed], records):  # the last try of a rung stays
         rewards.setdefault(row['digits'], {})[arm.label, seed] = one.longer['greedy']
-      known = [row['accuracy'] for row in kept.get(top(runs).name, []) if row['digits'] <= first]
-      retained += [float(np.mean(known))] if known else []
+      known = [row for row in kept.get(top(runs).name, []) if row['digits'] <= first]
+      retained += [float(np.mean([row['accuracy'] for row in known]))] if known else []
+      numbers += [sum(row['num_problems'] for row in known)]
       commits |= {one.about['commit'] for one in records}
       seconds += sum(one.about['seconds'] + one.about['test_seconds'] for one in records)
     if climbs:
       arms[arm.label] = {'seeds': list(climbs), 'climbs': climbs,
                          'reached': seed_statistics(np.array(list(highest[arm.label].values()), float))['mean'],
-                         'retained': clip_interval(seed_statistics(np.array(retained))['mean'], 0, 1)
+                         'retained': of_share(seed_statistics(np.array(retained))['mean'], max(numbers))
                          if retained else None}
   contrasts = []
   for one, two in study.contrasts:
@@ -175,6 +177,6 @@ def _compare_rungs(one, two, seeds, rewards):
     shared = [seed for seed in seeds if (one, seed) in own and (two, seed) in own]
     if shared:
       pair = [np.array([own[label, seed] for seed in shared], float) for label in (one, two)]
-      difference = clip_interval(paired_statistics(*pair)['difference'], -1, 1)
+      difference = of_difference(paired_statistics(*pair)['difference'], pair[0].shape[1])
       rows.append({'digits': digits, 'seeds': shared, 'difference': difference})
   return rows

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from critkl_jax import storage
 from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import FEW, interval_text, signature_lines, table, write_files
@@ -24,7 +25,7 @@ def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.P
   write_files(home, results, rows)
   if rows:
     _plot_climbs(results, home / 'climbs.png')
-  (home / 'README.md').write_text(_ladder_page(results))
+  storage.write_text(home / 'README.md', _ladder_page(results))
   return home
 
 
@@ -96,8 +97,9 @@ def _ladder_page(results):
       'reference of the next. A rung is reached with at least half of its problems answered (greedy); else it is tried '
       f'again, until a try gains less than {100 * GAIN:.0f} points: there the climb ends, or after {results["rungs"]} '
       'rungs. What is still known is that of the run that reached the highest rung. Intervals are 95 % bootstrap over '
-      f"seeds, widened by Student's quantile. {FEW} Where all climbs reach the same there is nothing to resample, and "
-      'an interval without width is no certainty.', '',
+      f"seeds, widened by Student's quantile. {FEW} Where all climbs reach the same there is nothing to resample: "
+      'accuracies then have the interval of the problems of a test, and of digits an interval without width is no '
+      'certainty.', '',
       results['note'], '', *missing,
       '## What the climbs say', '', *(f'- {ladder_verdict(row)}' for row in results['contrasts']), '',
       *table(['arm', 'climbs', 'digits reached', 'still known of the first N digits (%)',

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from critkl_jax import storage
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save, split_label
@@ -39,7 +40,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
     plot_arms(results, home / 'arms.png', colours)
   if results.get('levels'):
     plot_levels(results['levels'], home / 'levels.png')
-  (home / 'README.md').write_text(page_of(results))
+  storage.write_text(home / 'README.md', page_of(results))
   return home
 
 
@@ -200,7 +201,8 @@ def _design(results):
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           f"seeds and, of accuracies, over problems, widened by Student's quantile for few seeds. {FEW} Pairs share "
-          'seed and problems. Where all runs are alike an interval has no width, which is no certainty. Seeds vary '
+          'seed and problems. Where all runs are alike, accuracies and other shares have the exact interval of '
+          'the problems of a test, and what is no share has one without width, which is no certainty. Seeds vary '
           f'fine-tuning alone: {_number_of_references(results)}. Learning curves, the area under them and the episodes '
           f'to {TARGET_TEXT} % are of sampled answers, those of the rollouts and of the last test, for the episodes '
           "with the reference's test as the first point and, but for both ends, averaged over three; a run that never "

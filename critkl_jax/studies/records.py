@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from critkl_jax import storage
 from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.config import FinetuneConfig, flat_values, from_dict
 
@@ -82,9 +83,7 @@ def write_record(path: pathlib.Path, record: Record) -> None:
       'test': {digits: {name: _plain(x) for name, x in own.items()} for digits, own in record.test.items()},
       'metrics': {name: [_number(row.get(name)) for row in record.metrics] for name in _names(record.metrics)}}
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'{path.name}.unfinished')
-  unfinished.write_text(json.dumps(values, indent=1, allow_nan=False) + '\n')
-  unfinished.replace(path)
+  storage.write_json(path, values, indent=1)
 
 
 def read_record(path: pathlib.Path) -> Record:

@@ -8,7 +8,6 @@ import numpy as np
 
 from critkl_jax.analysis.statistics import (
     area_under_curve,
-    clip_interval,
     count_pairs,
     paired_statistics,
     problem_statistics,
@@ -17,8 +16,10 @@ from critkl_jax.analysis.statistics import (
     steps_to_target,
 )
 from critkl_jax.config import FinetuneConfig
+from critkl_jax.intervals import clip_interval, of_difference, of_share, share_interval
 from critkl_jax.signatures import signatures, unmoved
 from critkl_jax.studies.catalog import Study, reference_name
+from critkl_jax.studies.measures import CRITICAL_PROBLEMS
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, RecordError
 from critkl_jax.tasks.addition import CRITICAL_KINDS
@@ -76,7 +77,7 @@ def _kinds(records):
   for kind in (*CRITICAL_KINDS, 'probability'):
     columns = np.array([one.column(f'critical/{kind}') for one in records])
     if columns.shape[1] > 1 and not np.isnan(columns).any():
-      found[kind] = {place: _within(seed_statistics(columns[:, i]), 0.0, 1.0)['mean']
+      found[kind] = {place: of_share(seed_statistics(columns[:, i])['mean'], CRITICAL_PROBLEMS)
                      for place, i in (('start', 0), ('after_one', 1), ('before_last', -1))}
   return found
 
@@ -166,11 +167,11 @@ def _arm(records, figures, reference, seen, most):
   counts = dict(collections.Counter(itertools.chain(*seen.values())))
   return {'seeds': list(records), 'reached': _reached(every, reference), 'signatures': counts,
           'compares_with_reference': comparable(every[0], reference),
-          'gain': _within(paired_statistics(rewards, before), -1.0, 1.0),
+          'gain': _bounded_difference('greedy', paired_statistics(rewards, before), rewards.shape[1], most),
           'mean_weight': float(np.mean([one.column('weight').mean() for one in every])),
           'critical_kinds': _kinds(every),
-          'figures': {name: _within(seed_statistics(np.stack([one[name] for one in figures.values()])), 0.0, most[name])
-                      for name in FIGURES}}
+          'figures': {name: _bounded(name, seed_statistics(np.stack([one[name] for one in figures.values()])),
+                                     rewards.shape[1], most) for name in FIGURES}}
 
 
 def _changes(study, label):
@@ -191,26 +192,41 @@ def _most(records):
   return most | {name: episodes for name in FIGURES if name.startswith('episodes_to_')}
 
 
-def _within(statistics, low, high):
-  return {kind: clip_interval(value, low, high) for kind, value in statistics.items()}
+def _bounded(name, statistics, number, most):
+  """Returns `seed_statistics` of a figure within what it can be; shares have a width where all runs are alike: that of
+  a test of `number` problems."""
+  share = FIGURES[name][1]
+  return {kind: of_share(value, number) if share else clip_interval(value, 0.0, most[name])
+          for kind, value in statistics.items()}
+
+
+def _bounded_difference(name, statistics, number, most):
+  """Returns `paired_statistics` of a figure as `_bounded` does."""
+  share = FIGURES[name][1]
+  return {kind: value if kind == 'improvement' else of_difference(value, number) if share else
+          clip_interval(value, -most[name], most[name]) for kind, value in statistics.items()}
 
 
 def _contrast(arm, against, records, figures, most):
   seeds = [seed for seed in figures[arm] if seed in figures[against]]
+  number = figures[arm][seeds[0]]['greedy'].size
   pairs = {name: [np.stack([figures[label][seed][name] for seed in seeds]) for label in (arm, against)]
            for name in FIGURES}
   if not comparable(*(records[label][seeds[0]] for label in (arm, against))):
     for name in FIGURES.keys() - {'greedy', 'greedy_known'}:
       pairs[name] = [np.full_like(values, np.nan) for values in pairs[name]]
   return {'arm': arm, 'against': against, 'seeds': seeds,
-          'figures': {name: _within(paired_statistics(*pair), -most[name], most[name]) | {'pairs': count_pairs(*pair)}
-                      for name, pair in pairs.items()}}
+          'figures': {name: _bounded_difference(name, paired_statistics(*pair), number, most)
+                      | {'pairs': count_pairs(*pair)} for name, pair in pairs.items()}}
 
 
 def _reference(record):
   test = {'N': record.test['N'], 'longer': record.longer}
-  found = {name: problem_statistics(np.asarray(test[digits][kind], np.float64))
-           for name, (digits, kind) in _OF_PROBLEMS.items()}
+  found = {}
+  for name, (digits, kind) in _OF_PROBLEMS.items():
+    values = np.asarray(test[digits][kind], np.float64)
+    found[name] = (share_interval(values.sum(), values.size) if kind in ('greedy', 'sampled') else
+                   of_share(problem_statistics(values), values.size))
   return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
 
 

@@ -329,6 +329,16 @@ def plus_task(known_digits: int, extra_digits: int) -> Task:
   return addition(known_digits, known_digits + extra_digits, lengths)
 
 
+def check_vocabulary(vocab_size: int) -> None:
+  """Checks that a model has a token for each character of the task.
+
+  Raises:
+    ValueError: if it has fewer.
+  """
+  if vocab_size < TOKENIZER.vocab_size:
+    raise ValueError(f'vocab_size: the task has {TOKENIZER.vocab_size} characters, got {vocab_size}.')
+
+
 def pretraining_task(known_digits: int, longest: int) -> Task:
   """Makes the task of pre-training examples whose longer operand has `longest` of `known_digits` digits, for batches of
   nearly equal length."""

@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,13 @@ from matplotlib.figure import Figure
 from critkl_jax import checkpoint
 from critkl_jax.analysis.charts import plot_certainty, plot_positions, plot_steps, reliability
 from critkl_jax.analysis.comparison import compare, parameter_drift
-from critkl_jax.analysis.reading import find_reference, load_pair, read_steps, read_tokens
+from critkl_jax.analysis.reading import find_reference, load_pair, model_of, read_steps, read_tokens, reference_model_of
 from critkl_jax.analysis.summary import summarize
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.tasks.addition import TOKENIZER
 
 
@@ -22,6 +25,19 @@ def workdir(tmp_path_factory):
   home = tmp_path_factory.mktemp('run')
   finetuned_workdir(home, certainty_exponent=10.0, kl_coefficient=2.0)
   return home
+
+
+@pytest.fixture(params=[
+    pytest.param({}, marks=pytest.mark.slow), {'scan_layers': True, 'attention': 'xla', 'value_head': 'mlp'}])
+def workdir_of_equals(request, tmp_path, standard_promotion):
+  """A run in bfloat16 that has not moved from its reference in float32."""
+  reference = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.3)
+  write(tmp_path / 'reference', reference, 7)
+  training = replace(FINETUNE_PRESETS['smoke'], dtype='bfloat16', kl='standard', **request.param)
+  model = training.model_of(SMOKE.model)
+  params = {**reference, 'value_head': init_params(GPT2(model), jax.random.key(1))['value_head']}
+  write(tmp_path / 'checkpoints', params, 4, training, model)
+  return tmp_path
 
 
 @pytest.fixture(scope='module')
@@ -61,6 +77,32 @@ def test_what_is_read_is_what_the_models_say(workdir, solutions):
   assert ''.join(own['character']) == text
   assert own['right'].all()
   assert own['on_path'].all()
+
+
+@pytest.mark.parametrize(('attention', 'here'), [('xla', 'xla'), ('auto', 'auto'), ('cudnn', 'auto')])
+def test_reference_and_policy_are_read_by_one_network_that_runs_here(attention, here):
+  training = replace(FINETUNE_PRESETS['smoke'], dtype='bfloat16', attention=attention, remat=True, scan_layers=True)
+  policy, reference = (
+      checkpoint.Checkpoint(None, checkpoint.CheckpointInfo(model, 1, config), 0, pathlib.Path())
+      for model, config in ((training.model_of(SMOKE.model), training), (SMOKE.model, SMOKE)))
+  found = reference_model_of(policy, reference)
+  assert found == model_of(policy)
+  assert (found.config.dtype, found.config.attention, found.config.scan_layers) == ('bfloat16', here, True)
+  assert model_of(reference).config == SMOKE.model  # by itself it is read as it was pre-trained
+
+
+@pytest.mark.slow
+def test_a_policy_that_equals_its_reference_has_no_divergence(workdir_of_equals):
+  """In bfloat16 the reference's own float32 would be 0.01 nats away at single tokens."""
+  found = read_tokens(workdir_of_equals, num_problems=2, responses='solution')
+  assert found['mask'].sum() > 100
+  for name in ('kl', 'penalty'):
+    np.testing.assert_array_equal(found[name], 0)
+  np.testing.assert_array_equal(found['log_prob'], found['ref_log_prob'])
+  steps = read_steps(workdir_of_equals, num_problems=2)
+  np.testing.assert_array_equal([steps['critical_kl'], steps['other_kl']], 0)
+  one, two = load_checkpoint(workdir_of_equals / 'reference'), load_checkpoint(workdir_of_equals)
+  assert compare(one, two, num_problems=2)['kl']['mean'] == 0
 
 
 @pytest.mark.slow
@@ -200,7 +242,9 @@ def test_a_checkpoint_against_itself(workdir):
   assert sum(row['parameters'] for row in found['drift']) == sum(x.size for x in jax.tree.leaves(one.params))
   assert found['flipped'] == []
   assert found['kl']['mean'] == pytest.approx(0, abs=1e-7)
-  assert found['answers']['1']['difference'] == (0.0, 0.0, 0.0)
+  mean, low, high = found['answers']['1']['difference']
+  assert mean == 0
+  assert low == -high < -0.5  # of two problems, none of which differs
 
 
 @pytest.mark.slow

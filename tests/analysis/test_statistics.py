@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 
@@ -12,7 +10,6 @@ from critkl_jax.analysis.statistics import (
     paired_statistics,
     problem_statistics,
     seed_statistics,
-    share_interval,
     smooth,
     steps_to_target,
 )
@@ -57,19 +54,6 @@ def test_intervals_of_pairs_cover_the_truth():
     _, low, high = paired_statistics(0.2 + rng.normal(size=20), np.zeros(20), num_resamples=400)['difference']
     covered += low <= 0.2 <= high
   assert 178 <= covered <= 198  # the percentile bootstrap of few seeds covers a little less than 95 %
-
-
-def test_shares_have_exact_intervals():
-  value, low, high = share_interval(4, 4)
-  assert (value, high) == (1, 1)
-  assert low ** 4 == pytest.approx(0.025)  # so seldom are all four above zero at that probability
-  value, low, high = share_interval(3, 8)
-  assert value == 3 / 8
-  binomial = [np.array([float(math.comb(8, k)) * p ** k * (1 - p) ** (8 - k) for k in range(9)]) for p in (low, high)]
-  assert binomial[0][3:].sum() == pytest.approx(0.025)
-  assert binomial[1][:4].sum() == pytest.approx(0.025)
-  assert share_interval(0, 4)[1:] == (0, pytest.approx(1 - 0.025 ** 0.25))
-  assert 0 < share_interval(2.5, 4)[1] < 2.5 / 4 < share_interval(2.5, 4)[2] < 1
 
 
 def test_smooth_curves_keep_their_ends():

@@ -1,13 +1,18 @@
 """The binaries as a user starts them: in processes of their own, at the smoke preset."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
+import jax
 import pytest
+from checkpoints import SMOKE, write
 from processes import finish, metrics, refused, run, start
 
+from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.interruption import STOPPED
 
 
@@ -113,6 +118,33 @@ def test_another_config_in_the_same_workdir_is_refused(reference, tmp_path):
   run('finetune', *flags)
   line = refused('finetune', *flags, '--num_iterations=2', '--kl=none')
   assert "kl: 'prioritized' then, 'none' now" in line
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_settings_that_change_no_update(reference, tmp_path):
+  run('finetune', *finetune(reference, tmp_path / 'run', '--num_iterations=1', '--eval_problems=3'))
+  shutil.copytree(reference, tmp_path / 'moved')
+  out = run('finetune', *finetune(tmp_path / 'moved', tmp_path / 'run', '--num_iterations=2', '--eval_problems=5',
+                                  '--remat', '--scan_layers', '--window=8', '--attention=xla'))
+  assert out.count('updates are the same up to rounding') == 1
+  assert [row['step'] for row in metrics(tmp_path / 'run')] == [1, 2]
+  accuracy = json.loads((tmp_path / 'run' / 'summary.json').read_text())['accuracy']
+  assert all((5 * accuracy[when][digits]) % 1 == pytest.approx(0) for when in accuracy for digits in accuracy[when])
+  assert json.loads((tmp_path / 'run' / 'before.json').read_text())['made_with']['eval_problems'] == 5
+
+
+@pytest.mark.slow
+def test_what_was_trained_with_an_attention_that_is_not_here_is_read_and_trained_with_another(tmp_path):
+  model = dataclasses.replace(SMOKE.model, dtype='bfloat16', attention='cudnn')
+  training = dataclasses.replace(SMOKE, model=model)
+  write(tmp_path / 'reference', init_params(GPT2(SMOKE.model), jax.random.key(0)), 4, training, model)
+  out = run('evaluate', f'--checkpoint={tmp_path / "reference"}', '--digits=1', '--num_problems=2')
+  assert "'cudnn' needs an NVIDIA GPU" in out
+  flags = finetune(tmp_path / 'reference', tmp_path / 'run', '--num_iterations=1', '--eval_problems=0')
+  assert 'give --attention=auto' in refused('finetune', *flags)
+  assert not (tmp_path / 'run').exists()
+  run('finetune', *flags, '--attention=auto')
+  assert len(metrics(tmp_path / 'run')) == 1
 
 
 def test_help_names_every_field_with_its_default():

@@ -3,6 +3,8 @@
 import numpy as np
 
 from critkl_jax.config import FinetuneConfig, replace
+from critkl_jax.evaluate import accuracy_interval
+from critkl_jax.intervals import share_interval
 from experiments import tables
 from experiments.groups import Group, compare
 
@@ -22,11 +24,19 @@ def test_differences_of_a_sweep_stay_where_they_can_be():
   row, standard = compared(rewards)
   assert row['difference'] == row['accuracy'] == 0.75
   assert row['low'] < 0.75 < row['high'] == row['accuracy_interval'][1] == 1.0
-  assert standard['accuracy_interval'] == [0.0, 0.0]
+  assert standard['accuracy_interval'] == list(share_interval(0, 16)[1:])  # not 0 to 0: 16 problems leave some open
   text = tables.study_rows([row, standard])
   assert '  75.0% [' in text
   assert ', 100.0]  +75.0 points [' in text
   assert text.splitlines()[-1].startswith('In brackets: 95% intervals over seeds and problems')
+
+
+def test_where_no_answer_differs_intervals_have_a_width():
+  row, standard = compared(np.ones((2, 4, 20), np.float32))
+  assert row['accuracy'] == standard['accuracy'] == 1
+  assert (row['difference'], -row['low']) == (0, row['high'])
+  assert 0.05 < row['high'] < 0.2
+  assert '  100.0% [83.2, 100.0]  +0.0 points [-12.6, +12.6]' in tables.study_rows([row, standard])
 
 
 def test_few_seeds_of_a_sweep_are_shown_one_by_one():
@@ -57,6 +67,15 @@ def test_the_table_of_accuracies_comes_line_by_line_and_says_what_it_is_of(capsy
   assert seen[1] == ''
   assert seen[2] == '       5' + 2 * '    50.0% [ 25.0, 75.0]' + '\n'
   assert capsys.readouterr().out.startswith('       6')
+
+
+def test_twenty_of_twenty_have_an_interval():
+  low, high = accuracy_interval(1.0, 20)
+  row = {'digits': 5, 'distribution': 'plus', 'accuracy': 1.0, 'low': low, 'high': high, 'num_problems': 20}
+  assert tables.accuracy_rows([row]) == '       5   100.0% [ 83.2,100.0]'
+  text = tables.before_after_rows({when: {'N': 1.0, 'N+1': 0.0} for when in ('before', 'after')}, 5, 1, 20)
+  assert text.count('100.0% [83.2, 100.0]') == 2
+  assert text.count('0.0% [0.0, 16.8]') == 2
 
 
 def test_commands_are_those_of_this_package():

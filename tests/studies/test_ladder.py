@@ -119,7 +119,7 @@ def test_results_and_page(plan):
     finish(plan, STANDARD, seed, 0.02)
   finish(plan, PRIORITIZED, 1, 0.22)  # the second seed ends here
   kept = {ladder.climb(plan, STUDY, PRIORITIZED, 1)[0][1].name: [
-      {'digits': 1, 'accuracy': 0.75}, {'digits': 2, 'accuracy': 0.0}]}
+      {'digits': 1, 'accuracy': 0.75, 'num_problems': 8}, {'digits': 2, 'accuracy': 0.0, 'num_problems': 8}]}
   found = ladder.ladder_results(plan, STUDY, kept)
   assert found['num_missing'] == 3  # one of the prioritized goes on, and those without a penalty are not begun
   assert found['arms']['prioritized']['reached'][0] == pytest.approx((3 + 2) / 2)

@@ -25,7 +25,7 @@ from critkl_jax.ops.weighted_kl.operands import (
     spread_like,
     varying_axes,
 )
-from critkl_jax.ops.weighted_kl.statistics import Row, WeightedKL
+from critkl_jax.ops.weighted_kl.statistics import Row, WeightedKL, in_vocabulary, nan_unless
 
 LOGIT_IMPLEMENTATIONS = ('reference', 'fused')
 LINEAR_IMPLEMENTATIONS = (*LOGIT_IMPLEMENTATIONS, *linear.FORWARD)
@@ -53,7 +53,8 @@ def weighted_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array,
   Args:
     logits: float `[..., V]` of the policy; -inf rules a token out.
     ref_logits: float `[..., V]` of the reference.
-    actions: int32 `[...]` sampled tokens, 0..V-1.
+    actions: int32 `[...]` sampled tokens, 0..V-1; of others `log_prob` and `ref_log_prob` are NaN, and so are the
+      gradients through them, but where masked.
     exponent: beta; this and the other numbers may be traced.
     intercept: c, at most 1.
     temperature: of policy and reference, more than 0.
@@ -76,11 +77,11 @@ def weighted_kl(logits: chex.Array, ref_logits: chex.Array, actions: chex.Array,
   chosen = _chosen(implementation, LOGIT_IMPLEMENTATIONS, pick_implementation(vocab_size, from_logits=True))
   keep = _flat_mask(mask, actions.shape)
   flat, ref_flat = (_masked(x.reshape(-1, vocab_size), keep) for x in (logits, jax.lax.stop_gradient(ref_logits)))
-  arrays = flat, ref_flat, _masked(actions.reshape(-1), keep)
+  ids, known = _known_actions(actions, vocab_size)
   one_temperature, *temperatures = _temperatures(temperature, certainty_temperature)
-  row = _row_of_logits(chosen, one_temperature, *arrays, *temperatures)
+  row = _row_of_logits(chosen, one_temperature, flat, ref_flat, ids, *temperatures)
   weighting = _Weighting(certainty, exponent, intercept, vocab_size)
-  return _shaped(_record(row, weighting), keep, actions.shape)
+  return _shaped(_record(row, known, weighting), keep, actions.shape)
 
 
 def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: chex.Array, ref_embedding: chex.Array,
@@ -99,7 +100,8 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
     embedding: float `[V, D]` its output embedding, of the same type.
     ref_hidden: float `[..., D_ref]` of the reference.
     ref_embedding: float `[V, D_ref]` of the reference.
-    actions: int32 `[...]` sampled tokens, 0..V-1.
+    actions: int32 `[...]` sampled tokens, 0..V-1; of others `log_prob` and `ref_log_prob` are NaN, and so are the
+      gradients through them, but where masked.
     exponent: beta; this and the other numbers, but for the soft cap, may be traced.
     intercept: c, at most 1.
     temperature: of policy and reference, more than 0.
@@ -124,12 +126,12 @@ def linear_weighted_kl(hidden: chex.Array, embedding: chex.Array, ref_hidden: ch
     ValueError: if shapes do not agree, or the certainty or the implementation is unknown, or one with whole logits is
       asked for a part of the vocabulary.
   """
-  plan, operands, weighting, keep = _prepare(
+  plan, operands, weighting, keep, known = _prepare(
       hidden, embedding, ref_hidden, ref_embedding, actions, exponent=exponent, intercept=intercept,
       temperature=temperature, certainty=certainty, certainty_temperature=certainty_temperature, bias=bias,
       ref_bias=ref_bias, soft_cap=soft_cap, mask=mask, axis_name=axis_name, implementation=implementation,
       memory_budget=memory_budget)
-  return _shaped(_record(_row(plan, operands), weighting), keep, actions.shape)
+  return _shaped(_record(_row(plan, operands), known, weighting), keep, actions.shape)
 
 
 def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.Array, embedding: chex.Array,
@@ -161,12 +163,12 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
   """
   for array in extra:
     _check('extra', array.shape[:actions.ndim], actions.shape)
-  plan, operands, weighting, keep = _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, **options)
+  plan, operands, weighting, keep, known = _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, **options)
   extra = [jax.lax.stop_gradient(x).reshape(actions.size, *x.shape[actions.ndim:]) for x in extra]
-  extra = (jnp.ones(actions.size, bool) if keep is None else keep, *extra)
+  extra = (jnp.ones(actions.size, bool) if keep is None else keep, known, *extra)
 
-  def row_loss(row, keep, *extra):
-    return jnp.where(keep, token_loss(_shaped(_record(row, weighting), keep, keep.shape), *extra), 0.0)
+  def row_loss(row, keep, known, *extra):
+    return jnp.where(keep, token_loss(_shaped(_record(row, known, weighting), keep, keep.shape), *extra), 0.0)
 
   if plan.implementation == 'chunked' and plan.held and plan.settings.axis_name is None:
     some = [jnp.zeros((plan.held.tokens, *x.shape[1:]), x.dtype) for x in extra]
@@ -176,7 +178,7 @@ def linear_weighted_kl_loss(token_loss: Callable[..., chex.Array], hidden: chex.
   else:
     row = _row(plan, operands)
     loss = jnp.sum(row_loss(row, *extra))
-  return loss, jax.lax.stop_gradient(_shaped(_record(row, weighting), keep, actions.shape))
+  return loss, jax.lax.stop_gradient(_shaped(_record(row, known, weighting), keep, actions.shape))
 
 
 def pick_implementation(vocab_size: int, *, from_logits: bool, backend: str | None = None) -> str:
@@ -222,9 +224,9 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
 
   keep = _flat_mask(mask, actions.shape)
   states, ref_states = (_masked(x.reshape(-1, x.shape[-1]), keep) for x in (hidden, ref_hidden))
-  all_vocab, actions = vocab_size, _masked(actions.reshape(-1), keep)
+  all_vocab = vocab_size * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+  actions, known = _known_actions(actions, all_vocab)
   if axis_name is not None:
-    all_vocab = vocab_size * jax.lax.axis_size(axis_name)
     actions = actions - vocab_size * jax.lax.axis_index(axis_name)
   one_temperature, temperature, certainty_temperature = _temperatures(temperature, certainty_temperature)
   ref_side = jax.lax.stop_gradient(Side(ref_states, ref_embedding, ref_bias))
@@ -232,7 +234,7 @@ def _prepare(hidden, embedding, ref_hidden, ref_embedding, actions, *, exponent,
   plan = linear.Plan(chosen, Settings(soft_cap, one_temperature, axis_name),
                      chunked.pick_tile(actions.shape[0], vocab_size, memory_budget),
                      chunked.pick_held(actions.shape[0], vocab_size, memory_budget))
-  return plan, operands, _Weighting(certainty, exponent, intercept, all_vocab), keep
+  return plan, operands, _Weighting(certainty, exponent, intercept, all_vocab), keep, known
 
 
 def _row(plan: linear.Plan, operands: Operands) -> Row:
@@ -250,11 +252,12 @@ def _row_of_logits(implementation, one_temperature, logits, ref_logits, actions,
       *scaled(logits, ref_logits, temperature, certainty_temperature, one_temperature), actions)
 
 
-def _record(row: Row, weighting: _Weighting) -> WeightedKL:
-  """Returns the public record, `[N, 1]` each."""
+def _record(row: Row, known: chex.Array, weighting: _Weighting) -> WeightedKL:
+  """Returns the public record, `[N, 1]` each; `known` `[N]` says whose actions are in the vocabulary."""
   fixed = jax.lax.stop_gradient
   sure = certainty_of_statistics(fixed(row.sure_entropy), fixed(row.sure_log_max), weighting.vocab_size, weighting.kind)
-  return WeightedKL(log_prob=row.log_prob, ref_log_prob=fixed(row.ref_log_prob), entropy=row.entropy, kl=row.kl,
+  log_prob, ref_log_prob = (nan_unless(known[:, None], x) for x in (row.log_prob, row.ref_log_prob))
+  return WeightedKL(log_prob=log_prob, ref_log_prob=fixed(ref_log_prob), entropy=row.entropy, kl=row.kl,
                     certainty=sure, weight=kl_weight(sure, weighting.exponent, weighting.intercept))
 
 
@@ -268,6 +271,14 @@ def _flat_mask(mask, shape):
     return None
   _check('mask', mask.shape, shape)
   return mask.reshape(-1).astype(bool)
+
+
+def _known_actions(actions, vocab_size):
+  """Returns actions `[N]`, 0 for those that no vocabulary has, so that all implementations see what exists, and where
+  they are in the vocabulary."""
+  actions = actions.reshape(-1)
+  known = in_vocabulary(actions, vocab_size)
+  return jnp.where(known, actions, 0), known
 
 
 def _masked(x, keep):

@@ -150,6 +150,32 @@ class Cotangents:
     return cls(log_prob=row.log_prob, entropy=row.entropy, kl=row.kl)
 
 
+def in_vocabulary(actions: chex.Array, vocab_size: int) -> chex.Array:
+  """Returns bool `[...]`: whether action ids, integers `[...]` of any type, are 0..V-1."""
+  return (actions >= 0) & (actions <= min(vocab_size - 1, jnp.iinfo(actions.dtype).max))
+
+
+@jax.custom_vjp
+def nan_unless(known: chex.Array, values: chex.Array) -> chex.Array:
+  """Replaces values `[...]` by NaN where `known` `[...]` is false; their gradient is NaN there too, unless nothing that
+  the loss counts depends on them: then it is 0.
+
+  A gather would give a gradient of 0 for an action that does not exist, and training would go on in silence.
+  """
+  return jnp.where(known, values, jnp.nan)
+
+
+def _nan_unless_forward(known, values):
+  return nan_unless(known, values), known
+
+
+def _nan_unless_backward(known, gradient):
+  return None, jnp.where(known | (gradient == 0), gradient, jnp.nan)
+
+
+nan_unless.defvjp(_nan_unless_forward, _nan_unless_backward)
+
+
 def finite(logits: chex.Array) -> chex.Array:
   """Returns float32 logits with `MINUS_INFINITY` in place of -inf."""
   return jnp.maximum(logits, MINUS_INFINITY)

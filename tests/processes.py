@@ -8,18 +8,19 @@ import sys
 
 from compilation import QUICK
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(binary, *flags, devices=1, quick=None):
+def start(binary, *flags, devices=1, quick=None, cwd=ROOT):
   flags_of_xla = []
   if binary not in ('analyze', 'compare_checkpoints') if quick is None else quick:
     flags_of_xla.append(QUICK)
   if devices:
     flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
-      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags_of_xla)})
+      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
+                                                'XLA_FLAGS': ' '.join(flags_of_xla)})
 
 
 def finish(process):

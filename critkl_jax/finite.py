@@ -1,0 +1,161 @@
+"""What is not finite: found, named and left out of training.
+
+An update whose terms, gradient or new parameters are not finite is not made. Every host and device takes the same
+decision, because it is a function of sums over all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Terms of an update in the order in which they are computed, as messages call them; the gradient and the new parameters
+# follow, array by array.
+TERMS = {
+    'learning_rate': 'the learning rate', 'log_probs': 'log-probabilities of the rollout', 'values': 'values of the '
+    'rollout', 'reference': "the reference's output", 'rewards': 'rewards', 'advantages': 'advantages', 'returns':
+    'returns', 'gate': 'the gate of the penalty', 'policy_loss': 'policy loss', 'entropy': 'entropy', 'kl': 'KL',
+    'weighted_kl': 'KL penalty', 'value_loss': 'value loss', 'loss': 'loss'}
+
+
+class NonFinite(RuntimeError):
+  """A run that can make no update, because something is not finite."""
+
+
+def guarded(before: Any, after: Any, terms: dict[str, Any], grads: Any) -> tuple[Any, chex.Array]:
+  """Makes an update if all of it is finite.
+
+  Args:
+    before: `(params, opt_state)` before the update.
+    after: the same after it.
+    terms: arrays of any shape, by names of `TERMS`.
+    grads: the gradient, of the parameters' structure.
+
+  Returns:
+    `after` if terms, gradient (its square too) and new parameters are finite, else `before`; and the number of the
+    first term that is not, float32 `[]`, 0 if there is none: `term_of` names it.
+  """
+  finite = [_all_finite(terms[name]) if name in terms else jnp.bool(True) for name in TERMS]
+  finite += [jnp.isfinite(optax.tree.norm([x], squared=True)) for x in jax.tree.leaves(grads)]
+  finite += [_all_finite(x) for x in jax.tree.leaves(after[0])]
+  number = _first_false(jnp.stack(finite))
+  return jax.tree.map(lambda new, old: jnp.where(number == 0, new, old), after, before), number
+
+
+def counted(numbers: chex.Array) -> dict[str, chex.Array]:
+  """Returns the metrics of some updates whose numbers `[U]` `guarded` gave: `skipped_updates`, how many were not made,
+  and `not_finite`, the number of the first term that was not finite, 0 if all were."""
+  skipped = numbers > 0
+  return {'skipped_updates': jnp.sum(skipped, dtype=jnp.float32), 'not_finite': numbers[jnp.argmax(skipped)]}
+
+
+def blamed(name: str, x: Any, number: chex.Array) -> chex.Array:
+  """Returns the number of the term `name` if `number` is not 0 and `x` is not finite, else `number`."""
+  own = jnp.float32(1 + list(TERMS).index(name))
+  return jnp.where((number > 0) & ~_all_finite(x), jnp.minimum(own, number), number)
+
+
+def term_of(number: chex.Numeric, params: Any) -> str:
+  """Returns what a metric `not_finite` stands for; empty for 0.
+
+  Args:
+    number: the metric.
+    params: parameters, or their shapes, of the model.
+  """
+  paths = [jax.tree_util.keystr(path, simple=True, separator='/')
+           for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  names = ['', *TERMS.values(), *(f'gradient of {path}' for path in paths), *(f'parameter {path}' for path in paths)]
+  return names[int(number)]
+
+
+def ratio(total: chex.Array, count: chex.Array) -> chex.Array:
+  """Returns `total / count`, and where the count is 0 NaN, or infinity while `jax_debug_nans` looks for other NaN."""
+  none = jnp.float32(jnp.inf if jax.config.jax_debug_nans else jnp.nan)
+  return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), none)
+
+
+def scan(fn: Callable, init: Any, xs: chex.Array) -> tuple[Any, Any]:
+  """Returns what `jax.lax.scan` does; while `jax_debug_nans` is on, from a loop of Python, in which JAX can tell where
+  NaN comes from."""
+  if not jax.config.jax_debug_nans:
+    return jax.lax.scan(fn, init, xs)
+  ys = []
+  for x in xs:
+    init, y = fn(init, x)
+    ys.append(y)
+  return init, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def not_finite_in(tree: Any) -> list[str]:
+  """Returns the paths of the arrays of a PyTree, NumPy's or JAX's, that hold anything not finite."""
+
+  def finite(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return bool(jax.jit(_all_finite, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
+    return not jnp.issubdtype(x.dtype, jnp.inexact) or bool(np.all(np.isfinite(x)))
+
+  return [jax.tree_util.keystr(path, simple=True, separator='/')
+          for path, x in jax.tree_util.tree_leaves_with_path(tree) if not finite(x)]
+
+
+class Watch:
+  """Counts the steps in a row that made no update, of each member of a population, and warns of what was left out.
+
+  Attributes:
+    idle: int `[]` or `[P]` the last steps that made no update.
+  """
+
+  def __init__(self, params: Any, config: Any, names: Sequence[str] = ()):
+    """Starts at zero.
+
+    Args:
+      params: parameters, or their shapes, of the model.
+      config: its `num_updates` says how many updates a step makes, its `max_skipped` after how many steps a run stops.
+      names: of the members of a population.
+    """
+    self.idle, self._config, self._names, self._warned = np.int64(0), config, names, set()
+    self._params = jax.eval_shape(lambda: params)
+    self._since, self._term = 0, ''
+
+  def take(self, number: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metrics of step `number` without `not_finite`, which only this class can read."""
+    terms = [term_of(x, self._params) for x in np.ravel(metrics.get('not_finite', 0))]
+    skipped = np.asarray(metrics.get('skipped_updates', 0))
+    if self.steps == 0:
+      self._since, self._term = number, next(filter(None, terms), '')
+    self.idle = np.where(skipped < self._config.num_updates, 0, self.idle + 1)
+    for name, term, count in zip(self._names or ('',), terms, np.ravel(skipped)):
+      if term and (name, term) not in self._warned:
+        logging.warning('%sstep %d: %d of %d updates not made: %s not finite. Further ones are counted as '
+                        'skipped_updates.', f'{name}, ' if name else '', number, count, self._config.num_updates, term)
+        self._warned.add((name, term))
+    return {name: value for name, value in metrics.items() if name != 'not_finite'}
+
+  @property
+  def steps(self) -> int:
+    """Number of last steps in which no member made an update."""
+    return int(np.min(self.idle))
+
+  def tripped(self, last: bool = False) -> bool:
+    """Returns whether the run has to stop: no member made an update for so many steps, or none in the last one."""
+    return self.steps >= (1 if last else self._config.max_skipped)
+
+  def reason(self, number: int, num_steps: int) -> str:
+    """Says why the run stops after step `number`."""
+    which = f'step {number}' if self.steps == 1 else f'steps {self._since} to {number}'
+    return f'no update could be made in {which} of {num_steps} (first term not finite: {self._term})'
+
+
+def _all_finite(x) -> chex.Array:
+  x = jnp.asarray(x)
+  return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool(True)
+
+
+def _first_false(flags) -> chex.Array:
+  return jnp.where(jnp.all(flags), 0, 1 + jnp.argmin(flags)).astype(jnp.float32)

@@ -1,0 +1,68 @@
+"""Paths that a user gives for results: whether they can be written is found out before the work, and leaves nothing."""
+
+import errno
+import os
+import pathlib
+import tempfile
+
+from critkl_jax import storage
+
+from .exits import refuse
+
+_NAME, _PATH = 255, 4095  # bytes of a name, and of a path, on Linux and macOS at most
+_ROOM = 255  # bytes that the names below a workdir take at most: those of checkpoints under way
+
+
+def read_workdir(flag: str, text: str | None) -> pathlib.Path:
+  """Returns the path of a directory that can be made, or is there and can be written to; exits with one line for any
+  other."""
+  if not text:
+    refuse(f'--{flag}: expected a directory, got an empty name.')
+  path = _expanded(flag, text)
+  if '://' in text:
+    return path
+  _refuse_unless_writable(flag, text, path.absolute(), path.absolute() / ('x' * _ROOM))
+  return pathlib.Path(path)
+
+
+def check_file(flag: str, text: str | None) -> None:
+  """Exits with one line unless a file can be written at a path, if one is given."""
+  if text is None or '://' in text:
+    return
+  if not text:
+    refuse(f'--{flag}: expected a file, got an empty name.')
+  path = pathlib.Path(_expanded(flag, text)).absolute()
+  if path.is_dir():
+    refuse(f'--{flag}: expected a file, got the directory {text}.')
+  if not os.path.lexists(path.parent):
+    refuse(f'--{flag}: {text} cannot be written: there is no directory {path.parent}.')
+  _refuse_unless_writable(flag, text, path.parent, path.with_name(f'{path.name}.unfinished'))
+
+
+def _expanded(flag, text):
+  try:
+    return storage.to_path(text)
+  except (ValueError, RuntimeError) as error:  # no such scheme, or no such user
+    refuse(f'--{flag}: {error}')
+
+
+def _refuse_unless_writable(flag, text, directory, longest):
+  """Exits with one line unless files can be made in a directory, which need not be there, up to a longest name."""
+  try:
+    _try(directory, longest)
+  except (OSError, ValueError) as error:
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    refuse(f'--{flag}: {text[:200]} cannot be written: {reason[0].lower()}{reason[1:]}; give another path.')
+
+
+def _try(directory, longest):
+  if any(len(os.fsencode(part)) > _NAME for part in longest.parts) or len(os.fsencode(longest)) > _PATH:
+    raise OSError(errno.ENAMETOOLONG, 'the name is too long')
+  if '\0' in str(longest):
+    raise ValueError('a zero byte is no part of a name')
+  there = directory
+  while not os.path.lexists(there) and there != there.parent:
+    there = there.parent
+  if not there.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, f'{there} is no directory')
+  tempfile.TemporaryDirectory(prefix='.writable-', dir=there).cleanup()
