@@ -1,6 +1,7 @@
 """Where metrics go beside metrics.jsonl: TensorBoard and Weights & Biases, there in groups such as `kl/critical`."""
 
 import hashlib
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -85,9 +86,10 @@ class TensorBoard:
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds a scalar for each metric."""
+    """Adds a scalar for each metric that is finite: of others tensorboardX would warn, each time."""
     for name, value in grouped(metrics).items():
-      self._events.add_scalar(name, value, step)
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, step)
 
   def close(self) -> None:
     """Finishes the event file."""

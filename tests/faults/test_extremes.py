@@ -1,6 +1,7 @@
 """Extreme settings that are allowed give finite metrics; others are refused by name."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,30 +40,32 @@ SETTINGS = {
 # The loss.
 
 
-def gradient_of(logits, ref_logits, config, advantages=1.0):
-  """Returns loss, metrics and gradient of some tokens."""
-  shape = logits.shape[:2]
-  ones = jnp.ones(shape)
-  actions = jax.random.randint(jax.random.key(0), shape, 0, logits.shape[-1])
-  batch = Batch(actions=actions, mask=ones > 0, log_probs=-ones, values=ones, advantages=advantages * ones,
-                returns=ones)
-  fn = jax.jit(jax.value_and_grad(
-      lambda logits, numbers: ppo_loss(logits, 0 * ones, ref_logits, batch, config, numbers), has_aux=True))
-  return fn(logits, Coefficients.of(config))
+@functools.cache
+def loss_of(estimator, shape):
+  """Returns `(logits, ref_logits, numbers) -> ((loss, metrics), gradient)`, compiled once for all numbers."""
+  ones = jnp.ones(shape[:2])
+  actions = jax.random.randint(jax.random.key(0), shape[:2], 0, shape[2])
+  batch = Batch(actions=actions, mask=ones > 0, log_probs=-ones, values=ones, advantages=ones, returns=ones)
+
+  def loss(logits, ref_logits, numbers):
+    return ppo_loss(logits, 0 * ones, ref_logits, batch, LossConfig(kl_estimator=estimator), numbers)
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @pytest.mark.parametrize('estimator', ['exact', 'k1', 'k2', 'k3'])
 @pytest.mark.parametrize('name', SETTINGS)
 def test_the_loss_and_its_gradient_are_finite(name, estimator):
-  config = config_lib.replace(LossConfig(kl_estimator=estimator), **SETTINGS[name])
+  numbers = jax.tree.map(jnp.float32, Coefficients.of(config_lib.replace(LossConfig(), **SETTINGS[name])))
   logits, ref_logits = (5 * jax.random.normal(jax.random.key(seed), (2, 3, 7)) for seed in (1, 2))
-  sure = jnp.where(jnp.arange(7) == 0, 80.0, -80.0) * jnp.ones((2, 3, 7))
+  sure = jnp.full((2, 3, 7), -80.0).at[..., 0].set(80.0)
   for own, other in ((logits, ref_logits), (logits, logits), (sure, -sure), (sure, sure), (0 * sure, sure)):
-    assert not finite.not_finite_in(gradient_of(own, other, config))
+    assert not finite.not_finite_in(loss_of(estimator, (2, 3, 7))(own, other, numbers))
 
 
 def test_a_vocabulary_of_one_token():
-  (loss, metrics), grads = gradient_of(jnp.ones((2, 3, 1)), jnp.ones((2, 3, 1)), LossConfig())
+  ones, numbers = jnp.ones((2, 3, 1)), jax.tree.map(jnp.float32, Coefficients.of(LossConfig()))
+  (loss, metrics), grads = loss_of('k2', ones.shape)(ones, ones, numbers)
   assert not finite.not_finite_in((loss, metrics, grads))
   assert metrics['kl'] == metrics['entropy'] == 0
 
