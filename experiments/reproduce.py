@@ -25,7 +25,7 @@ from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, certainty_page, files, ladder, ladder_page, page, references
-from critkl_jax.studies.certainty import certainty_results, overconfidence
+from critkl_jax.studies.certainty import certainty_results, overconfidence, with_exact_shares
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
@@ -230,7 +230,7 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
       files.write_json(file, {'known_digits': load().info.known_digits,
                               **certainty_results(read_generations(study, plan, load()), num_sets),
                               'about': advance.describe_machine()})
-    certainty[name] = json.loads(file.read_text())
+    certainty[name] = with_exact_shares(json.loads(file.read_text()))
   return {'levels': levels, 'certainty': certainty}
 
 
