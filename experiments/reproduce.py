@@ -24,7 +24,7 @@ from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import MOST_PROBLEMS, FinetuneConfig, flat_values
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import advance, catalog, files, ladder, references
-from critkl_jax.studies.certainty import certainty_results, overconfidence
+from critkl_jax.studies.certainty import certainty_results, overconfidence, with_exact_shares
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
@@ -248,7 +248,7 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
       files.write_json(file, {'known_digits': load().info.known_digits,
                               **certainty_results(read_generations(study, plan, load()), num_sets),
                               'about': advance.describe_machine()})
-    certainty[name] = storage.read_json(file)
+    certainty[name] = with_exact_shares(storage.read_json(file))
   return {'levels': levels, 'certainty': certainty}
 
 

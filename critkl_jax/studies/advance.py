@@ -201,7 +201,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   """
   path = reading_path(workdir, name, 'levels')
   if path.is_file():
-    rows = storage.read_json(path).get('rows', [])  # of an older version their intervals are a bootstrap's
+    rows = storage.read_json(path).get('rows', [])  # of an older version they have other intervals
     return [row | dict(zip(('low', 'high'), accuracy_interval(row['accuracy'], row['num_problems']))) for row in rows]
   policy = load()
   hosts.say(f'Testing {name or "the reference base"} by number of digits.')

@@ -75,6 +75,17 @@ def _first_wrong(wrong, critical, unsure, confidence):
       for name, where in (('critical', critical), ('unsure', unsure))}
 
 
+def with_exact_shares(kept: dict[str, Any]) -> dict[str, Any]:
+  """Returns kept `certainty_results` with exact intervals of the shares of first wrong tokens; older ones have those of
+  a bootstrap, which have no width where all are alike."""
+  first = kept['first_wrong']
+  if not first:
+    return kept
+  number = first['generations']
+  return kept | {'first_wrong': first | {
+      name: share_interval(round(first[name][0] * number), number) for name in ('critical', 'unsure')}}
+
+
 def overconfidence(readings: Sequence[dict[str, np.ndarray]], confidence: float = 0.95, num_resamples: int = 1000,
                    seed: int = 0) -> dict[str, Any]:
   """Returns how often references are sure of a wrong token, with a probability above 0.9, at critical tokens.

@@ -93,7 +93,7 @@ def _certainty_page(results):
       f'{results["known_digits"]} digits on {results["known_digits"] + results["extra_digits"]}; '
       f'{results["critical_tokens"]} critical tokens and {results["other_tokens"]} others that follow right ones. The '
       f'interval of the gap is over sets, if there are {FEWEST_SEEDS} of them, the others over generations (95 % '
-      'bootstrap). Correlations are across '
+      'bootstrap; exact ones of shares of generations). Correlations are across '
       'positions of the response, of means over generations; negentropy is a function of entropy, so that theirs is -1 '
       'by definition, and the probability of a wrong token is read from the same distributions, so that theirs is near '
       'it.', '', '## What it says', '', *(f'- {sentence}' for sentence in certainty_verdicts(results)), '',

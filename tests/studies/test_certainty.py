@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from critkl_jax.analysis.reading import CERTAINTIES
+from critkl_jax.intervals import share_interval
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, certainty_page, files
 from critkl_jax.studies.certainty import (
@@ -10,6 +11,7 @@ from critkl_jax.studies.certainty import (
     generation_gaps,
     overconfidence,
     position_means,
+    with_exact_shares,
 )
 from critkl_jax.studies.plan import Plan
 
@@ -134,3 +136,20 @@ def test_first_wrong_tokens_by_hand():
   assert 0 < found['critical'][1] < found['critical'][0] < found['critical'][2] < 0.6
   tokens |= {'right': here}
   assert certainty_results(tokens, 4, num_resamples=20)['first_wrong'] is None
+
+
+def test_shares_that_were_kept_with_another_interval_get_the_exact_one():
+  kept = {'sets': 4, 'first_wrong': {'generations': 121, 'critical': [0.0, 0.0, 0.0], 'unsure': [0.570248, 0.4, 0.7]}}
+  found = with_exact_shares(kept)
+  assert found == {'sets': 4, 'first_wrong': {
+      'generations': 121, 'critical': share_interval(0, 121), 'unsure': share_interval(69, 121)}}
+  assert found['first_wrong']['critical'][2] > 0.02
+  assert with_exact_shares({'first_wrong': None}) == {'first_wrong': None}
+
+
+def test_references_that_are_never_sure_and_wrong_may_be():
+  tokens = generations(0.3)
+  tokens |= {'ref_top_prob': tokens['ref_top_prob'] * 0, 'ref_top': np.zeros((*tokens['on_path'].shape, 1), int)}
+  found = overconfidence([tokens, tokens], num_resamples=20)
+  number = int(tokens['critical/oracle'].any(1).sum())
+  assert found['together'] == found['references'][0] == share_interval(0, number)

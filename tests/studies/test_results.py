@@ -257,7 +257,7 @@ def test_pages_show_every_figure_and_what_is_missing(plan):
   assert re.search(r'\n\| uniform, of equal mean weight minus prioritized \| \*\*-50\.0 \[[^|]*\*\*; 0 of 4 \| ', text)
   assert '- standard: `blind_detector` in 4 of 4 runs' in text
   assert '| arm | first comma | all |' in text
-  assert '\n| standard | 90.0; 92.0 [88.0, 95.0]; 94.0 [90.4, 96.6] | 50.0; 50.0 [' in text  # as of 256 problems
+  assert '\n| standard | 90.0; 92.0 [88.0, 95.0]; 94.0 [90.3, 96.6] | 50.0; 50.0 [' in text  # as of 256 problems
   assert 'nan' not in text.lower()
   for name in ('arms.png', 'curves.png'):
     assert f']({name})' in text
