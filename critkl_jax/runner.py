@@ -176,6 +176,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
 def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
   """Says from which step a run goes on, if it does."""
+  interruption.tell(_last_save(workdir, first))
   if first >= num_steps:
     hosts.say(f'Step {first} of {num_steps} is in {workdir} already: there is nothing to train.')
   elif first:
@@ -184,27 +185,29 @@ def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
 
 def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
   """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
-  first = int(state.step)
-  signalled = hosts.any_host_before()
+  first = number = int(state.step)
+  signalled, stop = hosts.any_host_before(), 0
   next(signalled)
   with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
     log = _Log(write, bar)
     try:
-      for number in range(first + 1, num_steps + 1):
-        state, metrics = step(state, number - 1)
+      while number < num_steps and not stop:
+        state, metrics = step(state, number)
         watch.deferring = True  # not before: the first step may have to be compiled, which no signal should wait for
+        number += 1
         log.add(number, metrics)
-        stop = signalled.send(watch.caught[0] if watch.caught else 0)
+        stop = signalled.send(watch.caught)
         if stop or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
           save(state)
           watch.text = _last_save(workdir, number)
-        if stop and number < num_steps:
-          raise interruption.Interrupted(
-              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, '
-              'and the same command goes on from there.')
     finally:
-      watch.deferring = False
+      caught = watch.end_deferring()
+    stop = stop or signalled.send(caught) or signalled.send(caught)  # in the last save; what another host says is late
+  if stop:
+    raise interruption.Interrupted(
+        f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, and the '
+        'same command goes on from there.')
   return state
 
 

@@ -10,9 +10,12 @@ import runpy
 import sys
 import textwrap
 
+from critkl_jax import interruption
+
 
 def main() -> None:
   """Runs the program that the first argument names, with the other arguments; exits with status 2 if there is none."""
+  interruption.watch_process()  # before the imports of the program, which take seconds
   name, found = (sys.argv[1:] or ['--help'])[0], programs()
   if name in found:
     del sys.argv[1]

@@ -137,7 +137,8 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
 
 
 def run(main: Callable[..., None], *arguments: str) -> None:
-  """Runs a binary: what the user can mend is said in one line, without a traceback, and exits with status 1.
+  """Runs a binary: what the user can mend is said in one line, without a traceback, and exits with status 2; a signal
+  ends it with a sentence and status 75, whenever it comes.
 
   `arguments` are names of what is given without a flag, all of which must be; `main` is called with it.
   """
@@ -154,7 +155,7 @@ def run(main: Callable[..., None], *arguments: str) -> None:
       compilation.keep_programs(flags.FLAGS.compilation_cache)
     try:
       ended = join_hosts()
-      with interruption.watch():
+      with interruption.watch():  # again: the runtime of several hosts takes SIGTERM for itself
         main(*argv[1:])
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
@@ -175,7 +176,8 @@ def run(main: Callable[..., None], *arguments: str) -> None:
   if {'-h', '-help', '--help'} & set(sys.argv[1:]):
     print(help_lib.text(sys.modules['__main__'].__doc__))
     return
-  app.run(guarded)
+  with interruption.watch():
+    app.run(guarded)
 
 
 def _attribute_help(config_class: type, name: str) -> str:
