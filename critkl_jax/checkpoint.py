@@ -2,7 +2,7 @@
 
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
-    DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
+    DIR/STEP/config      JSON: format, kind, known_digits, model, training, checksums of itself and of each array
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 """
@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -98,6 +99,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
   config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
             'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  config['checksums']['config'] = _config_checksum(config)
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
   manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
@@ -157,6 +159,8 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     values = json.loads(file.read_text())
     if values['format'] != FORMAT:
       raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
+    if values.get('checksums', {}).get('config', _config_checksum(values)) != _config_checksum(values):
+      raise CheckpointError(f'{path}: its config is damaged: it is not what was saved; take another step.')
     return CheckpointInfo(model=from_dict(GPT2Config, values['model']), known_digits=int(values['known_digits']),
                           training=from_dict(_TRAINING[values['kind']], values['training']))
   except CheckpointError:
@@ -240,6 +244,13 @@ def checksums(tree: Any) -> dict[str, int]:
   """
   return {jax.tree_util.keystr(key, simple=True, separator='/'): _checksum(x)
           for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _config_checksum(values: dict[str, Any]) -> int:
+  """Returns a checksum of a config as JSON: a changed digit can fit the arrays, the number of heads for one."""
+  others = {name: value for name, value in values.get('checksums', {}).items() if name != 'config'}
+  own = values | {'checksums': others}
+  return zlib.crc32(json.dumps(own, sort_keys=True).encode())
 
 
 def _checksum(x) -> int:

@@ -21,7 +21,7 @@ from absl import logging
 from critkl_jax import checkpoint, hosts, interruption, population, sharding, storage, trackers
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.records import TrainState
-from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.signatures import MEANING, History
 
 # How the progress bar calls its metrics.
 _SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
@@ -37,12 +37,13 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
-    self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
+    self._path, self._trackers, self._history, self._warned = workdir / 'metrics.jsonl', [], History(), set()
     if not hosts.is_first():
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in self._rows))
+    rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
+    self._history = History(rows)
+    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in rows))
     self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ class MetricsWriter:
     if not hosts.is_first():
       return
     metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
-    self._rows.append({'step': step, **metrics})
+    self._history.add(metrics)
     metrics |= self._signatures(step)
     with self._path.open('a') as file:
       file.write(storage.to_json({'step': step, **metrics}) + '\n')
@@ -58,7 +59,7 @@ class MetricsWriter:
       tracker.write(step, metrics)
 
   def _signatures(self, step):
-    found = signatures(self._rows)
+    found = self._history.signatures()
     for name in (name for name, seen in found.items() if seen and name not in self._warned):
       logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
       self._warned.add(name)
