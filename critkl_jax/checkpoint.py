@@ -13,6 +13,7 @@ import functools
 import json
 import pathlib
 import re
+import threading
 import zlib
 from typing import Any
 
@@ -32,6 +33,7 @@ from critkl_jax.records import TrainState
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
 _ITEMS = ('params', 'opt_state', 'config')
+ONE_SAVE = threading.RLock()  # held while a thread saves: two saves at once would take each other's messages in Orbax
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -115,7 +117,7 @@ def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo
     info: what they are.
     step: number of finished steps, under which they are saved unless that step is there.
   """
-  with contextlib.closing(open_manager(directory)) as manager:
+  with ONE_SAVE, contextlib.closing(open_manager(directory)) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 

@@ -200,7 +200,8 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
         stop = signalled.send(watch.caught)
         if stop or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
-          save(state)
+          with checkpoint.ONE_SAVE:
+            save(state)
           watch.text = _last_save(workdir, number)
     finally:
       caught = watch.end_deferring()

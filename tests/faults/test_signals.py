@@ -106,25 +106,29 @@ def test_who_imports_the_binaries_keeps_their_own_handlers():
   assert finish(start('', command=('-c', code)))[0] == 0
 
 
+BEFORE = 'before anything had to be saved'
+STAGES = {
+    'reading flags': (signal.SIGINT, ('in', 1, 'experiments.flags:read_config'), BEFORE),
+    'saving the reference': (signal.SIGTERM, ('in', 1, 'critkl_jax.checkpoint:save'), BEFORE),
+    'before the step is compiled': (signal.SIGINT, ('in', 1, 'critkl_jax.train_step:make_train_step'), BEFORE),
+    'before the first step': (signal.SIGTERM, ('after', 1, 'critkl_jax.runner:resume'), BEFORE),
+    'saving a step': (signal.SIGINT, ('in', 2, 'critkl_jax.checkpoint:save'), 'after step 1 of 2; it is saved in'),
+    'saving the last step': (signal.SIGTERM, ('in', 3, 'critkl_jax.checkpoint:save'), 'after step 2 of 2; it is saved'),
+    'before the last test': (signal.SIGINT, ('after', 1, 'critkl_jax.runner:run'), '; step 2 is saved in'),
+    'drawing': (signal.SIGTERM, ('in', 1, 'critkl_jax.analysis.curves:plot_learning_curves'), '; step 2 is saved in'),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('number', SIGNALS)
-@pytest.mark.parametrize(('place', 'says'), [
-    (('in', 1, 'experiments.flags:read_config'), 'before anything had to be saved'),
-    (('in', 1, 'critkl_jax.checkpoint:save_params'), 'before anything had to be saved'),
-    (('in', 1, 'critkl_jax.train_step:make_train_step'), 'before anything had to be saved'),
-    (('after', 1, 'critkl_jax.runner:resume'), 'before anything had to be saved'),
-    (('in', 2, 'critkl_jax.checkpoint:save'), 'after step 1 of 2; it is saved in'),  # the first one saves the reference
-    (('in', 3, 'critkl_jax.checkpoint:save'), 'after step 2 of 2; it is saved in'),
-    (('after', 1, 'critkl_jax.runner:run'), '; step 2 is saved in'),  # and the test of the result follows
-    (('in', 1, 'critkl_jax.analysis.curves:plot_learning_curves'), '; step 2 is saved in'),
-], ids=lambda value: value if isinstance(value, str) else f'{value[0]} {value[2].split(":")[1]} {value[1]}')
-def test_finetune_is_stopped_with_a_sentence(workdir, tmp_path, number, place, says):
+@pytest.mark.parametrize('stage', STAGES)
+def test_finetune_is_stopped_with_a_sentence(workdir, tmp_path, stage):
+  number, place, says = STAGES[stage]
   flags = ('--preset=smoke', f'--reference={workdir / "reference"}', '--eval_problems=2', f'--workdir={tmp_path}')
   err = stopped_where_it_stays(number, 'finetune', flags, *place)
   assert f'topped by {number.name}' in err
   assert says in err
   assert not (tmp_path / 'summary.json').exists()
-  if place[1] == 3:
+  if stage == 'saving the last step':
     run('finetune', *flags)
     assert json.loads((tmp_path / 'summary.json').read_text())['last_iteration']['step'] == 2
 
