@@ -2,7 +2,7 @@
 
 import sys
 
-from critkl_jax import interruption
-
 if sys.argv[0] == '-m':  # a binary is about to be imported, which takes seconds; as a library nothing is watched
+  from critkl_jax import interruption
+
   interruption.watch_process()

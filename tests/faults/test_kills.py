@@ -1,5 +1,7 @@
 """A run that is killed at any moment goes on, and comes bit for bit to where it would have come without the kills."""
 
+import contextlib
+import pathlib
 import random
 import signal
 import time
@@ -14,6 +16,7 @@ from processes import catches, finish, metrics, run, start
 from critkl_jax import checkpoint
 from critkl_jax.interruption import STOPPED
 
+pytestmark = pytest.mark.skipif(not pathlib.Path('/proc/self/status').is_file(), reason='asks Linux for handlers')
 SAVE_EVERY = 2
 FLAGS = ('--preset=smoke', '--eval_problems=0', f'--save_every={SAVE_EVERY}')
 COMMANDS = {
@@ -68,42 +71,48 @@ def is_equal(one, other):
       np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
-def progress(workdir):
-  """Returns the steps that are saved and those of which there are metrics, the least of all members."""
-  homes = [file.parent for file in workdir.rglob('metrics.jsonl')]
-  saved = [max(checkpoint.steps_in(home / 'checkpoints'), default=0) for home in homes]
-  logged = [file.read_text().count('}\n') for file in workdir.rglob('metrics.jsonl')]
-  return min(saved, default=0), min(logged, default=0)
+def lines(workdir):
+  """Returns the number of steps of which there are metrics, the least of all members."""
+  return min((file.read_text().count('}\n') for file in workdir.rglob('metrics.jsonl')), default=0)
+
+
+def saved(workdir):
+  """Returns the step up to which a run has been saved, the least of all members."""
+  return min((max(checkpoint.steps_in(file.parent / 'checkpoints'), default=0)
+              for file in workdir.rglob('metrics.jsonl')), default=0)
+
+
+def is_writing(workdir, since):
+  with contextlib.suppress(FileNotFoundError):  # finished while it was looked at
+    return any(path.stat().st_mtime >= since for path in workdir.rglob('*orbax-checkpoint-tmp*'))
+  return False
 
 
 def wait_for(moment, process, workdir, command, rng):
   """Returns at a random moment of a run: of all its time, once a checkpoint is being written, or in its steps."""
-  before = progress(workdir)[1]
-  reached = {
-      'any': lambda: catches(process, signal.SIGTERM),
-      'in a write': lambda: any(workdir.rglob('*orbax-checkpoint-tmp*')),
-      'in the steps': lambda: progress(workdir)[1] > before,
-  }[moment]
-  while not reached() and process.poll() is None:
+  since, before = time.time(), lines(workdir)
+  reached = {'any': lambda: True, 'in a write': lambda: is_writing(workdir, since),
+             'in the steps': lambda: lines(workdir) != before}[moment]
+  while not (catches(process, signal.SIGTERM) and reached()) and process.poll() is None:
     time.sleep(0.001)
   time.sleep(rng.uniform(0, command.seconds if moment == 'any' else 0.1))
 
 
 def kill(command, workdir, moment, number, rng):
   """Starts the command and kills it; returns its exit code and the steps that are lost."""
-  before, process = progress(workdir)[0], command.start(workdir)
+  before, process = saved(workdir), command.start(workdir)
   wait_for(moment, process, workdir, command, rng)
   process.send_signal(number)
   code, _, err = finish(process)
-  saved, logged = progress(workdir)
-  assert saved >= before
+  assert saved(workdir) >= before
   assert code in (0, -number if number == signal.SIGKILL else STOPPED), err
   assert 'Traceback' not in err
+  lost = max(lines(workdir) - saved(workdir), 0)
   if code == STOPPED:
     assert f'topped by {signal.Signals(number).name}' in err
-    assert logged <= saved
-  assert logged - saved <= SAVE_EVERY
-  return code, max(logged - saved, 0)
+    assert not lost
+  assert lost <= SAVE_EVERY
+  return code, lost
 
 
 def kill_often(command, home, kills, seed):
