@@ -100,14 +100,15 @@ def wait_for(moment, process, workdir, command, rng):
 
 def kill(command, workdir, moment, number, rng):
   """Starts the command and kills it; returns its exit code and the steps that are lost."""
-  before, process = saved(workdir), command.start(workdir)
+  before, process = (lines(workdir), saved(workdir)), command.start(workdir)
   wait_for(moment, process, workdir, command, rng)
   process.send_signal(number)
   code, _, err = finish(process)
-  assert saved(workdir) >= before
+  after = lines(workdir), saved(workdir)
+  assert after[1] >= before[1]
   assert code in (0, -number if number == signal.SIGKILL else STOPPED), err
   assert 'Traceback' not in err
-  lost = max(lines(workdir) - saved(workdir), 0)
+  lost = 0 if after == before else max(after[0] - after[1], 0)
   if code == STOPPED:
     assert f'topped by {signal.Signals(number).name}' in err
     assert not lost
