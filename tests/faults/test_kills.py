@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from checkpoints import finetuned_workdir
+from checkpoints import finetuned_workdir, write
 from processes import catches, finish, metrics, run, start
 
 from critkl_jax import checkpoint
@@ -134,6 +134,19 @@ def kill_often(command, home, kills, seed):
   print(f'{command.binary}: {tried} kills, {writes} of them in a write, {lost} steps made again, {equal} of {workdirs} '
         'workdirs bit-equal')
   assert equal == workdirs
+
+
+def test_a_workdir_with_another_number_is_not_equal(tmp_path):
+  for name, scale in (('one', 0.0), ('same', 0.0), ('other', 1e-6)):
+    arrays = {'x': {'y': np.arange(5.0) + scale}}
+    write(tmp_path / name / 'checkpoints', arrays, 3)
+    (tmp_path / name / 'metrics.jsonl').write_text(f'{{"step": 3, "loss": 1.5, "seconds": {scale}}}\n')
+  one, same, other = (results(tmp_path / name) for name in ('one', 'same', 'other'))
+  assert len(one) == 2
+  assert is_equal(one, same)
+  assert not is_equal(one, other)
+  (tmp_path / 'same' / 'metrics.jsonl').write_text('{"step": 3, "loss": 1.25}\n')
+  assert not is_equal(one, results(tmp_path / 'same'))
 
 
 @pytest.mark.slow

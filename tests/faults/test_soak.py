@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from checkpoints import SMOKE, noisy
 
@@ -44,6 +45,16 @@ def run_long(workdir, num_iterations, looks):
   return seen
 
 
+LINUX = pytest.mark.skipif(not pathlib.Path('/proc/self/statm').is_file(), reason='asks Linux for memory')
+
+
+@LINUX
+def test_memory_that_is_held_is_seen():
+  before = resident_bytes()
+  held = np.ones(2**24)
+  assert resident_bytes() - before > 0.9 * held.nbytes
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')
 def test_iterations_leave_no_arrays_and_compile_nothing(tmp_path):
@@ -52,7 +63,7 @@ def test_iterations_leave_no_arrays_and_compile_nothing(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').is_file(), reason='asks Linux for memory')
+@LINUX
 @pytest.mark.usefixtures('standard_promotion')
 def test_two_thousand_iterations_hold_no_more_memory_than_two_hundred(tmp_path):
   seen = run_long(tmp_path, 2000, range(200, 2000, 200))
