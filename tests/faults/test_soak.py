@@ -44,8 +44,8 @@ def test_two_thousand_iterations_hold_no_more_memory_than_two_hundred(tmp_path):
   found = run_long(tmp_path, 2000, 100)
   memory = [value / 2**20 for value in found['memory'][1:]]
   print(f'{memory[0]:.1f} MiB after 200 iterations, {memory[-1]:.1f} after 1,900 ({memory[-1] / memory[0] - 1:+.2%}), '
-        f'{min(memory):.1f} to {max(memory):.1f} on the way; {found["arrays"][-1]} arrays; {found["programs"]} compiled '
-        'step')
+        f'{min(memory):.1f} to {max(memory):.1f} on the way; {found["arrays"][-1]} arrays; '
+        f'{found["programs"]} compiled step')
   assert found['programs'] == 1
   assert len(set(found['arrays'])) == len(set(found['compilation_seconds'][1:])) == 1
   assert max(memory) < 1.02 * memory[0]
