@@ -53,11 +53,10 @@ class Watch:
     """Keeps the main thread from going on before the signal is answered."""
     self._answered.wait(1.0)
 
-  def end_deferring(self) -> int:
-    """Makes signals end the process at once from now on; returns `caught`."""
+  def end_deferring(self) -> None:
+    """Makes signals end the process at once from now on; `caught` does not change any more."""
     with self._lock:
       self.deferring = False
-    return self.caught
 
 
 _current: Watch | None = None

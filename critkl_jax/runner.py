@@ -203,9 +203,12 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
           with checkpoint.ONE_SAVE:
             save(state)
           watch.text = _last_save(workdir, number)
+          if number == num_steps:
+            watch.end_deferring()
+          # A signal that came in the save is obeyed at once, too; that of another host arrives a round later.
+          stop = stop or signalled.send(watch.caught) or signalled.send(watch.caught)
     finally:
-      caught = watch.end_deferring()
-    stop = stop or signalled.send(caught) or signalled.send(caught)  # in the last save; what another host says is late
+      watch.end_deferring()
   if stop:
     raise interruption.Interrupted(
         f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, and the '

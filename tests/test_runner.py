@@ -94,8 +94,8 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
   jax.tree.map(np.testing.assert_array_equal, run(tmp_path, 9).params, run(tmp_path / 'whole', 9).params)
 
 
-@pytest.mark.parametrize('when', ['in the last step', 'in the last save'])
-def test_a_signal_at_the_end_is_obeyed_too(tmp_path, monkeypatch, when):
+@pytest.mark.parametrize(('when', 'stopped'), [('in the last step', 3), ('in the last save', 3), ('in a save', 2)])
+def test_a_signal_at_the_end_or_in_a_save_is_obeyed_at_once(tmp_path, monkeypatch, when, stopped):
   def signals(done):
     if done == (2 if when == 'in the last step' else 'saving'):
       os.kill(os.getpid(), signal.SIGTERM)
@@ -106,10 +106,11 @@ def test_a_signal_at_the_end_is_obeyed_too(tmp_path, monkeypatch, when):
 
   save = checkpoint.save
   monkeypatch.setattr(checkpoint, 'save', lambda *arguments: (save(*arguments), signals('saving')))
-  with pytest.raises(interruption.Interrupted, match='SIGTERM after step 3 of 3; it is saved'):
-    run(tmp_path, 3, step, save_every=100)
-  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [3]
-  assert run(tmp_path, 3, step=None).step == 3
+  with pytest.raises(interruption.Interrupted, match=f'SIGTERM after step {stopped} of 3; it is saved'):
+    run(tmp_path, 3, step, save_every=2 if when == 'in a save' else 100)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [stopped]
+  monkeypatch.undo()
+  assert run(tmp_path, 3, lambda state, _: draw(state)).step == 3
 
 
 def test_runs_in_threads_side_by_side_are_those_of_the_main_thread(tmp_path):
