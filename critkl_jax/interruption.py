@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, try again later
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,16 +82,20 @@ def watch(text: str = _AT_FIRST) -> Iterator[Watch]:
     yield _current
   else:
     _current = Watch(text)
+    stop = _listen(_current)
     try:
-      with _listening(_current):
-        yield _current
+      yield _current
     finally:
+      stop()
       _current = None
 
 
 def watch_process() -> None:
-  """Answers signals from now on until the process ends; to be called by programs, not by libraries."""
-  _for_good.enter_context(watch())
+  """Answers signals from now on until the process ends; to be called by programs, in their main thread."""
+  global _current
+  if not _current:
+    _current = Watch(_AT_FIRST)
+    _listen(_current)
 
 
 def tell(text: str) -> None:
@@ -100,18 +104,16 @@ def tell(text: str) -> None:
     _current.text = text
 
 
-@contextlib.contextmanager
-def _listening(own: Watch) -> Iterator[None]:
-  """Has a watch answer signals, and restores what was in its place."""
+def _listen(own: Watch) -> Callable[[], None]:
+  """Has a watch answer signals; returns what ends that, and restores what was in its place."""
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   thread = threading.Thread(target=own.listen, args=(reading,), daemon=True)
   thread.start()
   before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   handlers = {number: signal.signal(number, own.handle) for number in _SIGNALS}
-  try:
-    yield
-  finally:
+
+  def stop():
     for number, handler in handlers.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(before)
@@ -119,8 +121,7 @@ def _listening(own: Watch) -> Iterator[None]:
     thread.join()
     os.close(reading)
 
-
-_for_good = contextlib.ExitStack()
+  return stop
 
 
 def _say(text: str) -> None:
