@@ -2,7 +2,7 @@
 
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
-    DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
+    DIR/STEP/config      JSON: format, kind, known_digits, model, training, checksums of itself and of each array
     DIR/STEP/rows        JSON: the lines of metrics.jsonl up to this step, compressed (absent where there are none)
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
@@ -14,6 +14,8 @@ import functools
 import json
 import pathlib
 import re
+import threading
+import zlib
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ from critkl_jax.records import TrainState
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
 _ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
+ONE_SAVE = threading.RLock()  # held while a thread saves: two saves at once would take each other's messages in Orbax
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -107,9 +110,11 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
 
 
 def _config(info: CheckpointInfo, trees: dict[str, Any]) -> dict[str, Any]:
-  return {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
-          'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
-          'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
+            'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  config['checksums']['config'] = _config_checksum(config)
+  return config
 
 
 def same_params(path: pathlib.Path, other: pathlib.Path) -> bool:
@@ -143,7 +148,7 @@ def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo
     config = _config(info, {'params': params})
     hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), config), CheckpointError)
     return
-  with contextlib.closing(open_manager(directory)) as manager:
+  with ONE_SAVE, contextlib.closing(open_manager(directory)) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 
@@ -200,6 +205,8 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     values = json.loads(file.read_text())
     if values['format'] != FORMAT:
       raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
+    if values.get('checksums', {}).get('config', _config_checksum(values)) != _config_checksum(values):
+      raise CheckpointError(f'{path}: its config is damaged: it is not what was saved; take another step.')
     return CheckpointInfo(model=from_dict(GPT2Config, values['model']), known_digits=int(values['known_digits']),
                           training=from_dict(_TRAINING[values['kind']], values['training']))
   except CheckpointError:
@@ -303,6 +310,13 @@ def checksums(tree: Any) -> dict[str, int]:
   """
   return {jax.tree_util.keystr(key, simple=True, separator='/'): _checksum(x)
           for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _config_checksum(values: dict[str, Any]) -> int:
+  """Returns a checksum of a config as JSON: a changed digit can fit the arrays, the number of heads for one."""
+  others = {name: value for name, value in values.get('checksums', {}).items() if name != 'config'}
+  own = values | {'checksums': others}
+  return zlib.crc32(json.dumps(own, sort_keys=True).encode())
 
 
 def _checksum(x) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from critkl_jax import hosts, storage, trackers
-from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.signatures import MEANING, History
 from critkl_jax.storage import WorkdirError
 
 FILE = 'metrics.jsonl'
@@ -28,13 +28,14 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
-    self._path, self._trackers, self._rows, self._warned = workdir / FILE, [], [], set()
+    self._path, self._trackers, self._history, self._warned = workdir / FILE, [], History(), set()
     self._lines: list[str] = []
     if not hosts.is_first():
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    self._lines = [storage.to_json(row) + '\n' for row in self._rows]
+    rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
+    self._history = History(rows)
+    self._lines = [storage.to_json(row) + '\n' for row in rows]
     storage.write_text(self._path, self.text())
     self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
@@ -43,7 +44,7 @@ class MetricsWriter:
     if not hosts.is_first():
       return
     metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
-    self._rows.append({'step': step, **metrics})
+    self._history.add(metrics)
     metrics |= self._signatures(step)
     self._lines.append(storage.to_json({'step': step, **metrics}) + '\n')
     with self._path.open('a') as file:
@@ -60,7 +61,7 @@ class MetricsWriter:
     return {'zlib_base85': base64.b85encode(zlib.compress(self.text().encode(), 1)).decode()}
 
   def _signatures(self, step):
-    found = signatures(self._rows)
+    found = self._history.signatures()
     for name in (name for name, seen in found.items() if seen and name not in self._warned):
       logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
       self._warned.add(name)

@@ -144,6 +144,7 @@ def _mend(homes: list[pathlib.Path], step: int, known: bool) -> None:
 
 def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
   """Says from which step a run goes on, if it does."""
+  interruption.tell(_last_save(workdir, first))
   if first >= num_steps:
     hosts.say(f'Step {first} of {num_steps} is in {workdir} already: there is nothing to train.')
   elif first:
@@ -155,35 +156,44 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save, idl
 
   Steps at the end that made no update are not saved: the state is that of the last one that did, under its number.
   """
-  first = saved = int(state.step)
-  signalled = hosts.any_host_before()
+  first = number = saved = int(state.step)
+  signalled, stop = hosts.any_host_before(), 0
   next(signalled)
   with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
     log = _Log(lambda number, metrics: write(number, idle.take(number, metrics)), bar)
     try:
-      for number in range(first + 1, num_steps + 1):
-        state, metrics = step(state, number - 1)
+      while number < num_steps and not stop:
+        state, metrics = step(state, number)
         watch.deferring = True  # not before: the first step may have to be compiled, which no signal should wait for
+        number += 1
         log.add(number, metrics)
-        stop = signalled.send(watch.caught[0] if watch.caught else 0)
+        stop = signalled.send(watch.caught)
         if stop or idle.tripped() or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
           if number - idle.steps > saved:
             saved = number - idle.steps
-            save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state)
+            with checkpoint.ONE_SAVE:
+              save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state)
           watch.text = _last_save(workdir, saved)
-        if idle.tripped(last=number == num_steps):
-          kept = f'step {saved} is saved in {workdir}' if saved else 'nothing is saved'
-          raise finite.NonFinite(f'{idle.reason(number, num_steps)}; {kept}. The same command would come to the same '
-                                 'end; other settings, such as a smaller learning rate, need a workdir of their own.')
-        if stop and number < num_steps:
-          left = _last_save(workdir, saved) if saved < number else (
-              f'; it is saved in {workdir}, and the same command goes on from there.')
-          raise interruption.Interrupted(
-              f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}{left}')
+          if idle.tripped(last=number == num_steps):
+            raise finite.NonFinite(idle.reason(number, num_steps) + _left(workdir, saved))
+          if number == num_steps:
+            watch.end_deferring()
+          # A signal that came in the save is obeyed at once, too; that of another host arrives a round later.
+          stop = stop or signalled.send(watch.caught) or signalled.send(watch.caught)
     finally:
-      watch.deferring = False
+      watch.end_deferring()
+  if stop:
+    raise interruption.Interrupted(
+        f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}{_last_save(workdir, saved)}')
   return state
+
+
+def _left(workdir: pathlib.Path, saved: int) -> str:
+  """Completes the reason for which a run ends that makes no more updates."""
+  kept = f'step {saved} is saved in {workdir}' if saved else 'nothing is saved'
+  return (f'; {kept}. The same command would come to the same end; other settings, such as a smaller learning rate, '
+          'need a workdir of their own.')
 
 
 def _last_save(workdir: pathlib.Path, step: int) -> str:

@@ -15,6 +15,9 @@ def main() -> None:
   """Runs the program that the first argument names, with the other arguments; exits with status 2 if there is none."""
   name, found = (sys.argv[1:] or ['--help'])[0], programs()
   if name in found:
+    from critkl_jax import interruption  # which the list of programs does without
+
+    interruption.watch_process()  # before the imports of the program, which take seconds
     del sys.argv[1]
     runpy.run_module(f'{__package__}.{name}', run_name='__main__', alter_sys=True)
   elif name in ('-h', '--help', '--helpfull', 'help'):

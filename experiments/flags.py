@@ -185,7 +185,7 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       jax.config.update('jax_debug_nans', True)
     try:
       ended = join_hosts()
-      with interruption.watch(), held:
+      with interruption.watch(), held:  # again: the runtime of several hosts takes SIGTERM for itself
         main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
@@ -211,7 +211,8 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
   if {'-h', '-help', '--help'} & set(sys.argv[1:]):
     print(help_lib.text(sys.modules['__main__'].__doc__))
     return
-  app.run(guarded, flags_parser=parsing.parse)
+  with interruption.watch():
+    app.run(guarded, flags_parser=parsing.parse)
 
 
 def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequence[str]) -> tuple[Any, ...]:

@@ -31,6 +31,13 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True))
 
 
+def pytest_collection_modifyitems(config, items):
+  """Leaves the long tests out unless the command asks for them by their marker."""
+  if 'long' not in config.option.markexpr:
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker('long')])
+    items[:] = [item for item in items if not item.get_closest_marker('long')]
+
+
 @pytest.fixture
 def standard_promotion():
   """For tests that run an optimizer or a bfloat16 layer norm: Optax and Flax rely on implicit type promotion."""

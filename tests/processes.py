@@ -11,16 +11,22 @@ from compilation import QUICK
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(binary, *flags, devices=1, quick=None, cwd=ROOT):
-  flags_of_xla = []
+def start(binary, *flags, devices=1, quick=None, cwd=ROOT, command=()):
+  command, flags_of_xla = command or ('-m', f'experiments.{binary}'), []
   if binary not in ('analyze', 'compare_checkpoints') if quick is None else quick:
     flags_of_xla.append(QUICK)
   if devices:
     flags_of_xla.append(f'--xla_force_host_platform_device_count={devices}')
   return subprocess.Popen(
-      [sys.executable, '-m', f'experiments.{binary}', *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
-                                                'XLA_FLAGS': ' '.join(flags_of_xla)})
+      [sys.executable, *command, *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags_of_xla)})
+
+
+def catches(process, number):
+  """Returns whether a process has a handler for a signal, as Linux knows; an ended one has none."""
+  status = pathlib.Path(f'/proc/{process.pid}/status')
+  caught = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith('SigCgt')), '0')
+  return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def finish(process):

@@ -181,6 +181,7 @@ def change_config(path, change):
   file = path / 'config' / 'metadata'
   values = json.loads(file.read_text())
   change(values)
+  values.get('checksums', {}).pop('config', None)  # as of an older version
   file.write_text(json.dumps(values))
 
 

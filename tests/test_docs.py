@@ -19,7 +19,7 @@ from critkl_jax import FinetuneConfig, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / 'README.md'
-PAGES = [README, *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [README, ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 HISTORY = ROOT / 'docs' / 'log.md'  # its commands are those of their days
 SMOKE = '--preset=smoke'
 

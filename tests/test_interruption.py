@@ -1,5 +1,6 @@
 """Signals are answered at once, whatever the main thread does."""
 
+import concurrent.futures
 import signal
 import subprocess
 import sys
@@ -58,3 +59,40 @@ def test_a_second_signal_does_not_wait():
   _, err = process.communicate(timeout=10)
   assert process.returncode == interruption.STOPPED
   assert err.endswith('Stopped by SIGINT before anything was saved.\n')
+
+
+def test_a_process_whose_standard_error_is_closed_ends_all_the_same():
+  process = start(deferring=False, wait=0)
+  process.stderr.close()
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=10) == interruption.STOPPED
+  process.stdout.close()
+
+
+def test_a_thread_has_a_watch_of_its_own_which_catches_nothing():
+  with interruption.watch(' in the main thread.') as own:
+    handler = signal.getsignal(signal.SIGTERM)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+      other = threads.submit(enter, ' in a thread.').result()
+    assert (own.text, own.deferring, other.text) == (' in the main thread.', False, ' in a thread.')
+    assert signal.getsignal(signal.SIGTERM) == handler
+    with interruption.watch(' within.') as within:
+      assert within is own
+    interruption.tell(' later.')
+    assert own.text == ' later.'
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.set_wakeup_fd(-1) == -1
+
+
+def enter(text):
+  with interruption.watch(text) as watch:
+    watch.deferring = True
+    interruption.tell(' not this one.')
+    return watch
+
+
+def test_handlers_that_a_library_put_in_their_place_are_replaced_by_a_watch_within():
+  with interruption.watch() as own:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the runtime of several hosts does
+    with interruption.watch():
+      assert signal.getsignal(signal.SIGTERM) == own.handle

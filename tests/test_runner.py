@@ -1,7 +1,9 @@
+import concurrent.futures
 import dataclasses
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax import checkpoint, interruption, runner, signatures, trackers
+from critkl_jax import checkpoint, interruption, pretraining, runner, signatures, trackers
 from critkl_jax.config import flat_fields, flat_values, replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
@@ -91,6 +93,51 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [3]
   assert signal.getsignal(number) == before
   jax.tree.map(np.testing.assert_array_equal, run(tmp_path, 9).params, run(tmp_path / 'whole', 9).params)
+
+
+@pytest.mark.parametrize(('when', 'stopped'), [('in the last step', 3), ('in the last save', 3), ('in a save', 2)])
+def test_a_signal_at_the_end_or_in_a_save_is_obeyed_at_once(tmp_path, monkeypatch, when, stopped):
+  def signals(done):
+    if done == (2 if when == 'in the last step' else 'saving'):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def step(state, done):
+    signals(done)
+    return draw(state)
+
+  save = checkpoint.save
+  monkeypatch.setattr(checkpoint, 'save', lambda *arguments: (save(*arguments), signals('saving')))
+  with pytest.raises(interruption.Interrupted, match=f'SIGTERM after step {stopped} of 3; it is saved'):
+    run(tmp_path, 3, step, save_every=2 if when == 'in a save' else 100)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [stopped]
+  monkeypatch.undo()
+  assert run(tmp_path, 3, lambda state, _: draw(state)).step == 3
+
+
+def test_runs_in_threads_side_by_side_are_those_of_the_main_thread(tmp_path):
+  handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+  wanted = run(tmp_path / 'main', 5)
+  both = threading.Barrier(2, timeout=60)
+
+  def together(state, done):
+    both.wait()
+    return draw(state)
+
+  with concurrent.futures.ThreadPoolExecutor(2) as threads:
+    found = [threads.submit(run, tmp_path / name, 5, together) for name in 'ab']
+  for name, state in zip('ab', found):
+    jax.tree.map(np.testing.assert_array_equal, state.result(), wanted)
+    assert logged(tmp_path / name) == logged(tmp_path / 'main')
+    assert checkpoint.steps_in(tmp_path / name / 'checkpoints') == [2, 4, 5]
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.slow
+def test_pretraining_in_a_thread(tmp_path, standard_promotion):
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    state = thread.submit(pretraining.pretrain, PRETRAIN_PRESETS['smoke'], tmp_path).result()
+  found = checkpoint.load_checkpoint(tmp_path / 'reference')
+  jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
 
 def test_lines_after_the_checkpoint_are_dropped_and_an_unfinished_one_too(tmp_path):

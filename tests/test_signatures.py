@@ -1,7 +1,9 @@
+import time
+
 import numpy as np
 import pytest
 
-from critkl_jax.signatures import FORMAT_ERRORS, KL_BOUND, MEANING, PATIENCE, signatures
+from critkl_jax.signatures import FORMAT_ERRORS, KL_BOUND, MEANING, PATIENCE, History, signatures
 
 LEARNS = (0.9, 0.91, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
 
@@ -54,3 +56,20 @@ def test_a_detector_that_is_blind():
 @pytest.mark.parametrize('rows', [[], [{'loss': 1.0}] * 9])
 def test_metrics_that_do_not_tell(rows):
   assert signatures(rows) == {}
+
+
+def test_a_row_that_is_added_costs_no_more_after_many():
+  rows = run(*(np.resize(values, 20000) for values in ((0.01,), LEARNS, (0.0,), (0.98,), (0.4,))))
+  history = History(rows[:-1])
+  history.add(rows[-1])
+  assert history.signatures() == signatures(rows)
+  assert seconds(history.signatures) < seconds(lambda: signatures(rows)) / 4
+
+
+def seconds(function):
+  times = []
+  for _ in range(3):
+    start = time.perf_counter()
+    function()
+    times.append(time.perf_counter() - start)
+  return min(times)

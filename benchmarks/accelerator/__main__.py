@@ -3,6 +3,7 @@
 import pathlib
 import signal
 import sys
+import types
 
 from absl import app, flags
 
@@ -21,6 +22,8 @@ PARTS = (
     Part('finetune', 'benchmarks.accelerator.finetuning:measure', 65),
     Part('paper', 'benchmarks.accelerator.paper:measure', 85, least=75),
 )
+STOPPED = 75  # exit code, as of `experiments.exits`, which this process does without
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NAMES = [part.name for part in PARTS]
 
 MINUTES = flags.DEFINE_float('minutes', 8.0, 'After which all is over.', lower_bound=0.5)
@@ -34,12 +37,22 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     refuse(f'arguments {arguments[1:]} are not flags; flags start with --, see --help.')
   paths.check_file('json', JSON.value)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped by SIGTERM'))  # so that no part outlives this process
   path = pathlib.Path(JSON.value)
   found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
   print(f'\n{table(found)}\n\n{found["seconds"]:.0f} s. In {path}.', flush=True)
   sys.exit(any(part['status'] in ('failed', 'stopped') for part in found['parts'].values()))
 
 
+def stop(number: int, frame: types.FrameType | None) -> None:
+  """Ends this process with a sentence, and with it the part that runs."""
+  for one in SIGNALS:
+    signal.signal(one, signal.SIG_IGN)
+  print(f'\nStopped by {signal.Signals(number).name}; the parts that ended before are in the file.', file=sys.stderr,
+        flush=True)
+  sys.exit(STOPPED)
+
+
 if __name__ == '__main__':
+  for one in SIGNALS:
+    signal.signal(one, stop)
   app.run(main, flags_parser=parsing.parse)

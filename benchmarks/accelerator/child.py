@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -37,8 +40,15 @@ class Report:
 
 def main() -> None:
   """Calls the function."""
+  threading.Thread(target=end_with_parent, daemon=True).start()
   module, function = sys.argv[1].split(':')
   getattr(importlib.import_module(module), function)(Report(**json.loads(sys.argv[2])))
+
+
+def end_with_parent() -> None:
+  """Ends this process and those that it started when the parent has ended, however it did: the accelerator is free."""
+  sys.stdin.buffer.raw.read()  # until the other end of the pipe is closed
+  os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == '__main__':

@@ -113,8 +113,8 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
 @contextlib.contextmanager
 def process_group(command: Sequence[str], variables: dict[str, str]) -> Iterator[subprocess.Popen]:
   """Starts a process as the leader of a group, and ends the group whatever happens."""
-  process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             errors='replace', start_new_session=True)
+  process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
   try:
     yield process
   finally:

@@ -20,7 +20,7 @@ import flax
 import jax
 import tqdm
 
-from critkl_jax import checkpoint, hosts, population, runner, storage
+from critkl_jax import checkpoint, hosts, interruption, population, runner, storage
 from critkl_jax.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.config import FinetuneConfig, flat_values, replace
 from critkl_jax.evaluate import accuracies, accuracy_interval
@@ -131,6 +131,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
   for record in records:
     if not record_path(workdir, record.name).is_file():  # of a run that was made again for its parameters it is
       write_record(record_path(workdir, record.name), record)
+  interruption.tell(f'; the runs that were finished are kept in {workdir}, and the same command goes on from there.')
   shutil.rmtree(group)
   return records
 

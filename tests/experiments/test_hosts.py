@@ -10,6 +10,7 @@ import pytest
 from processes import finish, metrics, refused, run, start
 
 from critkl_jax import checkpoint
+from critkl_jax.interruption import STOPPED
 
 TIMEOUT = 20
 
@@ -115,7 +116,7 @@ def test_a_signal_to_one_host_stops_all_at_the_same_step(reference, tmp_path):
   ended = list(map(finish, processes))
   (step,) = checkpoint.steps_in(tmp_path / 'checkpoints')
   for code, _, err in ended:
-    assert code == 1
+    assert code == STOPPED
     assert f'stopped by SIGTERM after step {step} of 100000' in err
 
 
@@ -129,7 +130,7 @@ def test_a_study_on_two_hosts_stops_goes_on_and_survives_a_death(reference, tmp_
   wait_for_step(processes[0], members[1], 2)
   processes[1].send_signal(signal.SIGTERM)
   for code, _, err in map(finish, processes):
-    assert code == 1
+    assert code == STOPPED
     assert 'stopped by SIGTERM after step' in err
   stopped = steps_of()
   assert stopped[0] == stopped[1]

@@ -1,0 +1,52 @@
+"""Runs iterations in a process of its own and prints what it holds, every so many of them.
+
+    python tests/faults/iterations.py WORKDIR NUMBER EVERY
+"""
+
+import gc
+import json
+import os
+import pathlib
+import sys
+
+import jax
+from checkpoints import SMOKE, noisy
+
+from critkl_jax import checkpoint, runner
+from critkl_jax.compilation import compilation_seconds
+from critkl_jax.config import replace
+from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.tasks.addition import plus_task
+from critkl_jax.train_step import make_train_step
+
+
+def resident_bytes():
+  """Returns the memory that this process holds, as Linux counts it."""
+  gc.collect()
+  return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+def run(workdir, num_iterations, every):
+  """Runs the smoke preset; returns what is held at every so many iterations, and the number of compiled steps."""
+  config = replace(FINETUNE_PRESETS['smoke'], num_iterations=num_iterations)
+  model, seen = GPT2(SMOKE.model), {'memory': [], 'arrays': [], 'compilation_seconds': []}
+  state = init_finetuning(model, config, noisy(init_params(model, jax.random.key(0)), 0.3))
+  key, hyperparameters = finetuning_keys(config)[1], Hyperparameters.of(config)
+  step = make_train_step(model, plus_task(1, config.extra_digits), config)
+
+  def advance(state, number):
+    if number and number % every == 0:
+      seen['memory'].append(resident_bytes())
+      seen['arrays'].append(len(jax.live_arrays()))
+      seen['compilation_seconds'].append(compilation_seconds())
+    return step(state, key, hyperparameters)
+
+  info = checkpoint.CheckpointInfo(SMOKE.model, SMOKE.known_digits, config)
+  runner.run(advance, state, num_iterations, info, workdir, save_every=50)
+  return seen | {'programs': step._cache_size()}
+
+
+if __name__ == '__main__':
+  print(json.dumps(run(sys.argv[1], *map(int, sys.argv[2:]))))
