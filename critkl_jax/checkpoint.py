@@ -154,7 +154,7 @@ def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo
 
 def _check_equal(path: epath.Path, config: dict[str, Any]) -> None:
   """Refuses a step directory that holds something else than what is to be saved under its number."""
-  old, new = _stored_config(path), json.loads(json.dumps(config))
+  old, new = _stored_config(path), json.loads(storage.to_json(config))
   sums = old.get('checksums', new['checksums'])  # an older version kept none
   different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
   different += ['parameters'] if sums.get('params') != new['checksums']['params'] else []
@@ -316,7 +316,7 @@ def _config_checksum(values: dict[str, Any]) -> int:
   """Returns a checksum of a config as JSON: a changed digit can fit the arrays, the number of heads for one."""
   others = {name: value for name, value in values.get('checksums', {}).items() if name != 'config'}
   own = values | {'checksums': others}
-  return zlib.crc32(json.dumps(own, sort_keys=True).encode())
+  return zlib.crc32(json.dumps(own, sort_keys=True, allow_nan=False).encode())
 
 
 def _checksum(x) -> int:

@@ -199,7 +199,7 @@ def _holder(file):
 
 def _write(file, value):
   os.ftruncate(file, 0)
-  os.pwrite(file, f'{json.dumps(value)}\n'.encode(), 0)
+  os.pwrite(file, f'{storage.to_json(value)}\n'.encode(), 0)
 
 
 def _show_life(file, over):
