@@ -32,6 +32,7 @@ from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
+from critkl_jax import storage
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
 from experiments.flags import keep_no_programs, run
@@ -236,7 +237,7 @@ def main() -> None:
   if TALL.value and 'v5e' in targets:
     tables.append({'size': TALL.value, 'rows': table(['v5e'], TALL.value)})
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(tables, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(tables, indent=2) + '\n')
 
 
 if __name__ == '__main__':

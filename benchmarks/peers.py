@@ -9,7 +9,6 @@ responses, 8 to each of 12 problems, a reward, a reference pass and one epoch of
 """
 
 import json
-import pathlib
 import statistics
 import tempfile
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, slices, train_step
+from critkl_jax import initial_state, slices, storage, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.rollout import respond, score
@@ -172,7 +171,7 @@ def main() -> None:
       print(f'{preset:>8}: iteration {found["iteration"]:.2f} s, TRL {found["trl"]:.2f} s: {found["ratio"]:.2f} times; '
             f'{found["episodes_per_second_over_official"]:.0f} times the episodes per second of the official code')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
 
 
 if __name__ == '__main__':

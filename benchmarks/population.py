@@ -9,7 +9,6 @@ their mean. An iteration is one of `experiments.finetune` at the preset `tiny`.
 
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import jax
 from absl import flags
 
 from benchmarks import timing
-from critkl_jax import checkpoint, population, sharding
+from critkl_jax import checkpoint, population, sharding, storage
 from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
@@ -115,7 +114,7 @@ def main() -> None:
     print(f'{mapping:>18}{found["compile"]:11.1f}{found["run"]:9.1f}{found["ratio"]:14.2f}'
           f'{found["ratio_with_compilation"]:18.2f}{found["memory_mib"]:8.0f}', flush=True)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ write as it does (`benchmarks.models`). Every repeat draws other problems; figur
 """
 
 import json
-import pathlib
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jax
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import slices
+from critkl_jax import slices, storage
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.losses import action_log_probs
 from critkl_jax.rollout import pick_method, respond, score
@@ -125,7 +124,7 @@ def main() -> None:
       print(f'{preset:>8} {name:>15} {found[name]:10.0f} tokens/s  {found[name] / found["teacher_forced"]:5.2f} of '
             f'teacher-forced  {steps!s:>6} steps{chosen}')
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(results, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,6 @@ reference write as it does (`benchmarks.models`).
 import functools
 import json
 import math
-import pathlib
 import resource
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, train_step
+from critkl_jax import initial_state, storage, train_step
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2, forward_flops
 from critkl_jax.presets import PRETRAIN_PRESETS
@@ -214,7 +213,7 @@ def main() -> None:
         fraction = f'{found["fraction"][name]:.2f} of matrix products' if name in found['fraction'] else ''
         print(f'{name:>12} {value:9.3f} s {share:>7}  {fraction}', flush=True)
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,6 @@ reference. The last two compute less, and are there for scale.
 import functools
 import json
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.losses import ALPHA, BONUS, EXPONENT, naive_linear_loss, naive_loss, token_loss
+from critkl_jax import storage
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
 from critkl_jax.ops.weighted_kl.chunked import pick_held
 from experiments.flags import run
@@ -239,7 +239,7 @@ def main() -> None:
                       'logits': pick_implementation(small[1], from_logits=True)}
   print('picked where none is named: {linear} (from hidden states), {logits} (from logits)'.format(**result['picked']))
   if JSON.value:
-    pathlib.Path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+    storage.to_path(JSON.value).write_text(json.dumps(result, indent=2) + '\n')
 
 
 if __name__ == '__main__':

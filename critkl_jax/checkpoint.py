@@ -5,14 +5,20 @@
     DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
+A step that is saved again is set aside as STEP.replaced-N until the new one is whole.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import math
+import os
 import pathlib
 import re
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +29,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from critkl_jax import hosts, sharding
+from critkl_jax import hosts, sharding, storage
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.records import TrainState
@@ -36,6 +42,10 @@ _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 class CheckpointError(ValueError):
   """A checkpoint that cannot be used; the message is one line that says why and what to do."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint of which a part is missing or is not what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,89 +82,211 @@ class Checkpoint:
   params: Any
   info: CheckpointInfo
   step: int
-  path: pathlib.Path
+  path: storage.Path
 
 
-def open_manager(directory: str | pathlib.Path, max_to_keep: int | None = None) -> ocp.CheckpointManager:
-  """Opens a directory for saving, making it if needed; close it at the end."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, cleanup_tmp_directories=True)
-  return ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options, item_names=_ITEMS)
+def open_manager(directory: str | os.PathLike, max_to_keep: int = 0) -> ocp.CheckpointManager:
+  """Opens a directory for saving, making it if needed; close it at the end.
+
+  Args:
+    directory: of step directories.
+    max_to_keep: how many checkpoints are kept, those that `spread` says; 0 for all.
+  """
+  options = ocp.CheckpointManagerOptions(
+      preservation_policy=_Spread(max_to_keep or math.inf), cleanup_tmp_directories=True)
+  with _writing(directory):
+    return ocp.CheckpointManager(storage.resolve(directory), options=options, item_names=_ITEMS)
+
+
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike, max_to_keep: int = 0) -> Iterator[ocp.CheckpointManager]:
+  """Opens a directory as `open_manager` does, and closes it at the end, whatever has failed by then."""
+  manager = open_manager(directory, max_to_keep)
+  try:
+    yield manager
+  except BaseException:
+    with contextlib.suppress(Exception), _writing(directory):  # it raises once more what could not be written
+      manager.close()
+    raise
+  with _writing(directory):
+    manager.close()
+
+
+def spread(steps: Sequence[int], most: float) -> list[int]:
+  """Returns the steps to keep: the newest two, the first, and others spread over the run.
+
+  Of the newest two the older one is there should the newest be damaged, and the rest shows how the run went. The steps
+  that go are those whose neighbours are closest together.
+
+  Args:
+    steps: of all checkpoints, in ascending order.
+    most: how many are kept, 2 or more.
+  """
+  kept = list(steps)
+  while len(kept) > most:
+    gaps = [after - before for before, after in zip([-math.inf, *kept], kept[1:-1])]
+    del kept[gaps.index(min(gaps))]
+  return kept
+
+
+class _Spread:
+  """Orbax's policy for `spread`."""
+
+  def __init__(self, most: float):
+    self._most = most
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    """Returns for each checkpoint whether it is kept."""
+    del context
+    kept = set(spread([x.step for x in checkpoints], self._most))
+    return [x.step in kept for x in checkpoints]
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
-         wait: bool = True) -> None:
-  """Saves a state under its step number, unless that step is there; the reference's parameters are not part of it.
+         wait: bool = True, after: int | None = None) -> None:
+  """Saves a state under its step number; the reference's parameters are not part of it.
+
+  A checkpoint of this step that is there already is replaced: it is set aside, and removed once the new one is whole.
 
   Args:
     manager: from `open_manager`.
     state: `params`, `opt_state` and `step` are read.
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
-    wait: whether to return only when all is written; else call `manager.wait_until_finished` before the arrays change.
+    wait: whether to return only when all is written; else call `finish` before the arrays change.
+    after: the step that the run saved before or went on from; later ones, which it went back behind, are replaced too.
+
+  Raises:
+    OSError: if it cannot be written; the error names what was to be written.
   """
-  if hosts.as_first_says(int(state.step) in manager.all_steps()):
-    return
   trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
   config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
             'checksums': {item: checksums(tree) for item, tree in trees.items()}}
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
-  manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+  with _writing(manager.directory / str(state.step)):
+    _set_aside(manager, [n for n in manager.all_steps() if n == state.step or (after is not None and n > after)])
+    manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
   if wait:
-    manager.wait_until_finished()  # the next step is given these very arrays to write over
+    finish(manager)  # the next step is given these very arrays to write over
 
 
-def save_params(directory: str | pathlib.Path, params: Any, info: CheckpointInfo, step: int) -> None:
+def finish(manager: ocp.CheckpointManager) -> None:
+  """Waits until all is written that was saved, and removes what it replaces.
+
+  Raises:
+    OSError: as `save`.
+  """
+  with _writing(manager.directory):
+    manager.wait_until_finished()
+    for path in manager.directory.glob('*.replaced-*') if hosts.is_first() else ():
+      path.rmtree(missing_ok=True)
+
+
+def _set_aside(manager, steps):
+  """Gives step directories other names, so that they can be saved again."""
+  if not hosts.as_first_says(bool(steps)):
+    return
+  for step in steps if hosts.is_first() else ():
+    number = len(list(manager.directory.glob(f'{step}.replaced-*')))
+    (manager.directory / str(step)).rename(manager.directory / f'{step}.replaced-{number}')
+  hosts.wait_for_all('set aside')
+  manager.reload()
+
+
+@contextlib.contextmanager
+def _writing(path: os.PathLike) -> Iterator[None]:
+  """Turns what Orbax and TensorStore raise where a file cannot be written into an OSError with the path.
+
+  The threads of both print tracebacks of their own while the error is on its way to the caller: they are left out.
+  """
+  hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
+  sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+  logging.set_verbosity(logging.FATAL)
+  try:
+    with storage.writing(path):
+      yield
+  except (ValueError, RuntimeError) as error:  # RuntimeError: of JAX, or of a thread pool that has ended
+    found = re.search(r'OS error (\d+)', str(error))
+    if not found:
+      raise
+    raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+  finally:
+    logging.set_verbosity(verbosity)
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+
+
+def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo, step: int) -> None:
   """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them; all hosts call it.
 
   Args:
     directory: made if needed.
     params: of the model.
     info: what they are.
-    step: number of finished steps, under which they are saved unless that step is there.
+    step: number of finished steps, under which they are saved; what is there under it is replaced.
   """
-  with contextlib.closing(open_manager(directory)) as manager:
+  with opened(directory) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 
-def restore(path: pathlib.Path, state: TrainState) -> TrainState:
+def restore(path: storage.Path, state: TrainState) -> TrainState:
   """Returns `state` with parameters, optimizer state and step of a step directory, placed as the arrays of `state` are:
   NumPy arrays on the host, or on the devices of its JAX arrays, on however many the checkpoint was made.
 
   Raises:
-    CheckpointError: if the directory lacks an item, is damaged, or holds arrays of another shape.
+    CheckpointError: if it holds arrays of another shape; a `DamagedError` if an item is missing or damaged.
   """
   step = np.int32(path.name)
   return state.replace(params=_read(path, 'params', state.params), opt_state=_read(path, 'opt_state', state.opt_state),
                        step=sharding.put(step, state.step.sharding) if isinstance(state.step, jax.Array) else step)
 
 
-def latest(directory: str | pathlib.Path) -> pathlib.Path | None:
+def latest(directory: str | os.PathLike) -> storage.Path | None:
   """Returns the step directory with the greatest step in `directory`, or None if there is none."""
   steps = steps_in(directory)
-  return pathlib.Path(directory) / str(steps[-1]) if steps else None
+  return storage.to_path(directory) / str(steps[-1]) if steps else None
 
 
-def steps_in(directory: str | pathlib.Path) -> list[int]:
+def steps_in(directory: str | os.PathLike) -> list[int]:
   """Returns the steps of the complete checkpoints in a directory, in ascending order."""
-  directory = pathlib.Path(directory)
+  directory = storage.resolve(directory)
   if not directory.is_dir():
     return []
   return sorted(int(path.name) for path in directory.iterdir()
-                if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(epath.Path(path.absolute())))
+                if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(epath.Path(path)))
 
 
-def read_info(path: str | pathlib.Path) -> CheckpointInfo:
+def newest_whole(steps: Sequence[int], read: Callable[[int], Any]) -> tuple[Any, list[DamagedError]]:
+  """Reads the newest checkpoint that is whole; all hosts call it.
+
+  Args:
+    steps: of the checkpoints, in ascending order.
+    read: reads one by its step.
+
+  Returns:
+    What was read, None if none is whole; and what is wrong with the newer ones, the newest first.
+
+  Raises:
+    CheckpointError: what `read` raises that is not a `DamagedError`.
+  """
+  damages = []
+  for step in reversed(steps):
+    try:
+      return read(step), damages
+    except DamagedError as error:
+      damages.append(error)
+  return None, damages
+
+
+def read_info(path: str | os.PathLike) -> CheckpointInfo:
   """Reads the config of a step directory.
 
   Raises:
-    CheckpointError: if it is missing, damaged, or of another version of the project; the message names the field.
+    CheckpointError: if it is of another version of the project; the message names the field. A `DamagedError` if it is
+      missing or damaged.
   """
-  file = pathlib.Path(path) / 'config' / 'metadata'
-  if not file.is_file():
-    raise CheckpointError(f'{path}: no config in it; it is half written or not a checkpoint of this project.')
+  values = _read_config(storage.to_path(path))
   try:
-    values = json.loads(file.read_text())
     if values['format'] != FORMAT:
       raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
     return CheckpointInfo(model=from_dict(GPT2Config, values['model']), known_digits=int(values['known_digits']),
@@ -167,7 +299,28 @@ def read_info(path: str | pathlib.Path) -> CheckpointInfo:
     raise CheckpointError(f'{path}: its config cannot be read: {error}') from error
 
 
-def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | None = None, mesh: Mesh | None = None
+def read_info_together(path: storage.Path) -> CheckpointInfo:
+  """Reads the config of a step directory on all hosts; all raise if one of them finds it damaged."""
+  info, error = None, None
+  try:
+    info = read_info(path)
+  except CheckpointError as found:
+    error = found
+  _raise_together(path, error)
+  return info
+
+
+def _read_config(path):
+  file = path / 'config' / 'metadata'
+  if not file.is_file():
+    raise DamagedError(f'{path}: no config in it; it is half written or not a checkpoint of this project.')
+  try:
+    return json.loads(file.read_text())
+  except ValueError as error:  # not JSON, or not even text
+    raise DamagedError(f'{path}: its config cannot be read: {error}') from error
+
+
+def load_checkpoint(path: str | os.PathLike = SHIPPED_REFERENCE, step: int | None = None, mesh: Mesh | None = None
                     ) -> Checkpoint:
   """Reads a checkpoint's parameters and config, on any number of devices.
 
@@ -182,10 +335,22 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
     A `Checkpoint`.
 
   Raises:
-    CheckpointError: if there is nothing at the path, no such step, or what is there is damaged.
+    CheckpointError: if there is nothing at the path, no such step, or what is there is damaged. No other step is taken
+      for a damaged one, but the message names the newest that is whole.
   """
-  path = _find(pathlib.Path(path), step)
-  info = read_info(path)
+  found = _find(storage.to_path(path), step)
+  try:
+    return _load(found, mesh)
+  except DamagedError as error:
+    before = [n for n in steps_in(found.parent) if n < int(found.name)]
+    whole, _ = newest_whole(before, lambda step: _load(found.parent / str(step), mesh))
+    if whole is None:
+      raise
+    raise DamagedError(f'{error} The newest whole checkpoint before it is {whole.path}.') from error
+
+
+def _load(path, mesh):
+  info = read_info_together(path)
   shapes = jax.eval_shape(functools.partial(init_params, GPT2(info.model)), jax.random.key(0))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   places = sharding.shardings(shapes, mesh) if mesh else jax.tree.map(lambda _: here, shapes)
@@ -193,10 +358,10 @@ def load_checkpoint(path: str | pathlib.Path = SHIPPED_REFERENCE, step: int | No
   return Checkpoint(params=_read(path, 'params', target), info=info, step=int(path.name), path=path)
 
 
-def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
+def _find(path: storage.Path, step: int | None) -> storage.Path:
   if not path.is_dir():
     raise CheckpointError(f'{path}: no such directory; give a checkpoint directory, or a workdir that holds one.')
-  path = path.resolve()
+  path = storage.resolve(path)
   if (path / 'params').is_dir() or (path / 'config').is_dir():
     if not path.name.isdigit():
       raise CheckpointError(f'{path}: a half-written checkpoint, or a renamed one: the name should be its step.')
@@ -212,24 +377,42 @@ def _find(path: pathlib.Path, step: int | None) -> pathlib.Path:
   return path / str(steps[-1] if step is None else step)
 
 
-def _read(path: pathlib.Path, item: str, target: Any) -> Any:
-  """Restores an item into arrays like `target`, after a look at the shapes that were stored."""
-  directory = epath.Path(path / item).absolute()
-  if not directory.is_dir():
-    raise CheckpointError(f'{path}: no {item} in it; it is half written, or was saved without.')
+def _read(path: storage.Path, item: str, target: Any) -> Any:
+  """Restores an item into arrays like `target`, after a look at the shapes that were stored; all hosts call it, and all
+  raise if one of them finds damage: none goes on to what it has to do together with the others."""
+  directory, restored, error = epath.Path(storage.resolve(path) / item), None, None
   abstract = jax.tree.map(lambda x: x if isinstance(x, np.ndarray) else ocp.utils.to_shape_dtype_struct(x), target)
+  try:
+    restored = _restore(path, item, directory, abstract)
+  except CheckpointError as found:
+    error = found
+  _raise_together(path, error)
+  _raise_together(path, _compare_sums(path, item, restored))
+  return restored
+
+
+def _raise_together(path, error):
+  if error is None and not hosts.least(1):
+    error = DamagedError(f'{path}: another host found it damaged.')
+  elif error is not None:
+    hosts.least(0)
+  if error is not None:
+    raise error
+
+
+def _restore(path, item, directory, abstract):
+  if not directory.is_dir():
+    raise DamagedError(f'{path}: no {item} in it; it is half written, or was saved without.')
   with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
     try:
       _check_shapes(path, item, handler.metadata(directory).tree, abstract)
-      restored = handler.restore(directory, args=ocp.args.StandardRestore(abstract))
+      return handler.restore(directory, args=ocp.args.StandardRestore(abstract))
     except (CheckpointError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       logging.debug('restoring %s', directory, exc_info=True)
-      raise CheckpointError(f'{path}: {item} is damaged or half written ({_reason(path, error)}); remove this step '
-                            'directory or take another one.') from error
-  _check_sums(path, item, restored)
-  return restored
+      raise DamagedError(f'{path}: {item} is damaged, half written or cannot be read ({_reason(path, error)}).'
+                         ) from error
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -258,16 +441,15 @@ def _spread_checksum(x):
   return jnp.sum(bits * (jnp.uint32(2) * index + jnp.uint32(1)), dtype=jnp.uint32)
 
 
-def _check_sums(path, item, restored):
-  wanted = json.loads((path / 'config' / 'metadata').read_text()).get('checksums', {}).get(item)
+def _compare_sums(path, item, restored):
+  """Returns an error if arrays are not those whose checksums were saved with them, else None."""
+  wanted = _read_config(path).get('checksums', {}).get(item)
   if wanted is None:  # of an older version
-    return
+    return None
   found = checksums(restored)
   damaged = sorted(name for name in wanted if found.get(name) != wanted[name])
-  if damaged:
-    names = ', '.join(damaged[:3]) + (', ...' if damaged[3:] else '')
-    raise CheckpointError(f'{path}: {item} is damaged: {names} is not what was saved; remove this step directory or '
-                          'take another one.')
+  names = ', '.join(damaged[:3]) + (', ...' if damaged[3:] else '')
+  return DamagedError(f'{path}: {item} is damaged: {names} is not what was saved.') if damaged else None
 
 
 def _reason(path, error):

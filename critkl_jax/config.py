@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble'}  # which checkpoints of older versions lack
+          'certainty_ensemble', 'max_to_keep'}  # which checkpoints of older versions lack
 
 
 # Checks.
@@ -31,6 +31,11 @@ def _positive(config, *names):
   for name in names:
     if not getattr(config, name) > 0:
       raise ValueError(f'{name}: expected a positive number, got {getattr(config, name)}.')
+
+
+def _not(config, name, refused, reason):
+  if getattr(config, name) == refused:
+    raise ValueError(f'{name}: expected another number than {refused}: {reason}.')
 
 
 def _between(config, least, most, *names):
@@ -102,6 +107,7 @@ class PretrainConfig:
     max_grad_norm: Gradients are scaled down to this global norm.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
+    max_to_keep: How many checkpoints are kept: the newest two, the first, and others spread over the run; 0 for all.
     eval_problems: Problems in each cell of the final accuracy table.
   """
 
@@ -117,11 +123,13 @@ class PretrainConfig:
   max_grad_norm: float = 1.0
   seed: int = 0
   save_every: int = 200
+  max_to_keep: int = 20
   eval_problems: int = 200
 
   def __post_init__(self):
     _at_least(self, 1, 'known_digits', 'batch_size', 'num_steps', 'save_every')
-    _at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'eval_problems')
+    _at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'eval_problems', 'max_to_keep')
+    _not(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
     _positive(self, 'learning_rate', 'max_grad_norm')
     _between(self, 0, 1, 'final_learning_rate')
     _one_of(self, 'optimizer', 'muon', 'adamw')
@@ -228,6 +236,7 @@ class FinetuneConfig:
     window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
     seed: Seed of problems and samples.
     save_every: Iterations between checkpoints.
+    max_to_keep: How many checkpoints are kept: the newest two, the first, and others spread over the run; 0 for all.
     eval_problems: Problems in each accuracy before and after.
   """
 
@@ -258,11 +267,13 @@ class FinetuneConfig:
   window: int = 0
   seed: int = 0
   save_every: int = 4
+  max_to_keep: int = 20
   eval_problems: int = 128
 
   def __post_init__(self):
     _at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'save_every')
-    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems')
+    _at_least(self, 0, 'extra_digits', 'critic_warmup', 'window', 'seed', 'eval_problems', 'max_to_keep')
+    _not(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
     _positive(self, 'learning_rate', 'max_grad_norm')
     if not self.wrong_reward < 1:
       raise ValueError(f'wrong_reward: expected less than 1, the reward of a right response, got {self.wrong_reward}.')

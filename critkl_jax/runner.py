@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
+import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -36,13 +36,16 @@ class MetricsWriter:
   Metrics of critical tokens have no entry where there were none.
   """
 
-  def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
+  def __init__(self, workdir: storage.Path, first_step: int, track: Callable | None = None):
     self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
+    self._text = ''
     if not hosts.is_first():
       return
-    workdir.mkdir(parents=True, exist_ok=True)
+    with storage.writing(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
     self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    storage.write_text(self._path, ''.join(storage.to_json(row) + '\n' for row in self._rows))
+    self._text = ''.join(storage.to_json(row) + '\n' for row in self._rows)
+    storage.write_text(self._path, self._text)
     self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -52,8 +55,11 @@ class MetricsWriter:
     metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
     self._rows.append({'step': step, **metrics})
     metrics |= self._signatures(step)
-    with self._path.open('a') as file:
-      file.write(storage.to_json({'step': step, **metrics}) + '\n')
+    line = storage.to_json({'step': step, **metrics}) + '\n'
+    self._text += line
+    if not storage.is_remote(self._path):
+      with storage.writing(self._path), self._path.open('a') as file:
+        file.write(line)
     for tracker in self._trackers:
       tracker.write(step, metrics)
 
@@ -64,16 +70,22 @@ class MetricsWriter:
       self._warned.add(name)
     return {f'signature/{name}': float(seen) for name, seen in found.items()}
 
+  def flush(self) -> None:
+    """Writes the lines so far in a bucket, to whose files nothing is appended; to be called before each save."""
+    if storage.is_remote(self._path):
+      storage.write_text(self._path, self._text)
+
   def close(self) -> None:
-    """Finishes what the trackers write."""
+    """Finishes the lines, and what the trackers write."""
+    self.flush()
     for tracker in self._trackers:
       tracker.close()
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
   """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
   none."""
-  path = pathlib.Path(path)
+  path = storage.to_path(path)
   rows = []
   for line in path.read_text().splitlines() if path.is_file() else []:
     try:
@@ -85,9 +97,9 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
 
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
-        num_steps: int, info: checkpoint.CheckpointInfo, workdir: str | pathlib.Path, save_every: int,
-        show: tuple[str, ...] = ('loss',), track: Callable | None = None) -> TrainState:
-  """Advances a state to `num_steps`, from the latest checkpoint of the workdir if there is one.
+        num_steps: int, info: checkpoint.CheckpointInfo, workdir: str | os.PathLike, save_every: int,
+        show: tuple[str, ...] = ('loss',), track: Callable | None = None, damaged: str = 'skip') -> TrainState:
+  """Advances a state to `num_steps`, from the newest whole checkpoint of the workdir if there is one.
 
   Under the workdir: `checkpoints/` (every `save_every` steps, at the end and on SIGINT or SIGTERM), `metrics.jsonl` and
   TensorBoard events. The step's arrays are donated; while the device works on a step, the host logs the one before.
@@ -101,31 +113,37 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     save_every: steps between checkpoints.
     show: metrics in the progress bar.
     track: (workdir, number of finished steps) -> trackers of the metrics; `trackers.open_trackers` if None.
+    damaged: `skip` to go on from the newest whole checkpoint if newer ones are damaged, or `refuse`.
 
   Returns:
     The last state.
 
   Raises:
-    CheckpointError: if the workdir's checkpoint belongs to another config or is damaged.
+    CheckpointError: if the workdir's checkpoint belongs to another config, or is damaged and so are all others.
+    OSError: if something cannot be written; the error has a note that says which step is saved.
     Interrupted: after a signal on any host, once the state is saved.
   """
-  workdir = pathlib.Path(workdir)
-  state = sharding.bound(resume(state, info, workdir))
+  workdir = storage.to_path(workdir)
+  state = sharding.bound(resume(state, info, workdir, damaged))
   first = int(state.step)
   _say_where(first, num_steps, workdir)
   if first >= num_steps:
     return state
-  with (contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
-        contextlib.closing(checkpoint.open_manager(workdir / 'checkpoints')) as manager):
-    return _advance(step, state, num_steps, workdir, save_every, show, write=writer.write,
-                    save=lambda state: checkpoint.save(manager, state, info))
+  with (_saying_what_is_saved(workdir, [workdir]), contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
+        checkpoint.opened(workdir / 'checkpoints', info.training.max_to_keep) as manager):
+
+    def save(state, after):
+      writer.flush()
+      checkpoint.save(manager, state, info, after=after)
+
+    return _advance(step, state, num_steps, workdir, save_every, show, writer.write, save)
 
 
 def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
-                   num_steps: int, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path,
-                   save_every: int, show: tuple[str, ...] = ('loss',), track: Callable | None = None
-                   ) -> TrainState:
-  """Advances a population to `num_steps`, from the latest step that all members have saved.
+                   num_steps: int, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | os.PathLike,
+                   save_every: int, show: tuple[str, ...] = ('loss',), track: Callable | None = None,
+                   damaged: str = 'skip') -> TrainState:
+  """Advances a population to `num_steps`, from the latest step that all members have saved whole.
 
   Each member has a workdir of its own, `members/NAME` under the study's, as `run` would have left it; `seconds` in its
   metrics is its share of the program's time. A study that another list of members made is refused.
@@ -139,42 +157,59 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     save_every: steps between checkpoints.
     show: metrics whose means over the members the progress bar shows.
     track: as in `run`, called for each member's workdir.
+    damaged: as in `run`.
 
   Returns:
     The last state.
 
   Raises:
-    CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config or is damaged.
+    CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config, or no step that all
+      have is whole.
+    OSError: as `run`.
     Interrupted: after a signal on any host, once the members are saved.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = storage.to_path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
-  state = sharding.bound(resume_population(state, infos, workdir))
+  state = sharding.bound(resume_population(state, infos, workdir, damaged))
   first = int(state.step)
   _say_where(first, num_steps, workdir)
   if first >= num_steps:
     return state
-  with contextlib.ExitStack() as stack:
+  with _saying_what_is_saved(workdir, list(homes.values())), contextlib.ExitStack() as stack:
     writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
-    managers = [stack.enter_context(contextlib.closing(checkpoint.open_manager(home / 'checkpoints')))
-                for home in homes.values()]
+    managers = [stack.enter_context(checkpoint.opened(home / 'checkpoints', info.training.max_to_keep))
+                for home, info in zip(homes.values(), infos.values())]
 
     def write(number, metrics):
       for i, writer in enumerate(writers):
         writer.write(number, {name: value[i] for name, value in metrics.items()})
 
-    def save(state):
+    def save(state, after):
+      for writer in writers:
+        writer.flush()
       own = population.members_on_host(state.replace(ref_params=None, step=None, ensemble=()))
       for manager, info, member in zip(managers, infos.values(), own):
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
-        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1)
+        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1, after=after)
       for manager in managers:
-        manager.wait_until_finished()
+        checkpoint.finish(manager)
 
     return _advance(step, state, num_steps, workdir, save_every, show, write, save)
 
 
-def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _saying_what_is_saved(workdir: storage.Path, homes: list[storage.Path]) -> Iterator[None]:
+  """Adds to an error of writing from where the run goes on."""
+  try:
+    yield
+  except OSError as error:
+    steps = set.intersection(*(set(checkpoint.steps_in(home / 'checkpoints')) for home in homes))
+    error.add_note(f'the last whole checkpoint in {workdir} is step {max(steps)}' if steps else
+                   f'no checkpoint is in {workdir} yet')
+    raise
+
+
+def _say_where(first: int, num_steps: int, workdir: storage.Path) -> None:
   """Says from which step a run goes on, if it does."""
   if first >= num_steps:
     hosts.say(f'Step {first} of {num_steps} is in {workdir} already: there is nothing to train.')
@@ -183,8 +218,9 @@ def _say_where(first: int, num_steps: int, workdir: pathlib.Path) -> None:
 
 
 def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> TrainState:
-  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state."""
-  first = int(state.step)
+  """Dispatches steps until `num_steps` are done; `write` takes the metrics of a step, `save` the state and
+  the step that was saved before."""
+  first = saved = int(state.step)
   signalled = hosts.any_host_before()
   next(signalled)
   with interruption.watch(_last_save(workdir, first)) as watch, _Bar(first, num_steps, show) as bar:
@@ -197,8 +233,9 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
         stop = signalled.send(watch.caught[0] if watch.caught else 0)
         if stop or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
-          save(state)
-          watch.text = _last_save(workdir, number)
+          save(state, saved)
+          saved = number
+          watch.text = _last_save(workdir, saved)
         if stop and number < num_steps:
           raise interruption.Interrupted(
               f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}; it is saved in {workdir}, '
@@ -208,7 +245,7 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save) -> 
   return state
 
 
-def _last_save(workdir: pathlib.Path, step: int) -> str:
+def _last_save(workdir: storage.Path, step: int) -> str:
   """Completes `Stopped by SIGINT` with the step that is saved."""
   if not step:
     return ' before the first step was saved: there is nothing to go on from.'
@@ -284,56 +321,90 @@ class _Log:
     return max(self._time - before - (self._compiled - compiled_before), 1e-9)
 
 
-def check_workdir(workdir: str | pathlib.Path, info: checkpoint.CheckpointInfo) -> int:
-  """Returns the number of steps that a workdir's run has finished and saved, 0 for a new workdir.
+def check_workdir(workdir: str | os.PathLike, info: checkpoint.CheckpointInfo) -> int:
+  """Returns the number of steps that a workdir's run has finished and saved, 0 for a new workdir. Whether the arrays
+  are whole is left to `resume`.
 
   Raises:
     CheckpointError: if the workdir holds the run of another config.
   """
-  directory = pathlib.Path(workdir) / 'checkpoints'
-  step = hosts.as_first_says(max(checkpoint.steps_in(directory), default=0))
-  if step:
-    _check_same(directory / str(step), info)
-  return step
+  directory = storage.to_path(workdir) / 'checkpoints'
+
+  def check(step):
+    _check_same(directory / str(step), info, checkpoint.read_info_together(directory / str(step)))
+    return step
+
+  return checkpoint.newest_whole(_agreed(checkpoint.steps_in(directory)), check)[0] or 0
 
 
-def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | pathlib.Path) -> TrainState:
-  """Returns the state of the workdir's latest checkpoint, or `state` itself if there is none.
-
-  Raises:
-    CheckpointError: if the checkpoint is damaged or was made with another config.
-  """
-  step = check_workdir(workdir, info)
-  return checkpoint.restore(pathlib.Path(workdir) / 'checkpoints' / str(step), state) if step else state
-
-
-def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | pathlib.Path
-                      ) -> TrainState:
-  """Returns the state of the latest step that all members under a study's workdir have saved, or `state` itself if
-  there is none.
+def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | os.PathLike, damaged: str = 'skip'
+           ) -> TrainState:
+  """Returns the state of the workdir's newest whole checkpoint, or `state` itself if it has no checkpoint; says so if
+  newer ones are damaged, or refuses, as `damaged` says.
 
   Raises:
-    CheckpointError: if the workdir holds other members, or a checkpoint is damaged or was made with another config.
+    CheckpointError: if no checkpoint is whole, or one was made with another config.
   """
-  directories = [pathlib.Path(workdir) / 'members' / name / 'checkpoints' for name in infos]
-  _check_members(pathlib.Path(workdir), list(infos))
+  directory = storage.to_path(workdir) / 'checkpoints'
+
+  def read(step):
+    path = directory / str(step)
+    _check_same(path, info, checkpoint.read_info_together(path))
+    return checkpoint.restore(path, state)
+
+  return _newest_whole(state, _agreed(checkpoint.steps_in(directory)), read, workdir, damaged)
+
+
+def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | os.PathLike,
+                      damaged: str = 'skip') -> TrainState:
+  """Returns the state of the latest step that all members under a study's workdir have saved whole, or `state` itself
+  if there is none; as `resume` else.
+
+  Raises:
+    CheckpointError: if the workdir holds other members, no step that all have is whole, or one was made with another
+      config.
+  """
+  directories = [storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos]
+  _check_members(storage.to_path(workdir), list(infos))
   saved = [set(checkpoint.steps_in(directory)) for directory in directories]
-  step = hosts.as_first_says(max(set.intersection(*saved), default=-1))
-  _drop_later(directories, step)
-  if step < 0:
-    return state
-  paths = [directory / str(step) for directory in directories]
-  for path, info in zip(paths, infos.values()):
-    _check_same(path, info)
-  logging.info('Going on from step %d of %s.', step, workdir)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
-  found = population.stack([checkpoint.restore(path, target) for path in paths])
+
+  def read(step):
+    paths = [directory / str(step) for directory in directories]
+    for path, info in zip(paths, infos.values()):
+      _check_same(path, info, checkpoint.read_info_together(path))
+    return population.stack([checkpoint.restore(path, target) for path in paths])
+
+  found = _newest_whole(None, _agreed(sorted(set.intersection(*saved))), read, workdir, damaged)
+  if found is None:
+    return state
   own = state.replace(ref_params=None, ensemble=())
   placed = sharding.put(found.replace(ref_params=None, ensemble=()), jax.tree.map(lambda x: x.sharding, own))
   return placed.replace(ref_params=state.ref_params, ensemble=state.ensemble)
 
 
-def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
+def _agreed(steps: list[int]) -> list[int]:
+  """Returns the steps that the first host sees, on a file system that others may see later."""
+  number = hosts.as_first_says(len(steps))
+  return [hosts.as_first_says(step) for step in [*steps, *[0] * number][:number]]
+
+
+def _newest_whole(start, steps, read, workdir, damaged):
+  """Returns what is read of the newest step that is whole, `start` if there are no steps."""
+  if not steps:
+    return start
+  found, damages = checkpoint.newest_whole(steps, read)
+  if found is None:
+    raise checkpoint.CheckpointError(f'{damages[0]} No other checkpoint is whole; another --workdir begins anew.')
+  if damages:
+    whole = steps[-1 - len(damages)]
+    if damaged == 'refuse':
+      raise checkpoint.CheckpointError(f'{damages[0]} Step {whole} is whole; --damaged=skip goes on from there.')
+    hosts.say(' '.join([*map(str, damages), f'Going on from step {whole}, the newest whole one.']))
+  return found
+
+
+def _check_members(workdir: storage.Path, names: list[str]) -> None:
   """Keeps the names of a study's members in its workdir; those of a study that has saved nothing may change."""
   file = workdir / 'members.json'
   old = json.loads(file.read_text()) if file.is_file() else names
@@ -348,21 +419,12 @@ def _check_members(workdir: pathlib.Path, names: list[str]) -> None:
   storage.write_json(file, names, indent=None)
 
 
-def _drop_later(directories: list[pathlib.Path], step: int) -> None:
-  """Removes what some members have saved beyond the step that all have: the study will come to other numbers there, if
-  it goes on elsewhere."""
-  later = [directory / str(n) for directory in directories for n in checkpoint.steps_in(directory) if n > step]
-  for path in later if hosts.is_first() else ():
-    shutil.rmtree(path)
-  hosts.wait_for_all('dropped')
-
-
 # Fields that may differ between a run and its continuation: they change no update.
-_FREE_FIELDS = frozenset({'num_iterations', 'save_every'})
+FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_to_keep'})
 
 
-def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
-  different = _differences(checkpoint.read_info(path), info)
+def _check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: checkpoint.CheckpointInfo) -> None:
+  different = _differences(saved, info)
   if different:
     raise checkpoint.CheckpointError(
         f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
@@ -371,4 +433,4 @@ def _check_same(path: pathlib.Path, info: checkpoint.CheckpointInfo) -> None:
 def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> list[str]:
   old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(info), sep='/') for info in (old, new))
   return [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old.keys() | new.keys())
-          if old.get(name) != new.get(name) and name.split('/')[-1] not in _FREE_FIELDS]
+          if old.get(name) != new.get(name) and name.split('/')[-1] not in FREE_FIELDS]

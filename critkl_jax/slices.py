@@ -29,7 +29,7 @@ def pick_size(num_episodes: int, num_tokens: int) -> int:
 
 def by_length(mask: chex.Array) -> chex.Array:
   """Returns the permutation `[B]` that brings episodes with masks `[B, T]` into the order of their lengths."""
-  return jnp.argsort(jnp.sum(mask, 1))
+  return jnp.argsort(jnp.sum(mask, 1, dtype=jnp.int32))
 
 
 def split(tree: Any, size: int) -> Any:
@@ -43,7 +43,7 @@ def at_length(fn: Callable[[int], Any], lengths: Sequence[int], mask: chex.Array
   Every length is compiled, one is executed; under `vmap` the same one for all members. Results have one shape.
   """
   branches = [lambda n=n: fn(n) for n in lengths]
-  longest = jnp.max(jnp.sum(mask, 1))
+  longest = jnp.max(jnp.sum(mask, 1, dtype=jnp.int32))
   return jax.lax.switch(sum(any_of_all(longest > n).astype(jnp.int32) for n in lengths[:-1]), branches)
 
 

@@ -7,7 +7,7 @@ settings and the names of the files: the same command replaces them, another ana
 """
 
 import csv
-import pathlib
+import io
 import time
 from typing import Any
 from urllib.parse import quote
@@ -55,7 +55,7 @@ COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{
 
 def main() -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
-  start, workdir, names = time.monotonic(), pathlib.Path(WORKDIR.value), names_of(CHECKPOINTS.value)
+  start, workdir, names = time.monotonic(), storage.to_path(WORKDIR.value), names_of(CHECKPOINTS.value)
   hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
   pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
   digits = digits_of(pairs)
@@ -65,7 +65,8 @@ def main() -> None:
       hosts.say(f'The analysis that {workdir} holds will be replaced')
   except ValueError as error:
     refuse(f'--workdir: {error}')
-  workdir.mkdir(parents=True, exist_ok=True)
+  with storage.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
@@ -107,7 +108,7 @@ def names_of(paths: list[str]) -> dict[str, str]:
   """Returns a short name for each path: what it does not share with the others, or its last part."""
   if not paths or len(set(paths)) < len(paths):
     refuse(f'--checkpoints: expected one or more, none of them twice, got {paths}.')
-  parts = [pathlib.Path(path).resolve().parts for path in paths]
+  parts = [storage.resolve(path).parts for path in paths]
   shared = 0 if len(paths) == 1 else next(
       (i for i, some in enumerate(zip(*parts)) if len(set(some)) > 1), min(map(len, parts)))
   names = ['/'.join(own[shared:] if shared and own[shared:] else own[-1:]) for own in parts]
@@ -165,7 +166,7 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: lis
                             digits=[min(digits), max(digits)], seed=SEED.value, progress=True)
 
 
-def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: pathlib.Path) -> Run:
+def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: storage.Path) -> Run:
   """Draws the pictures of one checkpoint, and returns what the page shows of it."""
   pictures = {'certainty of the reference': workdir / picture_of(name, 'certainty'),
               'along the response': workdir / picture_of(name, 'positions')}
@@ -182,7 +183,7 @@ def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, 
 
 def place_of(found: Checkpoint) -> str:
   """Returns a short name of where a checkpoint lies: the last two directories above its step, or the shipped one."""
-  directory = found.path.resolve().parent
+  directory = storage.resolve(found.path).parent
   if directory == checkpoint.SHIPPED_REFERENCE.resolve():
     return 'the one that comes with the package'
   return '/'.join(directory.parts[-2:])
@@ -216,17 +217,17 @@ def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) ->
 
 
 def _absolute(path: str) -> str:
-  return str(pathlib.Path(path).resolve())
+  return str(storage.resolve(path))
 
 
 def _several(number: int, noun: str) -> str:
   return f'{number} {noun}{"s" * (number != 1)}'
 
 
-def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
+def write_tokens(path: storage.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
   """Writes a row for each token."""
   detectors = [name for name in next(iter(read.values())) if name.startswith(('critical/', 'score/'))]
-  with path.open('w', newline='') as file:
+  with io.StringIO() as file:
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(['checkpoint', 'response', 'problem', 'digits', 'reward', 'position', 'text', 'token', 'right',
                      *COLUMNS, *detectors])
@@ -241,6 +242,7 @@ def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> 
       reward = np.where(np.isnan(tokens['reward']), '', np.char.mod('%g', tokens['reward']))[rows]
       writer.writerows(zip([name] * len(rows), rows, *own, reward, positions,
                            tokens['character'][rows, positions], tokens['token'][rows, positions], right, *numbers))
+    storage.write_text(path, file.getvalue())
 
 
 if __name__ == '__main__':

@@ -3,7 +3,6 @@
     python -m experiments.compare_checkpoints runs/finetune/reference runs/finetune --workdir=runs/compare
 """
 
-import pathlib
 import time
 
 import numpy as np
@@ -28,7 +27,7 @@ SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', l
 
 def main(first: str, second: str) -> None:
   """Prints the comparison and writes it where asked."""
-  start, workdir = time.monotonic(), WORKDIR.value and pathlib.Path(WORKDIR.value)
+  start, workdir = time.monotonic(), WORKDIR.value and storage.to_path(WORKDIR.value)
   hosts.say(f'Comparing {second} with {first} on {PROBLEMS.value} problems of each number of digits: two programs to '
             'compile, each 10 to 40 s on a CPU.')
   one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
@@ -91,9 +90,10 @@ def print_answers(found) -> None:
     print(f'        and {len(found["flipped"]) - SHOWN.value} more')
 
 
-def write(found, workdir: pathlib.Path) -> None:
+def write(found, workdir: storage.Path) -> None:
   """Writes comparison.json and comparison.png."""
-  workdir.mkdir(parents=True, exist_ok=True)
+  with storage.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   plot_comparison(found, workdir / 'comparison.png')
   position = [None if np.isnan(x) else float(x) for x in found['kl']['by_position']]
   found = found | {'kl': found['kl'] | {'by_position': position}}

@@ -4,6 +4,7 @@
 nothing was changed. `STOPPED`: a signal ended the run, what was finished is saved, and the same command goes on.
 """
 
+import os
 import sys
 from typing import NoReturn
 
@@ -16,6 +17,14 @@ REFUSED = 2
 def refuse(reason: object) -> NoReturn:
   """Ends the process with one line on the standard error, as wrong input does."""
   end(REFUSED, f'error: {reason}')
+
+
+def end_now(text: object) -> NoReturn:
+  """Ends the process with a text on the standard error and `FAILED`, without what would be done at an orderly end: files
+  cannot be written, and every thread that tries would say so at length."""
+  print(text, file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(FAILED)
 
 
 def end(code: int, text: object) -> NoReturn:

@@ -9,7 +9,6 @@ workdir.
 
 import concurrent.futures
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,16 @@ from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.signatures import MEANING, signatures
 from critkl_jax.train_step import make_train_step
 
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
+from .flags import (
+  define_config,
+  define_damaged,
+  define_devices,
+  define_wandb,
+  read_config,
+  read_mesh,
+  read_trackers,
+  run,
+)
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import before_after_rows, command
 from .workdirs import refuse_fewer_steps, refuse_others
@@ -33,13 +41,14 @@ from .workdirs import refuse_fewer_steps, refuse_others
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
+define_damaged()
 define_wandb()
 
 
 def main() -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
-  config, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
+  config, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
   track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
   refuse_others(workdir, 'finetune')
@@ -65,7 +74,7 @@ def main() -> None:
     hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
               'from the\nreference in nats a token; tok/s, tokens trained on in a second.')
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
-                     config.save_every, show=('accuracy', 'kl'), track=track)
+                     config.save_every, show=('accuracy', 'kl'), track=track, damaged=flags.FLAGS.damaged)
   if config.eval_problems:
     hosts.say(f'Testing the fine-tuned model on the same 2 x {config.eval_problems} problems ...')
   report(config, known, before, test(state.params)[0], workdir, time.monotonic() - start)
@@ -95,7 +104,7 @@ def preparation(config: FinetuneConfig, finished: int) -> str:
   return text and f'{text[0].upper()}{text[1:]}\n(20 to 90 s on a CPU; less once the programs are in the cache) ...'
 
 
-def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
+def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: storage.Path,
            seconds: float) -> None:
   """Prints the table, draws the curves and writes the summary; of several hosts the first one does."""
   if not hosts.is_first():

@@ -1,5 +1,6 @@
 """Command-line flags out of config dataclasses, and what all binaries share."""
 
+import errno
 import inspect
 import os
 import re
@@ -12,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from critkl_jax import compilation, hosts, interruption, sharding, trackers
+from critkl_jax import compilation, hosts, interruption, sharding, storage, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
 
@@ -59,6 +60,12 @@ def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callab
     return trackers.with_wandb(values.wandb, config_lib.flat_values(config))
   except ImportError:
     refuse("--wandb: wandb is not installed; pip install 'critkl-jax[wandb]'.")
+
+
+def define_damaged() -> None:
+  """Defines the flag that says what a run does about a damaged checkpoint."""
+  flags.DEFINE_enum('damaged', 'skip', ['skip', 'refuse'], 'Where the newest checkpoint is damaged: skip it and go on '
+                    'from the newest whole one, or refuse.')
 
 
 def define_devices() -> None:
@@ -150,16 +157,19 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     def ended():
       pass
 
-    if flags.FLAGS.compilation_cache:
-      compilation.keep_programs(flags.FLAGS.compilation_cache)
     try:
+      if flags.FLAGS.compilation_cache:
+        compilation.keep_programs(flags.FLAGS.compilation_cache)
       ended = join_hosts()
       with interruption.watch():
         main(*argv[1:])
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
-    except CheckpointError as error:
+    except (CheckpointError, storage.PathError) as error:
       refuse(error)
+    except OSError as error:
+      ended()
+      exits.end_now(sentence_of(error))
     except hosts.LostHost as error:
       exits.end(exits.FAILED, f'error: {error}')
     except jax.errors.JaxRuntimeError as error:
@@ -176,6 +186,14 @@ def run(main: Callable[..., None], *arguments: str) -> None:
     print(help_lib.text(sys.modules['__main__'].__doc__))
     return
   app.run(guarded)
+
+
+def sentence_of(error: OSError) -> str:
+  """Describes in one line what could not be read or written, and what to do."""
+  reason = f'{error.strerror or error}{f": {error.filename}" if error.filename else ""}'
+  space = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  advice = f'{"free some space" if space else "mend that"} and give the same command again'
+  return '; '.join([f'error: {reason}', *getattr(error, '__notes__', ()), f'{advice}.'])
 
 
 def _attribute_help(config_class: type, name: str) -> str:

@@ -5,7 +5,6 @@
 The same command goes on where it was stopped.
 """
 
-import pathlib
 import time
 
 from absl import flags
@@ -19,13 +18,23 @@ from critkl_jax.pretraining import pretrain
 from critkl_jax.tasks.addition import LENGTH_MARGIN, prompt_length, solution_length
 
 from .exits import refuse
-from .flags import define_config, define_devices, define_wandb, read_config, read_mesh, read_trackers, run
+from .flags import (
+  define_config,
+  define_damaged,
+  define_devices,
+  define_wandb,
+  read_config,
+  read_mesh,
+  read_trackers,
+  run,
+)
 from .tables import command, print_accuracies
 from .workdirs import refuse_others
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
 define_devices()
+define_damaged()
 define_wandb()
 
 
@@ -38,12 +47,12 @@ def main() -> None:
   if needed > config.model.context_length:
     refuse(f'--context_length: N+2 = {tested[-1]} digits need {needed}, got '
                      f'{config.model.context_length}.')
-  start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), pathlib.Path(WORKDIR.value)
+  start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), storage.to_path(WORKDIR.value)
   refuse_others(workdir, 'pretrain')
   hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
             f'{config.batch_size} texts, in {workdir}.\nThe first steps compile a program for each number of digits, '
             'up to a minute each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
-  state = pretrain(config, workdir, mesh, track)
+  state = pretrain(config, workdir, mesh, track, flags.FLAGS.damaged)
   if config.eval_problems:
     lengths = list(DISTRIBUTIONS)
     hosts.say('Testing the model. Each line of the table is compiled first, which takes 5 to 20 s on a CPU.')

@@ -1,8 +1,6 @@
 """The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
 
 import json
-import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +15,14 @@ from critkl_jax.tasks.task import Task
 from .exits import refuse
 
 
-def keep_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+def keep_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
   """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
   kept = workdir / 'reference'
   started = checkpoint.latest(workdir / 'checkpoints') or any(workdir.glob('members/*/checkpoints/*'))
   if hosts.as_first_says(bool(started)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
   if hosts.is_first():  # what a run left that was stopped before it saved anything
-    shutil.rmtree(kept, ignore_errors=True)
+    storage.remove(kept)
     before_file(workdir).unlink(missing_ok=True)
   hosts.wait_for_all('reference')
   reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
@@ -59,7 +57,7 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
   return model, task
 
 
-def tested_before(test: Callable, ref_params: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def tested_before(test: Callable, ref_params: Any, workdir: storage.Path) -> dict[str, Any]:
   """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
   file = before_file(workdir)
   if hosts.as_first_says(file.is_file()):
@@ -69,6 +67,6 @@ def tested_before(test: Callable, ref_params: Any, workdir: pathlib.Path) -> dic
   return result
 
 
-def before_file(workdir: pathlib.Path) -> pathlib.Path:
+def before_file(workdir: storage.Path) -> storage.Path:
   """Returns where the reference's test is kept."""
   return workdir / 'before.json'

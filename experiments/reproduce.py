@@ -77,7 +77,9 @@ GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 def main() -> None:
   """Makes the missing runs in groups, and writes the studies that they complete."""
-  start, workdir, usual = time.monotonic(), pathlib.Path(WORKDIR.value), DEFAULTS[PRESET.value]
+  start, workdir, usual = time.monotonic(), storage.to_path(WORKDIR.value), DEFAULTS[PRESET.value]
+  if storage.is_remote(workdir):
+    refuse(f'--workdir: {workdir}: studies are kept on this machine; give a directory here, and copy it afterwards.')
   plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
   studies = chosen(STUDY.value or usual.studies)
   if LIST.value:
@@ -135,7 +137,7 @@ def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
     if found.get(name) != wanted[name]:
       refuse(f'--{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
                'give the same, or another --workdir.')
-  old, new = found['base'], wanted['base']
+  old, new = flat_values(FinetuneConfig()) | found['base'], wanted['base']  # older versions had fewer fields
   different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
                if old.get(name) != new.get(name)]
   if different:

@@ -27,7 +27,16 @@ from critkl_jax.config import FinetuneConfig
 from critkl_jax.presets import FINETUNE_PRESETS
 
 from .exits import refuse
-from .flags import define_config, define_devices, define_wandb, read_config, read_trackers, run, take_cores
+from .flags import (
+    define_config,
+    define_damaged,
+    define_devices,
+    define_wandb,
+    read_config,
+    read_trackers,
+    run,
+    take_cores,
+)
 from .groups import compare, groups_of
 from .reference import keep_reference, load_ensemble, model_and_task, tested_before
 from .tables import command, study_rows
@@ -45,13 +54,14 @@ MAPPING = flags.DEFINE_enum('population_map', 'auto', ['auto', *population.MAPPI
                             'How members are computed: side by side, one after another, or spread over the devices.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
 define_devices()
+define_damaged()
 define_wandb()
 
 
 def main() -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start = time.monotonic()
-  base, workdir = read_config(FINETUNE_PRESETS), pathlib.Path(WORKDIR.value)
+  base, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
   configs = read_members(base)
   names, mesh = population.names(configs), read_study_mesh(base, len(configs))
   tracks = {name: read_trackers(member) for name, member in zip(names, configs)}
@@ -79,7 +89,8 @@ def main() -> None:
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
                                 base.save_every, show=('accuracy', 'kl'),
-                                track=lambda home, first: tracks[home.name](home, first))
+                                track=lambda home, first: tracks[home.name](home, first),
+                                damaged=flags.FLAGS.damaged)
   if base.eval_problems:
     hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
@@ -87,7 +98,7 @@ def main() -> None:
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
 
 
-def check_workdir(workdir: pathlib.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
+def check_workdir(workdir: storage.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
   """Exits with one line if the workdir holds something else than this study."""
   refuse_others(workdir, 'sweep')
   for name in names:
@@ -148,11 +159,12 @@ def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -
   return step, memory
 
 
-def link_reference(workdir: pathlib.Path, name: str) -> None:
+def link_reference(workdir: storage.Path, name: str) -> None:
   """Lets a member's workdir show the study's reference as its own."""
   home = workdir / 'members' / name
-  home.mkdir(parents=True, exist_ok=True)
-  if hosts.is_first() and not (home / 'reference').exists():
+  with storage.writing(home):
+    home.mkdir(parents=True, exist_ok=True)
+  if hosts.is_first() and not storage.is_remote(home) and not (home / 'reference').exists():  # else readers look above
     (home / 'reference').symlink_to(pathlib.Path('..', '..', 'reference'))
 
 

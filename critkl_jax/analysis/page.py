@@ -6,6 +6,7 @@ arrays, one after another for all tokens of all responses, text as text.
 
 import base64
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -48,12 +49,12 @@ class Run(NamedTuple):
   name: str
   origin: str
   tokens: dict[str, np.ndarray]
-  pictures: dict[str, pathlib.Path]
+  pictures: dict[str, storage.Path]
   steps: dict[str, Any] | None = None
   penalty: str = ''
 
 
-def write_page(path: str | pathlib.Path, runs: Sequence[Run], alphabet: str, about: str,
+def write_page(path: str | os.PathLike, runs: Sequence[Run], alphabet: str, about: str,
                tables: Sequence[Table] = ()) -> None:
   """Writes the page.
 
@@ -80,7 +81,7 @@ def write_page(path: str | pathlib.Path, runs: Sequence[Run], alphabet: str, abo
   for character in '<>&':  # no text among the data may end the script or begin a comment
     text = text.replace(character, f'\\u{ord(character):04x}')
   page = _part('html').replace('/*STYLE*/', _part('css')).replace('/*SCRIPT*/', _part('js'))
-  pathlib.Path(path).write_text(page.replace('/*DATA*/', text), encoding='utf-8')
+  storage.write_text(path, page.replace('/*DATA*/', text))
 
 
 def _part(kind):
