@@ -20,8 +20,8 @@ def refuse(reason: object) -> NoReturn:
 
 
 def end_now(text: object) -> NoReturn:
-  """Ends the process with a text on the standard error and `FAILED`, without what would be done at an orderly end: files
-  cannot be written, and every thread that tries would say so at length."""
+  """Ends the process with a text on the standard error and `FAILED`, not orderly: files cannot be written, and
+  each thread that tries would say so at length."""
   print(text, file=sys.stderr, flush=True)
   sys.stdout.flush()
   os._exit(FAILED)

@@ -11,7 +11,6 @@ short what all of them found.
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
 
 from .exits import refuse
-from .flags import run, take_cores
+from .flags import define_damaged, run, take_cores
 from .tables import command
 from .workdirs import refuse_others
 
@@ -72,6 +71,7 @@ PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k di
                                 'smoke.', lower_bound=1)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.')
+define_damaged()
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 
@@ -100,7 +100,8 @@ def main() -> None:
       if study.reads == 'ladder':
         ladder.promote(plan, study, group[0].reference)
     ensemble = [reference_of(name, plan) for name in group[0].ensemble_paths]
-    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, problems(), ensemble)
+    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, problems(), ensemble,
+                    flags.FLAGS.damaged)
   for study in studies:
     if study.reads == 'tokens':
       read_certainty(study, plan, reference_of('', plan))
@@ -128,7 +129,7 @@ def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
   return f'studies and runs that are left: {again}'
 
 
-def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
+def check_workdir(workdir: storage.Path, plan: Plan) -> None:
   """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
   file = workdir / 'studies.json'
   wanted = {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}

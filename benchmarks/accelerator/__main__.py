@@ -1,5 +1,6 @@
 """The command: runs the parts and prints one table; see the package's docstring."""
 
+import pathlib
 import signal
 import sys
 
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     sys.exit(f'error: arguments {arguments[1:]} are not flags; flags start with --, see --help.')
   signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped by SIGTERM'))  # so that no part outlives this process
-  path = storage.to_path(JSON.value)
+  path = pathlib.Path(JSON.value).expanduser()
   found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
   print(f'\n{table(found)}\n\n{found["seconds"]:.0f} s. In {path}.', flush=True)
   sys.exit(any(part['status'] in ('failed', 'stopped') for part in found['parts'].values()))

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from critkl_jax import storage
+
 _PNG = b'\x89PNG\r\n\x1a\n'  # the first bytes of a PNG file
 
 

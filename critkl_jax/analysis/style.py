@@ -12,6 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from critkl_jax import storage
 from critkl_jax.config import LossConfig
 
 PENALTIES = {'prioritized': '#2a6f97', 'standard': '#d9480f', 'none': '#6c757d'}
