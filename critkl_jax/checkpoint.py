@@ -10,6 +10,7 @@ A step that is saved again is set aside as STEP.replaced-N until the new one is 
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -37,6 +38,7 @@ from critkl_jax.records import TrainState
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
 _ITEMS = ('params', 'opt_state', 'config')
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -207,10 +209,10 @@ def _writing(path: os.PathLike) -> Iterator[None]:
     with storage.writing(path):
       yield
   except (ValueError, RuntimeError) as error:  # RuntimeError: of JAX, or of a thread pool that has ended
-    found = re.search(r'OS error (\d+)', str(error))
-    if not found:
+    number = next((n for n in _OF_DISKS if os.strerror(n) in str(error)), None)
+    if number is None:
       raise
-    raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+    raise OSError(number, os.strerror(number), str(path)) from error
   finally:
     logging.set_verbosity(verbosity)
     sys.excepthook, sys.unraisablehook, threading.excepthook = hooks

@@ -22,8 +22,8 @@ def refuse(reason: object) -> NoReturn:
 def end_now(text: object) -> NoReturn:
   """Ends the process with a text on the standard error and `FAILED`, not orderly: files cannot be written, and
   each thread that tries would say so at length."""
-  print(text, file=sys.stderr, flush=True)
   sys.stdout.flush()
+  print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
   os._exit(FAILED)
 
 

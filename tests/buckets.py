@@ -1,4 +1,4 @@
-"""A bucket `gs://NAME` on this machine: a folder, which fsspec (and with it epath and Orbax) and TensorStore see as one.
+"""A bucket `gs://NAME` on this machine: a folder, which fsspec (with it epath and Orbax) and TensorStore see as one.
 
 fsspec is given a file system, TensorStore a server that speaks as much of Google's JSON API as TensorStore uses.
 """

@@ -1,5 +1,8 @@
+import errno
 import json
 import os
+import pathlib
+import shutil
 import signal
 import time
 
@@ -120,6 +123,59 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     run(tmp_path, 4, info=other)
   longer = checkpoint.CheckpointInfo(INFO.model, 1, replace(CONFIG, num_iterations=9, save_every=7))
   assert run(tmp_path, 4, info=longer).step == 4
+
+
+def damage(path):
+  (path / 'config' / 'metadata').write_text('{')
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so(tmp_path, capsys):
+  wanted = run(tmp_path, 7)
+  damage(tmp_path / 'checkpoints' / '7')
+  shutil.rmtree(tmp_path / 'checkpoints' / '6' / 'params')
+  with pytest.raises(checkpoint.CheckpointError, match=r'7: its config .* Step 4 is whole; --damaged=skip goes on'):
+    runner.run(None, start(), 7, INFO, tmp_path, 2, damaged='refuse')
+  seen = []
+
+  def step(state, number):
+    seen.append(checkpoint.steps_in(tmp_path / 'checkpoints'))
+    return draw(state)
+
+  again = run(tmp_path, 9, step, save_every=5)
+  said = [line for line in capsys.readouterr().out.splitlines() if 'damaged' in line or 'cannot be read' in line]
+  assert len(said) == 1
+  assert said[0].endswith('Going on from step 4, the newest whole one.')
+  assert seen[0] == [2, 4, 6, 7]  # nothing is removed before
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4, 5, 9]
+  assert [step for step, _ in logged(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+  jax.tree.map(np.testing.assert_array_equal, run(tmp_path / 'whole', 9).params, again.params)
+  assert wanted.step == 7
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path):
+  run(tmp_path, 4)
+  for step in (2, 4):
+    damage(tmp_path / 'checkpoints' / str(step))
+  with pytest.raises(checkpoint.CheckpointError, match='4: its config .* No other checkpoint is whole'):
+    run(tmp_path, 4)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4]
+
+
+def test_what_cannot_be_written_says_from_where_the_run_goes_on(tmp_path, monkeypatch):
+  write = pathlib.Path.open
+
+  def full(path, mode='r', *rest, **options):
+    if mode == 'a' and checkpoint.steps_in(tmp_path / 'checkpoints') == [2]:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(path, mode, *rest, **options)
+
+  monkeypatch.setattr(pathlib.Path, 'open', full)
+  with pytest.raises(OSError, match='No space left on device') as caught:
+    run(tmp_path, 5)
+  assert caught.value.filename == str(tmp_path / 'metrics.jsonl')
+  assert caught.value.__notes__ == [f'the last whole checkpoint in {tmp_path} is step 2']
+  monkeypatch.undo()
+  assert run(tmp_path, 5).step == 5
 
 
 def test_the_host_looks_at_metrics_one_step_late(tmp_path, monkeypatch):

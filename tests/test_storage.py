@@ -146,6 +146,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_replaced(bucket, capfd):
   assert not [x for x in (bucket / 'damaged' / 'checkpoints').iterdir() if 'replaced' in x.name]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_a_bucket_is_loaded(bucket):
   from checkpoints import finetuned_workdir
 
