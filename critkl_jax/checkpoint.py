@@ -413,7 +413,7 @@ def _restore(path, item, directory, abstract):
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       logging.debug('restoring %s', directory, exc_info=True)
-      raise DamagedError(f'{path}: {item} is damaged, half written or cannot be read ({_reason(path, error)}).'
+      raise DamagedError(f'{path}: {item} is damaged or half written ({_reason(path, error)}).'
                          ) from error
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -92,7 +93,7 @@ def test_what_is_kept():
     assert kept[-2:] == [step - 4, step][-len(kept):]
   assert len(kept) == 20
   assert kept[0] == 4
-  assert max(after - before for before, after in zip(kept, kept[1:])) <= 400
+  assert max(after - before for before, after in itertools.pairwise(kept)) <= 400
 
 
 def test_no_more_are_kept_than_asked_for(tmp_path, state):

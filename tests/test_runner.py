@@ -156,7 +156,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path):
   run(tmp_path, 4)
   for step in (2, 4):
     damage(tmp_path / 'checkpoints' / str(step))
-  with pytest.raises(checkpoint.CheckpointError, match='4: its config .* No other checkpoint is whole'):
+  with pytest.raises(checkpoint.CheckpointError, match=r'4: its config .* No other checkpoint is whole'):
     run(tmp_path, 4)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4]
 
