@@ -159,7 +159,7 @@ def run(workdir, configs, reference, num_steps, dies_at=None):
       dying, population.init_population(MODEL, configs, reference, mesh), num_steps, infos, workdir, 2))
 
 
-def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_path, monkeypatch):
+def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(trackers, 'open_trackers', lambda *_: ())
   configs = mixed()[:2]
   whole = run(tmp_path / 'whole', configs, reference, 5)
@@ -176,6 +176,12 @@ def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_
     assert [row['step'] for row in logs[1]] == [1, 2, 3, 4, 5]
     for row, other in zip(*logs):
       assert all(row[key] == other[key] for key in row if key not in ('seconds', 'tokens_per_second'))
+  (first / 'checkpoints' / '5' / 'config' / 'metadata').write_text('{')
+  jax.tree.map(np.testing.assert_array_equal, run(tmp_path / 'parts', configs, reference, 5), whole)
+  assert f'{first}/checkpoints/5: its config cannot be read' in capsys.readouterr().out
+  for home in (first, second):
+    assert sorted(path.name for path in (home / 'checkpoints').iterdir()) == ['2', '4', '5']
+    assert checkpoint.load_checkpoint(home).step == 5
 
 
 @pytest.mark.slow
