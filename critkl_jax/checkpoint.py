@@ -10,35 +10,30 @@ A step that is saved again is set aside as STEP.replaced-N until the new one is 
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
-import math
 import os
 import pathlib
 import re
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from critkl_jax import hosts, sharding, storage
+from critkl_jax import hosts, managers, sharding, storage
+from critkl_jax.checksums import checksums
 from critkl_jax.config import FinetuneConfig, GPT2Config, PretrainConfig, from_dict
 from critkl_jax.gpt2 import GPT2, init_params
+from critkl_jax.managers import open_manager as open_manager
 from critkl_jax.records import TrainState
 
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
-_ITEMS = ('params', 'opt_state', 'config')
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -87,63 +82,6 @@ class Checkpoint:
   path: storage.Path
 
 
-def open_manager(directory: str | os.PathLike, max_to_keep: int = 0) -> ocp.CheckpointManager:
-  """Opens a directory for saving, making it if needed; close it at the end.
-
-  Args:
-    directory: of step directories.
-    max_to_keep: how many checkpoints are kept, those that `spread` says; 0 for all.
-  """
-  options = ocp.CheckpointManagerOptions(
-      preservation_policy=_Spread(max_to_keep or math.inf), cleanup_tmp_directories=True)
-  with _writing(directory):
-    return ocp.CheckpointManager(storage.resolve(directory), options=options, item_names=_ITEMS)
-
-
-@contextlib.contextmanager
-def opened(directory: str | os.PathLike, max_to_keep: int = 0) -> Iterator[ocp.CheckpointManager]:
-  """Opens a directory as `open_manager` does, and closes it at the end, whatever has failed by then."""
-  manager = open_manager(directory, max_to_keep)
-  try:
-    yield manager
-  except BaseException:
-    with contextlib.suppress(Exception), _writing(directory):  # it raises once more what could not be written
-      manager.close()
-    raise
-  with _writing(directory):
-    manager.close()
-
-
-def spread(steps: Sequence[int], most: float) -> list[int]:
-  """Returns the steps to keep: the newest two, the first, and others spread over the run.
-
-  Of the newest two the older one is there should the newest be damaged, and the rest shows how the run went. The steps
-  that go are those whose neighbours are closest together.
-
-  Args:
-    steps: of all checkpoints, in ascending order.
-    most: how many are kept, 2 or more.
-  """
-  kept = list(steps)
-  while len(kept) > most:
-    gaps = [after - before for before, after in zip([-math.inf, *kept], kept[1:-1])]
-    del kept[gaps.index(min(gaps))]
-  return kept
-
-
-class _Spread:
-  """Orbax's policy for `spread`."""
-
-  def __init__(self, most: float):
-    self._most = most
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-    """Returns for each checkpoint whether it is kept."""
-    del context
-    kept = set(spread([x.step for x in checkpoints], self._most))
-    return [x.step in kept for x in checkpoints]
-
-
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
          wait: bool = True, after: int | None = None) -> None:
   """Saves a state under its step number; the reference's parameters are not part of it.
@@ -155,7 +93,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     state: `params`, `opt_state` and `step` are read.
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
-    wait: whether to return only when all is written; else call `finish` before the arrays change.
+    wait: whether to return only when all is written; else call `managers.finish` before the arrays change.
     after: the step that the run saved before or went on from; later ones, which it went back behind, are replaced too.
 
   Raises:
@@ -166,56 +104,12 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
             'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
             'checksums': {item: checksums(tree) for item, tree in trees.items()}}
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
-  with _writing(manager.directory / str(state.step)):
-    _set_aside(manager, [n for n in manager.all_steps() if n == state.step or (after is not None and n > after)])
-    manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+  step = int(state.step)
+  with managers.writing(manager.directory / str(step)):
+    managers.set_aside(manager, [n for n in manager.all_steps() if n == step or (after is not None and n > after)])
+    manager.save(step, args=ocp.args.Composite(**items), force=True)
   if wait:
-    finish(manager)  # the next step is given these very arrays to write over
-
-
-def finish(manager: ocp.CheckpointManager) -> None:
-  """Waits until all is written that was saved, and removes what it replaces.
-
-  Raises:
-    OSError: as `save`.
-  """
-  with _writing(manager.directory):
-    manager.wait_until_finished()
-    for path in manager.directory.glob('*.replaced-*') if hosts.is_first() else ():
-      path.rmtree(missing_ok=True)
-
-
-def _set_aside(manager, steps):
-  """Gives step directories other names, so that they can be saved again."""
-  if not hosts.as_first_says(bool(steps)):
-    return
-  for step in steps if hosts.is_first() else ():
-    number = len(list(manager.directory.glob(f'{step}.replaced-*')))
-    (manager.directory / str(step)).rename(manager.directory / f'{step}.replaced-{number}')
-  hosts.wait_for_all('set aside')
-  manager.reload()
-
-
-@contextlib.contextmanager
-def _writing(path: os.PathLike) -> Iterator[None]:
-  """Turns what Orbax and TensorStore raise where a file cannot be written into an OSError with the path.
-
-  The threads of both print tracebacks of their own while the error is on its way to the caller: they are left out.
-  """
-  hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
-  sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
-  logging.set_verbosity(logging.FATAL)
-  try:
-    with storage.writing(path):
-      yield
-  except (ValueError, RuntimeError) as error:  # RuntimeError: of JAX, or of a thread pool that has ended
-    number = next((n for n in _OF_DISKS if os.strerror(n) in str(error)), None)
-    if number is None:
-      raise
-    raise OSError(number, os.strerror(number), str(path)) from error
-  finally:
-    logging.set_verbosity(verbosity)
-    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    managers.finish(manager)  # the next step is given these very arrays to write over
 
 
 def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo, step: int) -> None:
@@ -227,7 +121,7 @@ def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo,
     info: what they are.
     step: number of finished steps, under which they are saved; what is there under it is replaced.
   """
-  with opened(directory) as manager:
+  with managers.opened(directory) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 
@@ -415,32 +309,6 @@ def _restore(path, item, directory, abstract):
       logging.debug('restoring %s', directory, exc_info=True)
       raise DamagedError(f'{path}: {item} is damaged or half written ({_reason(path, error)}).'
                          ) from error
-
-
-def checksums(tree: Any) -> dict[str, int]:
-  """Returns a checksum of each array of a PyTree, by its path, wherever the arrays lie: TensorStore keeps none of them.
-
-  It is the sum of the elements' bits, each times an odd number of its own, modulo 2^32, so that no single changed
-  element goes unseen.
-  """
-  return {jax.tree_util.keystr(key, simple=True, separator='/'): _checksum(x)
-          for key, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _checksum(x) -> int:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return int(jax.jit(_spread_checksum, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
-  bits = np.ascontiguousarray(x).reshape(-1)
-  bits = bits.view(f'u{bits.dtype.itemsize}').astype(np.uint32)
-  return int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint32) + 1), dtype=np.uint32))
-
-
-def _spread_checksum(x):
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
-  index, size = jnp.uint32(0), 1
-  for axis in reversed(range(x.ndim)):
-    index, size = index + jnp.uint32(size) * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis), size * x.shape[axis]
-  return jnp.sum(bits * (jnp.uint32(2) * index + jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def _compare_sums(path, item, restored):

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, population, sharding, storage, trackers
+from critkl_jax import checkpoint, hosts, interruption, managers, population, sharding, storage, trackers
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.records import TrainState
 from critkl_jax.signatures import MEANING, signatures
@@ -130,7 +130,7 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
   if first >= num_steps:
     return state
   with (_saying_what_is_saved(workdir, [workdir]), contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
-        checkpoint.opened(workdir / 'checkpoints', info.training.max_to_keep) as manager):
+        managers.opened(workdir / 'checkpoints', info.training.max_to_keep) as manager):
 
     def save(state, after):
       writer.flush()
@@ -177,7 +177,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
     return state
   with _saying_what_is_saved(workdir, list(homes.values())), contextlib.ExitStack() as stack:
     writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
-    managers = [stack.enter_context(checkpoint.opened(home / 'checkpoints', info.training.max_to_keep))
+    managers = [stack.enter_context(managers.opened(home / 'checkpoints', info.training.max_to_keep))
                 for home, info in zip(homes.values(), infos.values())]
 
     def write(number, metrics):
@@ -192,7 +192,7 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
         checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1, after=after)
       for manager in managers:
-        checkpoint.finish(manager)
+        managers.finish(manager)
 
     return _advance(step, state, num_steps, workdir, save_every, show, write, save)
 

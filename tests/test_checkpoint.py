@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, checksums, managers
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import init_finetuning
@@ -84,12 +84,12 @@ def test_the_shipped_reference_loads():
 
 
 def test_what_is_kept():
-  assert checkpoint.spread([4, 8, 12], 20) == [4, 8, 12]
-  assert checkpoint.spread([4, 8, 12], 2) == [8, 12]
-  assert checkpoint.spread([1, 2, 3, 4, 5, 6, 7, 9], 4) == [1, 5, 7, 9]
+  assert managers.spread([4, 8, 12], 20) == [4, 8, 12]
+  assert managers.spread([4, 8, 12], 2) == [8, 12]
+  assert managers.spread([1, 2, 3, 4, 5, 6, 7, 9], 4) == [1, 5, 7, 9]
   kept = []
   for step in range(4, 2001, 4):  # as a run saves
-    kept = checkpoint.spread([*kept, step], 20)
+    kept = managers.spread([*kept, step], 20)
     assert kept[-2:] == [step - 4, step][-len(kept):]
   assert len(kept) == 20
   assert kept[0] == 4
@@ -97,7 +97,7 @@ def test_what_is_kept():
 
 
 def test_no_more_are_kept_than_asked_for(tmp_path, state):
-  with checkpoint.opened(tmp_path, max_to_keep=3) as manager:
+  with managers.opened(tmp_path, max_to_keep=3) as manager:
     for step in range(1, 7):
       checkpoint.save(manager, state.replace(step=jnp.int32(step)), INFO, with_optimizer=False)
   assert checkpoint.steps_in(tmp_path) == [1, 5, 6]
@@ -105,7 +105,7 @@ def test_no_more_are_kept_than_asked_for(tmp_path, state):
 
 def test_a_step_that_is_saved_again_is_replaced_and_what_was_left_behind_goes(saved, state):
   moved = jax.tree.map(lambda x: x + 1, state.params)
-  with checkpoint.opened(saved) as manager:
+  with managers.opened(saved) as manager:
     checkpoint.save(manager, state.replace(params=moved, step=jnp.int32(2)), INFO)
     assert checkpoint.steps_in(saved) == [2, 10]
     assert_trees_equal(load_checkpoint(saved, 2).params, moved)
@@ -117,7 +117,7 @@ def test_nothing_is_removed_before_its_replacement_is_whole(saved, state, monkey
   def full(*_, **__):
     raise ValueError('RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code=28]')
 
-  with checkpoint.opened(saved) as manager:
+  with managers.opened(saved) as manager:
     monkeypatch.setattr(manager, 'save', full)
     with pytest.raises(OSError, match='No space left on device') as caught:
       checkpoint.save(manager, state.replace(step=jnp.int32(10)), INFO)
@@ -200,13 +200,13 @@ def test_a_damaged_file_of_arrays(saved, cut):
 
 def test_checksums_are_the_same_wherever_arrays_lie(state):
   x = state.params['h_0']['mlp']['c_fc']['kernel']
-  wanted = checkpoint.checksums({'x': x})['x']
+  wanted = checksums.checksums({'x': x})['x']
   spread = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ('data',)), PartitionSpec(None, 'data')))
-  assert jax.jit(checkpoint._spread_checksum)(spread) == wanted
-  assert checkpoint.checksums({'x': np.asarray(x)})['x'] == wanted
-  assert checkpoint.checksums({'x': x.at[3, 5].add(1e-7)})['x'] != wanted
-  assert checkpoint.checksums({'x': x[::-1]})['x'] != wanted
-  assert jax.jit(checkpoint._spread_checksum)(jnp.int32(7)) == checkpoint.checksums({'n': jnp.int32(7)})['n'] == 7
+  assert jax.jit(checksums._spread_checksum)(spread) == wanted
+  assert checksums.checksums({'x': np.asarray(x)})['x'] == wanted
+  assert checksums.checksums({'x': x.at[3, 5].add(1e-7)})['x'] != wanted
+  assert checksums.checksums({'x': x[::-1]})['x'] != wanted
+  assert jax.jit(checksums._spread_checksum)(jnp.int32(7)) == checksums.checksums({'n': jnp.int32(7)})['n'] == 7
 
 
 def test_checkpoints_without_checksums_are_read(saved, state):

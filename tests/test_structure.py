@@ -18,7 +18,7 @@ ORDER = [
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
     'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step',
     'initial_state', 'train_step', 'population', 'footprint', 'evaluate', 'hosts', 'storage', 'compilation',
-    'interruption', 'trackers', 'checkpoint', 'signatures', 'runner',
+    'interruption', 'trackers', 'checksums', 'managers', 'checkpoint', 'signatures', 'runner',
     'pretraining',
     'analysis.statistics', 'analysis.style', 'analysis.curves', 'analysis.agreement', 'analysis.reading',
     'analysis.summary', 'analysis.charts', 'analysis.comparison', 'analysis.page',
