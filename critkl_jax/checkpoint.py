@@ -3,6 +3,7 @@
     DIR/STEP/params      the policy's parameters
     DIR/STEP/opt_state   the optimizer's state (absent where a checkpoint is only to be read)
     DIR/STEP/config      JSON: format, kind, known_digits, model, training, a checksum of each array
+    DIR/STEP/rows        JSON: the lines of metrics.jsonl up to this step, compressed (absent where there are none)
 
 A step directory gets its name when all of it is written; what a killed process leaves has another name and is ignored.
 A step that is saved again is set aside as STEP.replaced-N until the new one is whole.
@@ -83,7 +84,7 @@ class Checkpoint:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo, with_optimizer: bool = True,
-         wait: bool = True, after: int | None = None) -> None:
+         wait: bool = True, rows: Any = None, after: int | None = None) -> None:
   """Saves a state under its step number; the reference's parameters are not part of it.
 
   A checkpoint of this step that is there already is replaced: it is set aside, and removed once the new one is whole.
@@ -94,16 +95,17 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     info: what the arrays are.
     with_optimizer: whether training can be taken up again from it.
     wait: whether to return only when all is written; else call `managers.finish` before the arrays change.
+    rows: what JSON can hold, the metrics up to this step, as the first host has them; None for none.
     after: the step that the run saved before or went on from; later ones, which it went back behind, are replaced too.
 
   Raises:
     OSError: if it cannot be written; the error names what was to be written.
   """
   trees = {'params': state.params} | ({'opt_state': state.opt_state} if with_optimizer else {})
-  config = {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
-            'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
-            'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+  config = _config(info, trees)
   items = {item: ocp.args.StandardSave(tree) for item, tree in trees.items()} | {'config': ocp.args.JsonSave(config)}
+  if rows is not None:
+    items['rows'] = ocp.args.JsonSave(rows)
   step = int(state.step)
   with managers.writing(manager.directory / str(step)):
     managers.set_aside(manager, [n for n in manager.all_steps() if n == step or (after is not None and n > after)])
@@ -112,17 +114,58 @@ def save(manager: ocp.CheckpointManager, state: TrainState, info: CheckpointInfo
     managers.finish(manager)  # the next step is given these very arrays to write over
 
 
+def _config(info: CheckpointInfo, trees: dict[str, Any]) -> dict[str, Any]:
+  return {'format': FORMAT, 'kind': info.kind, 'known_digits': info.known_digits,
+          'model': dataclasses.asdict(info.model), 'training': dataclasses.asdict(info.training),
+          'checksums': {item: checksums(tree) for item, tree in trees.items()}}
+
+
+def same_params(path: storage.Path, other: storage.Path) -> bool:
+  """Returns whether two step directories hold the same parameters and say the same of them, by their configs."""
+  one, two = _stored_config(path), _stored_config(other)
+  sums = [values.get('checksums', {}).get('params') for values in (one, two)]
+  return (path.name == other.name and None not in sums and sums[0] == sums[1] and
+          all(one.get(name) == two.get(name) for name in ('kind', 'known_digits', 'model', 'training')))
+
+
+def _stored_config(path):
+  read_info(path)  # raises if it cannot be read
+  return _read_config(path)
+
+
 def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo, step: int) -> None:
   """Saves parameters alone in a directory of their own, from where `load_checkpoint` reads them; all hosts call it.
+
+  If the step is there already with the same parameters, by their checksums, it is kept as it is.
 
   Args:
     directory: made if needed.
     params: of the model.
     info: what they are.
-    step: number of finished steps, under which they are saved; what is there under it is replaced.
+    step: number of finished steps, under which they are saved.
+
+  Raises:
+    CheckpointError: if the step is there and holds something else.
   """
+  if hosts.as_first_says(step in steps_in(directory)):
+    config = _config(info, {'params': params})
+    hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), config), CheckpointError)
+    return
   with managers.opened(directory) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
+
+
+def _check_equal(path: storage.Path, config: dict[str, Any]) -> None:
+  """Refuses a step directory that holds something else than what is to be saved under its number."""
+  old, new = _stored_config(path), json.loads(json.dumps(config))
+  sums = old.get('checksums', new['checksums'])  # an older version kept none
+  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
+  different += ['parameters'] if sums.get('params') != new['checksums']['params'] else []
+  if different:
+    raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
+                          'kept, and nothing was saved over it: move it away, or give another directory.')
+  if (old['model'], old['training']) != (new['model'], new['training']):
+    hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
 
 
 def restore(path: storage.Path, state: TrainState) -> TrainState:

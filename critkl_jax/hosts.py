@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+ResultT = TypeVar('ResultT')
 
 
 class LostHost(RuntimeError):
@@ -99,6 +102,23 @@ def as_first_says(value: int) -> int:
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def first_does(work: Callable[[], ResultT], error: type[Exception]) -> ResultT | None:
+  """Calls a function on the first host alone, while the others wait, and returns its result there, None elsewhere.
+
+  Args:
+    work: is called without arguments.
+    error: what it may raise, with a text as its argument; then all hosts raise, so that none waits for another in vain.
+  """
+  result, failure = None, None
+  try:
+    result = work() if is_first() else None
+  except error as raised:
+    failure = raised
+  if as_first_says(failure is not None):
+    raise failure or error('refused by the first host, which says why.')
+  return result
 
 
 def least(value: int) -> int:

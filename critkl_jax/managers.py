@@ -14,7 +14,7 @@ from absl import logging
 
 from critkl_jax import hosts, storage
 
-ITEMS = ('params', 'opt_state', 'config')
+ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import shutil
 import signal
@@ -16,84 +14,16 @@ import flax.traverse_util
 import jax
 import numpy as np
 import tqdm
-from absl import logging
 
-from critkl_jax import checkpoint, hosts, interruption, managers, population, sharding, storage, trackers
+from critkl_jax import checkpoint, hosts, interruption, locks, managers, population, sharding, storage
 from critkl_jax.compilation import compilation_seconds
+from critkl_jax.metrics import MetricsWriter, mend_metrics
+from critkl_jax.metrics import read_metrics as read_metrics
 from critkl_jax.records import TrainState
-from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.storage import WorkdirError
 
 # How the progress bar calls its metrics.
 _SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
-
-
-class MetricsWriter:
-  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
-  one writes.
-
-  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
-  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
-  Metrics of critical tokens have no entry where there were none.
-  """
-
-  def __init__(self, workdir: storage.Path, first_step: int, track: Callable | None = None):
-    self._path, self._trackers, self._rows, self._warned = workdir / 'metrics.jsonl', [], [], set()
-    self._text = ''
-    if not hosts.is_first():
-      return
-    with storage.writing(workdir):
-      workdir.mkdir(parents=True, exist_ok=True)
-    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
-    self._text = ''.join(storage.to_json(row) + '\n' for row in self._rows)
-    storage.write_text(self._path, self._text)
-    self._trackers = (track or trackers.open_trackers)(workdir, first_step)
-
-  def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Adds the metrics of one step, Python or NumPy numbers."""
-    if not hosts.is_first():
-      return
-    metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
-    self._rows.append({'step': step, **metrics})
-    metrics |= self._signatures(step)
-    line = storage.to_json({'step': step, **metrics}) + '\n'
-    self._text += line
-    if not storage.is_remote(self._path):
-      with storage.writing(self._path), self._path.open('a') as file:
-        file.write(line)
-    for tracker in self._trackers:
-      tracker.write(step, metrics)
-
-  def _signatures(self, step):
-    found = signatures(self._rows)
-    for name in (name for name, seen in found.items() if seen and name not in self._warned):
-      logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
-      self._warned.add(name)
-    return {f'signature/{name}': float(seen) for name, seen in found.items()}
-
-  def flush(self) -> None:
-    """Writes the lines so far in a bucket, to whose files nothing is appended; to be called before each save."""
-    if storage.is_remote(self._path):
-      storage.write_text(self._path, self._text)
-
-  def close(self) -> None:
-    """Finishes the lines, and what the trackers write."""
-    self.flush()
-    for tracker in self._trackers:
-      tracker.close()
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
-  none."""
-  path = storage.to_path(path)
-  rows = []
-  for line in path.read_text().splitlines() if path.is_file() else []:
-    try:
-      row = json.loads(line)
-      rows.append({name: math.nan if value is None else value for name, value in row.items()})
-    except json.JSONDecodeError:
-      logging.warning('%s: unfinished line dropped.', path)
-  return rows
 
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
@@ -120,21 +50,26 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
 
   Raises:
     CheckpointError: if the workdir's checkpoint belongs to another config, or is damaged and so are all others.
+    WorkdirError: if another run writes into the workdir, or a file in it is damaged or not of a run.
     OSError: if something cannot be written; the error has a note that says which step is saved.
     Interrupted: after a signal on any host, once the state is saved.
   """
   workdir = storage.to_path(workdir)
-  state = sharding.bound(resume(state, info, workdir, damaged))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
-  with (_saying_what_is_saved(workdir, [workdir]), contextlib.closing(MetricsWriter(workdir, first, track)) as writer,
-        managers.opened(workdir / 'checkpoints', info.training.max_to_keep) as manager):
+  with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume(state, info, workdir, damaged))
+    first = int(state.step)
+    stack.enter_context(_saying_what_is_saved(workdir, [workdir]))
+    _mend([workdir], first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
+    writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
+    manager = stack.enter_context(managers.opened(workdir / 'checkpoints', info.training.max_to_keep))
 
     def save(state, after):
       writer.flush()
-      checkpoint.save(manager, state, info, after=after)
+      checkpoint.save(manager, state, info, rows=writer.packed(), after=after)
 
     return _advance(step, state, num_steps, workdir, save_every, show, writer.write, save)
 
@@ -165,33 +100,36 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
   Raises:
     CheckpointError: if the workdir holds other members, or a checkpoint belongs to another config, or no step that all
       have is whole.
-    OSError: as `run`.
+    WorkdirError, OSError: as `run`.
     Interrupted: after a signal on any host, once the members are saved.
   """
   workdir = storage.to_path(workdir)
   homes = {name: workdir / 'members' / name for name in infos}
-  state = sharding.bound(resume_population(state, infos, workdir, damaged))
-  first = int(state.step)
-  _say_where(first, num_steps, workdir)
-  if first >= num_steps:
-    return state
-  with _saying_what_is_saved(workdir, list(homes.values())), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
+    known = stack.enter_context(locks.hold(workdir))
+    state = sharding.bound(resume_population(state, infos, workdir, damaged))
+    first = int(state.step)
+    stack.enter_context(_saying_what_is_saved(workdir, list(homes.values())))
+    _mend(list(homes.values()), first, known)
+    _say_where(first, num_steps, workdir)
+    if first >= num_steps:
+      return state
     writers = [stack.enter_context(contextlib.closing(MetricsWriter(home, first, track))) for home in homes.values()]
-    managers = [stack.enter_context(managers.opened(home / 'checkpoints', info.training.max_to_keep))
-                for home, info in zip(homes.values(), infos.values())]
+    opened = [stack.enter_context(managers.opened(home / 'checkpoints', info.training.max_to_keep))
+              for home, info in zip(homes.values(), infos.values())]
 
     def write(number, metrics):
       for i, writer in enumerate(writers):
         writer.write(number, {name: value[i] for name, value in metrics.items()})
 
     def save(state, after):
-      for writer in writers:
-        writer.flush()
       own = population.members_on_host(state.replace(ref_params=None, step=None, ensemble=()))
-      for manager, info, member in zip(managers, infos.values(), own):
+      for manager, info, member, writer in zip(opened, infos.values(), own, writers):
+        writer.flush()
         # Of several hosts, none may be ahead: two saves at once would take each other's messages.
-        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1, after=after)
-      for manager in managers:
+        checkpoint.save(manager, member.replace(step=state.step), info, wait=jax.process_count() > 1,
+                        rows=writer.packed(), after=after)
+      for manager in opened:
         managers.finish(manager)
 
     return _advance(step, state, num_steps, workdir, save_every, show, write, save)
@@ -207,6 +145,16 @@ def _saying_what_is_saved(workdir: storage.Path, homes: list[storage.Path]) -> I
     error.add_note(f'the last whole checkpoint in {workdir} is step {max(steps)}' if steps else
                    f'no checkpoint is in {workdir} yet')
     raise
+
+
+def _mend(homes: list[storage.Path], step: int, known: bool) -> None:
+  """Restores the metrics of a run, or of members, that goes on from a step; see `mend_metrics`."""
+
+  def mend():
+    for home in homes:
+      mend_metrics(home, step, known)
+
+  hosts.first_does(mend, WorkdirError)
 
 
 def _say_where(first: int, num_steps: int, workdir: storage.Path) -> None:
@@ -364,18 +312,20 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
     CheckpointError: if the workdir holds other members, no step that all have is whole, or one was made with another
       config.
   """
-  directories = [storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos]
-  _check_members(storage.to_path(workdir), list(infos))
-  saved = [set(checkpoint.steps_in(directory)) for directory in directories]
+  directories = {name: storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos}
+  hosts.first_does(lambda: _keep_members(storage.to_path(workdir), list(infos)), ValueError)
+  saved = [set(checkpoint.steps_in(directory)) for directory in directories.values()]
+  steps = _agreed(sorted(set.intersection(*saved)))
+  hosts.first_does(lambda: _check_later(directories, infos, max(steps, default=-1)), ValueError)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
 
   def read(step):
-    paths = [directory / str(step) for directory in directories]
+    paths = [directory / str(step) for directory in directories.values()]
     for path, info in zip(paths, infos.values()):
       _check_same(path, info, checkpoint.read_info_together(path))
     return population.stack([checkpoint.restore(path, target) for path in paths])
 
-  found = _newest_whole(None, _agreed(sorted(set.intersection(*saved))), read, workdir, damaged)
+  found = _newest_whole(None, steps, read, workdir, damaged)
   if found is None:
     return state
   own = state.replace(ref_params=None, ensemble=())
@@ -404,19 +354,47 @@ def _newest_whole(start, steps, read, workdir, damaged):
   return found
 
 
-def _check_members(workdir: storage.Path, names: list[str]) -> None:
-  """Keeps the names of a study's members in its workdir; those of a study that has saved nothing may change."""
-  file = workdir / 'members.json'
-  old = json.loads(file.read_text()) if file.is_file() else names
-  started = any(checkpoint.steps_in(directory) for directory in workdir.glob('members/*/checkpoints'))
-  if hosts.as_first_says(started and old != names):
-    different = sorted(set(old) ^ set(names)) or ['in another order']
+def check_members(workdir: storage.Path, names: list[str]) -> None:
+  """Checks that a study's workdir holds these members or has saved nothing, and changes nothing.
+
+  Raises:
+    CheckpointError: if it holds others.
+    WorkdirError: if its list of members cannot be read.
+  """
+  file, old = workdir / 'members.json', names
+  started = [path for path in workdir.glob('members/*/checkpoints') if checkpoint.steps_in(path)]
+  if started and file.is_file():
+    old = storage.read_json(file, list, 'restore it, or remove it if the members of this command are all of them')
+  if old != names:
+    different = sorted(set(map(str, old)) ^ set(names)) or ['in another order']
     some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
     raise checkpoint.CheckpointError(
         f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
-  hosts.wait_for_all('members')
+
+
+def _keep_members(workdir, names):
+  """Keeps the names of a study's members in its workdir."""
+  check_members(workdir, names)
   workdir.mkdir(parents=True, exist_ok=True)
-  storage.write_json(file, names, indent=None)
+  storage.write_json(workdir / 'members.json', names, indent=None)
+
+
+def _check_later(directories: dict[str, storage.Path], infos: dict[str, checkpoint.CheckpointInfo], step: int) -> None:
+  """Says what some members have saved beyond the step that all have: it is made again, and replaced then. A stop amid a
+  save leaves one such step at most, and directories of all members; where it is otherwise, and no member went back
+  behind a damaged step, somebody removed a member's checkpoints, and the run is refused."""
+  later = {name: [n for n in checkpoint.steps_in(directory) if n > step] for name, directory in directories.items()}
+  newest = max((n for steps in later.values() for n in steps), default=step)
+  lacking = [name for name, steps in later.items() if newest not in steps]
+  missing = any(newest > step and not directories[name].is_dir() for name in lacking)
+  went_back = any(any(directory.glob('*.replaced-*')) for directory in directories.values())
+  if missing or (max(map(len, later.values())) > 1 and not went_back):
+    raise WorkdirError(f'{directories[lacking[0]]} lacks step {newest}, which other members have; restore it, or give '
+                       'another --workdir to begin again.')
+  for name, path in ((name, directories[name] / str(n)) for name, steps in later.items() for n in steps):
+    with contextlib.suppress(checkpoint.DamagedError):  # it is replaced
+      _check_same(path, infos[name], checkpoint.read_info(path))
+    hosts.say(f'Step {path.name} of {name} is made again: not all members had saved it.')
 
 
 # Fields that may differ between a run and its continuation: they change no update.

@@ -24,6 +24,10 @@ Path = pathlib.Path | epath.Path
 _BUCKETS = ('gs', 's3')  # where both Orbax and TensorStore write
 
 
+class WorkdirError(ValueError):
+  """A workdir or a file in it that cannot be used; the message is one line that says why and what to do."""
+
+
 class PathError(ValueError):
   """A path that leads nowhere; the message is one line that says why and what to do."""
 
@@ -141,3 +145,81 @@ def plain(value: Any) -> Any:
   if hasattr(value, 'tolist'):
     return plain(value.tolist())
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: str | os.PathLike, kind: type = dict, advice: str = 'remove it, and it is made again') -> Any:
+  """Reads a file of JSON that a run has written.
+
+  Args:
+    path: of the file, which is there.
+    kind: of the value, `dict` or `list`.
+    advice: what to do about a file that cannot be read.
+
+  Raises:
+    WorkdirError: if it cannot be read, is not JSON, or holds a value of another kind; the message names the line.
+  """
+  try:
+    return _parse(to_path(path).read_bytes(), kind)
+  except OSError as error:
+    raise WorkdirError(f'{path} cannot be read ({error.strerror or error}); {advice}.') from error
+  except ValueError as error:
+    raise WorkdirError(f'{path} is damaged ({error}); {advice}.') from error
+
+
+def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], str]:
+  """Reads a file with an object of JSON on each line.
+
+  Args:
+    path: of the file; one that is missing has no lines.
+
+  Returns:
+    The objects up to the first line that cannot be read, and what is wrong with that line, empty if nothing is. A last
+    line that was not finished, as a killed process leaves it, is left out.
+
+  Raises:
+    WorkdirError: if the file cannot be read at all.
+  """
+  path, objects = to_path(path), []
+  try:
+    *lines, unfinished = path.read_bytes().split(b'\n') if path.exists() else [b'']
+  except OSError as error:
+    raise WorkdirError(f'{path} cannot be read ({error.strerror or error}); make it readable.') from error
+  for number, line in enumerate([*lines, unfinished], start=1):
+    if number > len(lines) and not line:
+      break
+    try:
+      objects.append(_parse(line, dict, number))
+    except ValueError as error:
+      return objects, '' if number > len(lines) else str(error)
+  return objects, ''
+
+
+def replace_directory(new: str | os.PathLike, old: str | os.PathLike) -> None:
+  """Renames a directory that is whole to the name of another one, which goes only then."""
+  new, old = to_path(new), to_path(old)
+  former = old.with_name(f'{old.name}.replaced')
+  if former.exists():  # of a process that ended in here
+    remove(former)
+  if old.exists():
+    old.rename(former)
+  new.rename(old)
+  if former.exists():
+    remove(former)
+
+
+def _parse(data: bytes, kind: type, first: int = 1) -> Any:
+  """Returns the value of a text of JSON whose first line has this number; raises a ValueError in a few words."""
+  try:
+    value = json.loads(data.decode())
+  except UnicodeDecodeError as error:
+    line = first + data.count(b'\n', 0, error.start)
+    raise ValueError(f'line {line} has a byte that is not UTF-8') from error
+  except (json.JSONDecodeError, RecursionError) as error:
+    line = first - 1 + getattr(error, 'lineno', 1)
+    raise ValueError(f'line {line} is not JSON' if data.strip() else f'line {first} is empty') from error
+  if not isinstance(value, kind):
+    raise ValueError(f'line {first}: expected {_KINDS[kind]}, got {type(value).__name__}')
+  return value
+
+
+_KINDS = {dict: 'an object of JSON', list: 'a list of JSON'}

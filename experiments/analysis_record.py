@@ -3,7 +3,6 @@
 `analysis.json` holds `settings` and the names of the `files` beside it.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -37,10 +36,17 @@ def check_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[s
 
 
 def claim_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
-  """Deletes the files of the analysis that a workdir holds, and records another one; arguments as in
+  """Records an analysis before its files are written, and deletes nothing; arguments as in `check_workdir`."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  storage.write_json(workdir / RECORD, {'settings': settings, 'files': list(dict.fromkeys(files + _read(workdir)[1]))})
+
+
+def finish_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
+  """Deletes what an earlier analysis left beside the files of this one, now that these are written; arguments as in
   `check_workdir`."""
-  for name in _read(workdir)[1]:
-    (workdir / pathlib.Path(name).name).unlink(missing_ok=True)
+  names = {pathlib.Path(name).name for name in _read(workdir)[1]} - set(files)
+  for name in names:
+    (workdir / name).unlink(missing_ok=True)
   storage.write_json(workdir / RECORD, {'settings': settings, 'files': files})
 
 
@@ -49,8 +55,9 @@ def _read(workdir):
   path = workdir / RECORD
   if not path.exists():
     return {}, []
+  advice = 'it does not record an analysis; remove it with the files of the analysis, or give another --workdir'
+  record = storage.read_json(path, advice=advice)
   try:
-    record = json.loads(path.read_text())
-    return dict(record['settings']), list(record['files'])
+    return dict(record['settings']), list(map(str, record['files']))
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} does not record an analysis; give another --workdir.') from error
+    raise storage.WorkdirError(f'{path} is damaged; {advice}.') from error

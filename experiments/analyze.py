@@ -25,10 +25,11 @@ from critkl_jax.config import LossConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.tasks.addition import TOKENIZER
 
-from .analysis_record import check_workdir, claim_workdir
+from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
 from .flags import run
 from .tables import summary_tables, text_of
+from .workdirs import claim
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/analysis', 'Directory that takes what is found.')
 CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE)],
@@ -56,6 +57,7 @@ COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{
 def main() -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
   start, workdir, names = time.monotonic(), storage.to_path(WORKDIR.value), names_of(CHECKPOINTS.value)
+  claim(workdir, 'analyze')
   hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
   pairs = {name: reading.load_pair(path, REFERENCE.value) for name, path in names.items()}
   digits = digits_of(pairs)
@@ -65,8 +67,6 @@ def main() -> None:
       hosts.say(f'The analysis that {workdir} holds will be replaced')
   except ValueError as error:
     refuse(f'--workdir: {error}')
-  with storage.writing(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
   read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
   steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
@@ -79,6 +79,7 @@ def main() -> None:
   for name, (policy, reference) in pairs.items():
     summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
   storage.write_json(workdir / 'summary.json', summaries)
+  finish_workdir(workdir, settings, files_of(pairs))
   print('', *(f'{run.name}: {run.origin}' for run in runs), text_of(tables), sep='\n')
   print(f'\n{time.monotonic() - start:.0f} s. {workdir} holds summary.json, tokens.csv and pictures. Open in a browser:'
         f'\n{workdir / "report.html"}')

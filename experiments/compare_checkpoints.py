@@ -15,7 +15,7 @@ from critkl_jax.analysis.comparison import compare
 from .exits import refuse
 from .flags import run
 from .tables import command
-from .workdirs import refuse_other_results, refuse_others
+from .workdirs import claim, refuse_other_results
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png; without it '
                               'nothing is written.')
@@ -28,11 +28,12 @@ SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', l
 def main(first: str, second: str) -> None:
   """Prints the comparison and writes it where asked."""
   start, workdir = time.monotonic(), WORKDIR.value and storage.to_path(WORKDIR.value)
+  if workdir:
+    claim(workdir, 'compare_checkpoints')
   hosts.say(f'Comparing {second} with {first} on {PROBLEMS.value} problems of each number of digits: two programs to '
             'compile, each 10 to 40 s on a CPU.')
   one, two = (checkpoint.load_checkpoint(path) for path in (first, second))
   if workdir:
-    refuse_others(workdir, 'compare_checkpoints')
     refuse_other_results(workdir / 'comparison.json', origin(one, two))
   try:
     digits = [int(n) for n in DIGITS.value] if DIGITS.value else None

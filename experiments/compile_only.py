@@ -25,6 +25,7 @@ from critkl_jax.tasks.addition import plus_task
 from . import targets
 from .exits import refuse
 from .flags import define_config, keep_no_programs, read_config, run
+from .workdirs import refuse_other_file
 
 keep_no_programs()
 TOPOLOGY = flags.DEFINE_string('topology', 'v5e:2x4', 'Kind and number of devices: v4, v5e, v5p or v6e with the shape '
@@ -47,6 +48,8 @@ def main() -> None:
     refuse(f'--model: expected one of {tuple(PRETRAIN_PRESETS)}; the preset {name!r} names no sizes.')
   pretraining = PRETRAIN_PRESETS[name]
   task = plus_task(pretraining.known_digits, config.extra_digits)
+  if JSON.value:
+    refuse_other_file(JSON.value, ('topology', 'mesh', 'fits'), 'json')
   try:
     model = GPT2(config.model_of(pretraining.model))
     mesh = sharding.make_mesh(MESH.value, targets.devices_of(TOPOLOGY.value))

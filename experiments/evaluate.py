@@ -12,6 +12,7 @@ from critkl_jax.gpt2 import GPT2
 from .exits import refuse
 from .flags import run
 from .tables import command, print_accuracies
+from .workdirs import refuse_other_file
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
@@ -28,6 +29,8 @@ JSON = flags.DEFINE_string('json', None, 'File that takes the table as JSON.')
 
 def main() -> None:
   """Prints the table and writes it as JSON where asked."""
+  if JSON.value:
+    refuse_other_file(JSON.value, ('checkpoint', 'step', 'known_digits', 'accuracy'), 'json')
   hosts.say(f'Reading {CHECKPOINT.value}.')
   loaded = checkpoint.load_checkpoint(CHECKPOINT.value, STEP.value)
   known = loaded.info.known_digits

@@ -34,9 +34,9 @@ from .flags import (
   read_trackers,
   run,
 )
-from .reference import keep_reference, load_ensemble, model_and_task, tested_before
+from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
 from .tables import before_after_rows, command
-from .workdirs import refuse_fewer_steps, refuse_others
+from .workdirs import claim, refuse_fewer_steps
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
@@ -51,15 +51,16 @@ def main() -> None:
   config, workdir = read_config(FINETUNE_PRESETS), storage.to_path(WORKDIR.value)
   track = read_trackers(config)
   mesh = read_mesh(config.episodes // config.minibatches)
-  refuse_others(workdir, 'finetune')
+  claim(workdir, 'finetune')
   refuse_fewer_steps(workdir / 'checkpoints', config.num_iterations, 'num_iterations')
-  reference = keep_reference(config, workdir, mesh)
+  reference = load_reference(config, workdir, mesh)
   known = reference.info.known_digits
   model, task = model_and_task(config, reference)
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
   finished = runner.check_workdir(workdir, info)
   state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, reference, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
+  keep_reference(workdir, reference)
   del reference  # the state has its own
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   step = make_train_step(model, task, config, mesh)
@@ -68,7 +69,7 @@ def main() -> None:
   with (hosts.waiting(doing) if doing else contextlib.nullcontext(),
         concurrent.futures.ThreadPoolExecutor(1) as other):  # the compiler leaves a core to the test
     compiled = other.submit(compile_unless, finished >= config.num_iterations, step, state, key, hyperparameters)
-    before = tested_before(test, state.ref_params, workdir)
+    before = tested_before(test, state.ref_params, config, workdir)
     step = compiled.result()
   if finished < config.num_iterations:
     hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '

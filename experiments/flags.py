@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 from critkl_jax import compilation, hosts, interruption, sharding, storage, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
+from critkl_jax.storage import WorkdirError
 
 from . import exits
 from . import help as help_lib
 from .exits import refuse
+from .workdirs import held
 
 ConfigT = TypeVar('ConfigT')
 
@@ -161,11 +163,11 @@ def run(main: Callable[..., None], *arguments: str) -> None:
       if flags.FLAGS.compilation_cache:
         compilation.keep_programs(flags.FLAGS.compilation_cache)
       ended = join_hosts()
-      with interruption.watch():
+      with interruption.watch(), held:
         main(*argv[1:])
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
-    except (CheckpointError, storage.PathError) as error:
+    except (CheckpointError, WorkdirError, storage.PathError) as error:
       refuse(error)
     except OSError as error:
       ended()

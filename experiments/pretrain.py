@@ -29,7 +29,7 @@ from .flags import (
   run,
 )
 from .tables import command, print_accuracies
-from .workdirs import refuse_others
+from .workdirs import claim
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/pretrain', 'Directory of checkpoints and metrics.')
 define_config(PretrainConfig, PRETRAIN_PRESETS, 'tiny')
@@ -48,7 +48,7 @@ def main() -> None:
     refuse(f'--context_length: N+2 = {tested[-1]} digits need {needed}, got '
                      f'{config.model.context_length}.')
   start, mesh, workdir = time.monotonic(), read_mesh(config.batch_size), storage.to_path(WORKDIR.value)
-  refuse_others(workdir, 'pretrain')
+  claim(workdir, 'pretrain')
   hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
             f'{config.batch_size} texts, in {workdir}.\nThe first steps compile a program for each number of digits, '
             'up to a minute each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')

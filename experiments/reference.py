@@ -1,6 +1,5 @@
 """The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,25 +8,82 @@ from jax.sharding import Mesh
 from critkl_jax import checkpoint, hosts, storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
+from critkl_jax.storage import WorkdirError
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
 
 from .exits import refuse
 
+MARK = 'kept_by.json'  # in a copy of the reference: the workdir whose run made it, and may replace it
 
-def keep_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
-  """Reads the reference, and keeps a copy under the workdir, from which the run goes on and is analysed later."""
+
+def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+  """Reads the reference: the workdir's own copy if its run has saved anything, else the config's. Changes nothing.
+
+  Raises:
+    CheckpointError: if there is no reference to be read.
+    WorkdirError: if the workdir holds another one that no run of this workdir left there.
+  """
   kept = workdir / 'reference'
-  started = checkpoint.latest(workdir / 'checkpoints') or any(workdir.glob('members/*/checkpoints/*'))
-  if hosts.as_first_says(bool(started)):
+  if hosts.as_first_says(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
-  if hosts.is_first():  # what a run left that was stopped before it saved anything
-    storage.remove(kept)
-    before_file(workdir).unlink(missing_ok=True)
-  hosts.wait_for_all('reference')
   reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
-  checkpoint.save_params(kept, reference.params, reference.info, reference.step)
+
+  def check():
+    if not (_holds(kept, reference) or _is_own(kept)):
+      raise WorkdirError(f'{kept} is there, and this run did not make it: it is kept. Give another --workdir, or '
+                         f'--reference={kept} if that is the one to start from.')
+
+  hosts.first_does(check, ValueError)
   return reference
+
+
+def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> None:
+  """Keeps a copy of the reference under the workdir, from which the run goes on and is analysed later, unless it is
+  there: a copy for another run that saved nothing is replaced once this one is whole."""
+  kept, unfinished = workdir / 'reference', workdir / 'reference.unfinished'
+  if hosts.as_first_says(has_started(workdir) or _holds(kept, reference)):
+    return
+
+  def begin():
+    if not _is_own(unfinished):
+      raise WorkdirError(f'{unfinished} is there, and no run left it; move it away.')
+    if unfinished.exists():
+      storage.remove(unfinished)
+    unfinished.mkdir(parents=True)
+    storage.write_json(unfinished / MARK, {'workdir': str(storage.resolve(workdir)), 'copy_of': str(reference.path)})
+
+  hosts.first_does(begin, ValueError)
+  checkpoint.save_params(unfinished, reference.params, reference.info, reference.step)
+  hosts.first_does(lambda: storage.replace_directory(unfinished, kept), ValueError)
+
+
+def has_started(workdir: storage.Path) -> bool:
+  """Returns whether the run of a workdir, or one of its members, has saved a checkpoint."""
+  return any(checkpoint.latest(path) is not None
+             for path in (workdir / 'checkpoints', *workdir.glob('members/*/checkpoints')))
+
+
+def _holds(kept, reference):
+  """Returns whether a directory holds the reference already, as its newest step."""
+  path = checkpoint.latest(kept)
+  try:
+    return path is not None and checkpoint.same_params(path, reference.path)
+  except checkpoint.CheckpointError:  # a damaged one is another
+    return False
+
+
+def _is_own(directory):
+  """Returns whether a directory may be replaced: it is missing, empty, or has the mark of this workdir and holds
+  nothing but a checkpoint."""
+  if not directory.exists():
+    return True
+  names = [path.name for path in directory.iterdir()] if directory.is_dir() else ['a file']
+  if MARK not in names:
+    return not names
+  mark = storage.read_json(directory / MARK, advice=f'move {directory} away')
+  return mark.get('workdir') == str(storage.resolve(directory.parent)) and all(
+      name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them
 
 
 def load_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint, mesh: Mesh | None = None
@@ -57,16 +113,29 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
   return model, task
 
 
-def tested_before(test: Callable, ref_params: Any, workdir: storage.Path) -> dict[str, Any]:
-  """Returns the reference's test; a continued run reads it from the workdir instead of testing again."""
-  file = before_file(workdir)
-  if hosts.as_first_says(file.is_file()):
-    return json.loads(file.read_text())
+def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: storage.Path) -> dict[str, Any]:
+  """Returns the reference's test; a continued run reads it from the workdir, if it was made in the same way, instead of
+  testing again."""
+  file = workdir / 'before.json'
+  made_with = {'reference': sum(checkpoint.checksums(ref_params).values()) % 2**32,
+               'eval_problems': config.eval_problems, 'extra_digits': config.extra_digits}
+  kept = _kept_test(file, made_with, has_started(workdir)) if hosts.is_first() else None
+  if hosts.as_first_says(kept is not None):
+    return kept or {}  # the first host alone reports
   result, _ = test(ref_params)
-  storage.write_json(file, result, indent=None)
+  storage.write_json(file, {'made_with': made_with} | result, indent=None)
   return result
 
 
-def before_file(workdir: storage.Path) -> storage.Path:
-  """Returns where the reference's test is kept."""
-  return workdir / 'before.json'
+def _kept_test(file, made_with, started):
+  """Returns the test that a workdir holds; None, which is said, if it cannot be read, or if it is of something else."""
+  if not file.exists():
+    return None
+  try:
+    found = storage.read_json(file, advice='the reference is tested again')
+  except WorkdirError as error:
+    hosts.say(str(error))
+    return None
+  same = found.pop('made_with', made_with if started else None) == made_with  # an older version did not say with what
+  whole = all(isinstance(found.get(name), float | int) for name in ('N', f'N+{made_with["extra_digits"]}'))
+  return found if same and (whole or not made_with['eval_problems']) else None

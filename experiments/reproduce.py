@@ -10,7 +10,6 @@ short what all of them found.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from critkl_jax.studies.results import study_results
 from .exits import refuse
 from .flags import define_damaged, run, take_cores
 from .tables import command
-from .workdirs import refuse_others
+from .workdirs import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,7 @@ def main() -> None:
   take_cores(MEMBERS.value)
   hosts.say(f'{len(studies)} studies at preset {PRESET.value}, in {workdir}: '
             f'{", ".join(study.name for study in studies)}.')
-  refuse_others(workdir, 'reproduce')
+  claim(workdir, 'reproduce')
   check_workdir(workdir, plan)
   while missing := all_missing(plan, studies):
     if MINUTES.value is not None and time.monotonic() - start > 60 * MINUTES.value:
@@ -133,12 +132,14 @@ def check_workdir(workdir: storage.Path, plan: Plan) -> None:
   """Keeps in the workdir what its records were made with, or exits with one line if that is something else."""
   file = workdir / 'studies.json'
   wanted = {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
-  found = json.loads(file.read_text()) if file.is_file() else wanted
+  found = wanted
+  if file.is_file():
+    found = storage.read_json(file, advice='restore it, or remove it if the records were made with this preset')
   for name in ('preset', 'problems'):
     if found.get(name) != wanted[name]:
       refuse(f'--{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
                'give the same, or another --workdir.')
-  old, new = flat_values(FinetuneConfig()) | found['base'], wanted['base']  # older versions had fewer fields
+  old, new = flat_values(FinetuneConfig()) | (found.get('base') or {}), wanted['base']  # older ones had fewer fields
   different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
                if old.get(name) != new.get(name)]
   if different:
@@ -210,7 +211,7 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   arm, num_problems = next(arm for arm in study.arms if arm.ensemble), len(plan.seeds(study)) * GENERATIONS
   names = [catalog.reference_name(changes) for changes in (arm.pretraining, *arm.ensemble)]
   file = advance.reading_path(plan.workdir, names[0], 'overconfidence')
-  if not file.is_file() or json.loads(file.read_text())['generations'] != num_problems:
+  if not file.is_file() or storage.read_json(file).get('generations') != num_problems:
     several = [reference_of(name, plan) for name in names]
     digits = [several[0].info.known_digits + plan.base.extra_digits]
     hosts.say(f'Reading {num_problems} sampled answers with {len(several)} references.')
@@ -219,7 +220,7 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
     about = advance.describe_machine() | {'references': [advance.describe_reference(one, plan.workdir, name)
                                                          for name, one in zip(names, several)]}
     files.write_json(file, overconfidence(readings) | {'about': about})
-  return json.loads(file.read_text())
+  return storage.read_json(file)
 
 
 def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
@@ -229,11 +230,11 @@ def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[
     load = functools.partial(reference_of, name, plan)
     levels[name] = advance.accuracy_by_digits(load, 0, 3, plan.workdir, problems(), name)
     file = advance.reading_path(plan.workdir, name, 'certainty')
-    if not file.is_file() or json.loads(file.read_text())['sets'] != num_sets:
+    if not file.is_file() or storage.read_json(file).get('sets') != num_sets:
       files.write_json(file, {'known_digits': load().info.known_digits,
                               **certainty_results(read_generations(study, plan, load()), num_sets),
                               'about': advance.describe_machine()})
-    certainty[name] = json.loads(file.read_text())
+    certainty[name] = storage.read_json(file)
   return {'levels': levels, 'certainty': certainty}
 
 

@@ -38,9 +38,9 @@ from .flags import (
     take_cores,
 )
 from .groups import compare, groups_of
-from .reference import keep_reference, load_ensemble, model_and_task, tested_before
+from .reference import keep_reference, load_ensemble, load_reference, model_and_task, tested_before
 from .tables import command, study_rows
-from .workdirs import refuse_fewer_steps, refuse_others
+from .workdirs import claim, refuse_fewer_steps
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/sweep', 'Directory of the study.')
 SEEDS = flags.DEFINE_integer('seeds', 4, 'Number of seeds, from --seed on.', lower_bound=1)
@@ -67,24 +67,27 @@ def main() -> None:
   tracks = {name: read_trackers(member) for name, member in zip(names, configs)}
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
   check_workdir(workdir, base, names)
-  reference = keep_reference(base, workdir, sharding.without_members(mesh))
+  reference = load_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   model, task = model_and_task(base, reference)
-  with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
-    step, memory = compile_step(model, task, configs, mesh)
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
+  for name, info in infos.items():
+    runner.check_workdir(workdir / 'members' / name, info)
+  with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
+    step, memory = compile_step(model, task, configs, mesh)
+  one_mesh = sharding.without_members(mesh)
+  ensemble = load_ensemble(base, reference, one_mesh)
+  keep_reference(workdir, reference)
   for name in names:
     link_reference(workdir, name)
 
-  one_mesh = sharding.without_members(mesh)
   test = evaluate.make_test(model, known, base.extra_digits, base.eval_problems, mesh=one_mesh)
   said = (f'Testing the reference: greedy answers to 2 x {base.eval_problems} problems, {known} and '
           f'{known + base.extra_digits} digits (with its compilation 10 to 40 s on a CPU).')
   with hosts.waiting(said) if base.eval_problems else contextlib.nullcontext():
-    before = tested_before(test, reference.params, workdir)
-  state = population.init_population(
-      model, configs, reference.params, mesh, load_ensemble(base, reference, sharding.without_members(mesh)))
+    before = tested_before(test, reference.params, base, workdir)
+  state = population.init_population(model, configs, reference.params, mesh, ensemble)
   del reference  # the state has its own
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
@@ -98,9 +101,10 @@ def main() -> None:
     report(base, configs, known, before, tests, memory, workdir, time.monotonic() - start)
 
 
-def check_workdir(workdir: storage.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
-  """Exits with one line if the workdir holds something else than this study."""
-  refuse_others(workdir, 'sweep')
+def check_workdir(workdir: pathlib.Path, base: FinetuneConfig, names: Sequence[str]) -> None:
+  """Keeps other runs out of the workdir, and exits with one line if it holds something else than this study."""
+  claim(workdir, 'sweep')
+  hosts.first_does(lambda: runner.check_members(workdir, list(names)), ValueError)
   for name in names:
     refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
 
@@ -186,7 +190,7 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
              reference=before.get(f'N+{base.extra_digits}'))
   tested = ('N', f'N+{base.extra_digits}') if base.eval_problems else ()
   comparison = {name: compare(groups, tests, name) for name in tested}
-  members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1]}
+  members = [{'name': name, **own, **tests[i][0], 'last_iteration': curves[i][-1] if curves[i] else {}}
              for i, (name, own) in enumerate(zip(names, population.differences(configs)))]
   result = {'before': before, 'comparison': comparison, 'members': members, 'wall_seconds': seconds,
             'population_map': memory.mapping, 'config': config.flat_values(base), 'known_digits': known,

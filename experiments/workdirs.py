@@ -1,10 +1,11 @@
 """Whose results a workdir holds: a binary refuses those of another one, instead of mixing its own with them."""
 
-import json
-import pathlib
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, hosts, locks, storage
+from critkl_jax.storage import WorkdirError
 
 from .exits import refuse
 
@@ -18,14 +19,54 @@ _HOLDS = {
 }
 
 
-def refuse_others(workdir: pathlib.Path, binary: str) -> None:
-  """Exits with one line if a workdir holds the results of another binary than this one."""
-  for owner in owners(workdir):
+# What each binary writes into its workdir, beside a reference, which has a mark of its own.
+_WRITES = {
+    'pretrain': ('checkpoints', 'metrics.jsonl', 'summary.json'),
+    'finetune': ('checkpoints', 'metrics.jsonl', 'before.json', 'curves.png', 'summary.json'),
+    'sweep': ('members', 'members.json', 'before.json', 'curves.png', 'results.json', 'results.csv'),
+    'reproduce': ('studies.json', 'runs', 'references', 'working', 'studies', 'README.md'),
+    'compare_checkpoints': ('comparison.json', 'comparison.png'),
+    'analyze': (),  # its record, analysis.json, tells its files from others
+}
+held = contextlib.ExitStack()  # workdirs of this process, until the binary ends
+
+
+def claim(workdir: storage.Path, binary: str) -> None:
+  """Keeps other runs out of a workdir until this binary ends, which `flags.run` sees to.
+
+  Exits with one line if the workdir holds the results of another binary, or files that a run would write over and none
+  has written.
+
+  Raises:
+    WorkdirError: if another run holds the workdir.
+  """
+  known = held.enter_context(locks.hold(workdir))
+  hosts.first_does(lambda: _check_owner(workdir, binary, known), ValueError)
+
+
+def _check_owner(workdir, binary, known):
+  found = owners(workdir)
+  for owner in found if binary != 'analyze' else ():
     if owner != binary:
-      refuse(f'--workdir: {workdir} holds {_HOLDS[owner]}; give another directory.')
+      raise WorkdirError(f'--workdir: {workdir} holds {_HOLDS[owner]}; give another directory.')
+  for path in (workdir / name for name in _WRITES[binary] if not (known or found)):
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+      raise WorkdirError(f'--workdir: {path} is there, and no run left it; move it away, or give another directory.')
 
 
-def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> None:
+def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
+  """Exits with one line if a file that is to be written is there and is none of this binary's: an object of JSON with
+  these names."""
+  file = storage.to_path(path)
+  try:
+    own = not file.exists() or set(names) <= storage.read_json(file).keys()
+  except WorkdirError:
+    own = False
+  if not own:
+    refuse(f'--{flag}: {path} is there, and this command did not write it; give another file.')
+
+
+def refuse_fewer_steps(directory: storage.Path, num_steps: int, flag: str) -> None:
   """Exits with one line if a directory of checkpoints holds a later step than the run is to end with: its results would
   be those of the later one."""
   last = max(checkpoint.steps_in(directory), default=0)
@@ -34,30 +75,24 @@ def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> No
                      'more, or give another --workdir.')
 
 
-def refuse_other_results(file: pathlib.Path, wanted: dict[str, Any]) -> None:
+def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
   """Exits with one line if a file of JSON is there in which a value is not the wanted one."""
-  found = read_json(file)
+  found = storage.read_json(file, advice='remove it, or give another directory') if file.exists() else wanted
   different = [f'{name}: {found.get(name)!r} then, {value!r} now' for name, value in wanted.items()
-               if found and found.get(name) != value]
+               if found.get(name) != value]
   if different:
     refuse(f'--workdir: {file} was made with other settings ({"; ".join(different)}); give the same '
                      'ones, or another directory.')
 
 
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object from a file; an empty one if the file is missing or not whole."""
-  try:
-    return json.loads(file.read_text())
-  except (FileNotFoundError, ValueError):
-    return {}
-
-
-def owners(workdir: pathlib.Path) -> list[str]:
+def owners(workdir: storage.Path) -> list[str]:
   """Returns the binaries whose results a workdir holds."""
   found = []
   step = checkpoint.latest(workdir / 'checkpoints')
   if step is not None:
     found.append(checkpoint.read_info(step).kind)
+  if any(checkpoint.latest(path) is not None for path in workdir.glob('members/*/checkpoints')):
+    found.append('sweep')
   marks = {'sweep': 'members.json', 'reproduce': 'studies.json', 'compare_checkpoints': 'comparison.json',
            'analyze': 'report.html'}
   return found + [binary for binary, mark in marks.items() if (workdir / mark).is_file()]

@@ -266,3 +266,26 @@ def test_without_the_optimizer_there_is_nothing_to_go_on_from(tmp_path, state):
 
 def test_info_knows_its_kind():
   assert dataclasses.replace(INFO, training=PRETRAIN_PRESETS['smoke']).kind == 'pretrain'
+
+
+def test_parameters_that_are_there_are_kept_and_never_in_silence(tmp_path, state, capsys):
+  params, other = state.params, jax.tree.map(lambda x: x + 1, state.params)
+  checkpoint.save_params(tmp_path, params, INFO, 3)
+  checkpoint.save_params(tmp_path, params, INFO, 3)
+  assert capsys.readouterr().out == ''
+  slower = dataclasses.replace(INFO, training=dataclasses.replace(INFO.training, save_every=9))
+  checkpoint.save_params(tmp_path, params, slower, 3)
+  assert 'is there already with the same arrays; it keeps the settings' in capsys.readouterr().out
+  other_digits = dataclasses.replace(INFO, known_digits=2)
+  for new, info, named in ((other, INFO, 'parameters'), (params, other_digits, 'known_digits')):
+    with pytest.raises(CheckpointError, match=rf'holds something else \({named} differ\); it is kept'):
+      checkpoint.save_params(tmp_path, new, info, 3)
+  assert_trees_equal(load_checkpoint(tmp_path).params, params)
+
+
+def test_the_same_parameters_are_known_without_reading_them(saved, state, tmp_path):
+  checkpoint.save_params(tmp_path / 'same', state.params, INFO, 10)
+  checkpoint.save_params(tmp_path / 'other', jax.tree.map(lambda x: x + 1, state.params), INFO, 10)
+  assert checkpoint.same_params(saved / '10', tmp_path / 'same' / '10')
+  assert not checkpoint.same_params(saved / '10', tmp_path / 'other' / '10')
+  assert not checkpoint.same_params(saved / '10', saved / '2')

@@ -10,6 +10,7 @@ from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.storage import WorkdirError
 from critkl_jax.train_step import make_train_step
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
@@ -200,6 +201,25 @@ def test_another_list_of_members_is_refused(reference, tmp_path):
   run(tmp_path, mixed()[:2], reference, 2)
   with pytest.raises(checkpoint.CheckpointError, match='made with other members'):
     run(tmp_path, mixed()[:3], reference, 2)
+
+
+def test_a_members_checkpoints_that_others_removed_cost_no_other_member_its_own(reference, tmp_path):
+  configs = mixed()[:2]
+  run(tmp_path, configs, reference, 5)
+  first, second = (tmp_path / 'members' / name / 'checkpoints' for name in population.names(configs))
+  second.rename(tmp_path / 'away')
+  with pytest.raises(WorkdirError, match=rf'{second.parent.name}/checkpoints lacks step 5, which other members have'):
+    run(tmp_path, configs, reference, 6)
+  (tmp_path / 'away').rename(second)
+  for step in (4, 5):
+    (second / str(step)).rename(tmp_path / str(step))
+  with pytest.raises(WorkdirError, match='lacks step 5'):
+    run(tmp_path, configs, reference, 6)
+  assert checkpoint.steps_in(first) == [2, 4, 5]
+  for text in ('', '{}', '["a"', '\xff'):
+    (tmp_path / 'members.json').write_text(text, encoding='latin-1')
+    with pytest.raises(WorkdirError, match=r'members.json is damaged \(line 1.*restore it, or remove it'):
+      run(tmp_path, configs, reference, 6)
 
 
 @pytest.mark.parametrize('mapping', ['vmap', 'shard'])

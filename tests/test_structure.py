@@ -17,8 +17,8 @@ ORDER = [
     *(f'ops.weighted_kl.{name}' for name in (
         'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
     'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'pretrain_step',
-    'initial_state', 'train_step', 'population', 'footprint', 'evaluate', 'hosts', 'storage', 'compilation',
-    'interruption', 'trackers', 'checksums', 'managers', 'checkpoint', 'signatures', 'runner',
+    'initial_state', 'train_step', 'population', 'footprint', 'evaluate', 'hosts', 'storage', 'locks', 'compilation',
+    'interruption', 'trackers', 'checksums', 'managers', 'checkpoint', 'signatures', 'metrics', 'runner',
     'pretraining',
     'analysis.statistics', 'analysis.style', 'analysis.curves', 'analysis.agreement', 'analysis.reading',
     'analysis.summary', 'analysis.charts', 'analysis.comparison', 'analysis.page',

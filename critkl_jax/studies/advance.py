@@ -8,7 +8,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import platform
 import shutil
@@ -57,7 +56,7 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
   """
   named = {run_name(config, base): config for config in configs}
   for file in sorted((workdir / 'working' / 'groups').glob('*/members.json')):
-    names = json.loads(file.read_text())
+    names = storage.read_json(file, list, f'remove {file.parent}, and its runs are made again')
     if named.keys().isdisjoint(names):
       continue
     group = [named.get(name) or _saved_config(file.parent / 'members' / name / 'checkpoints') for name in names]
@@ -146,7 +145,10 @@ def say_testing(what: str, num_problems: int) -> None:
 def _keep_params(workdir, info, name, params):
   """Leaves the last parameters of a run where all that reads workdirs finds them, with their reference."""
   home = run_path(workdir, name)
-  checkpoint.save_params(home / 'checkpoints', params, info, info.training.num_iterations)
+  unfinished = home / 'checkpoints.unfinished'
+  shutil.rmtree(unfinished, ignore_errors=True)  # of a process that ended in here
+  checkpoint.save_params(unfinished, params, info, info.training.num_iterations)
+  storage.replace_directory(unfinished, home / 'checkpoints')  # of a run that is made again they are there
   own = references_path(workdir, info.training.reference) / 'reference'
   if own.is_dir() and not (home / 'reference').exists():  # the one in the package is found without
     (home / 'reference').symlink_to(pathlib.Path('..', '..', own.relative_to(workdir / 'working')))
@@ -199,7 +201,7 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   """
   path = reading_path(workdir, name, 'levels')
   if path.is_file():
-    rows = json.loads(path.read_text())['rows']  # of an older version their intervals are a bootstrap's
+    rows = storage.read_json(path).get('rows', [])  # of an older version their intervals are a bootstrap's
     return [row | dict(zip(('low', 'high'), accuracy_interval(row['accuracy'], row['num_problems']))) for row in rows]
   policy = load()
   hosts.say(f'Testing {name or "the reference base"} by number of digits.')

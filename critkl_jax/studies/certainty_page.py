@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from critkl_jax import storage
 from critkl_jax.analysis import charts
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.critical_tokens import THRESHOLD
@@ -42,7 +43,7 @@ def write_certainty(study: Study, plan: Plan, tokens: dict[str, np.ndarray], kno
       generation_gaps(tokens['certainty'], critical & here, here & ~critical),
       {name: position_means(values, here) for name, values in means.items()},
       position_means(critical & here, here), home / 'generations.png', _title(results))
-  (home / 'README.md').write_text(_certainty_page(results))
+  storage.write_text(home / 'README.md', _certainty_page(results))
   return results
 
 

@@ -25,7 +25,7 @@ def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict
   writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
   writer.writeheader()
   writer.writerows(rows)
-  (home / 'results.csv').write_text(file.getvalue())
+  storage.write_text(home / 'results.csv', file.getvalue())
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -56,7 +56,7 @@ def write_index(workdir: pathlib.Path) -> None:
     found = itertools.dropwhile(lambda line: not line.startswith(('- ', '| ')), text[start + 1:])
     said += ['', *itertools.takewhile(bool, found)] if said else itertools.takewhile(bool, found)
     lines += [f'## [{page.parent.name}](studies/{page.parent.name}/README.md)', '', text[2], '', *said, '']
-  (workdir / 'README.md').write_text('\n'.join(lines))
+  storage.write_text(workdir / 'README.md', '\n'.join(lines))
 
 
 def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from critkl_jax import storage
 from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import FEW, interval_text, signature_lines, table, write_files
@@ -24,7 +25,7 @@ def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.P
   write_files(home, results, rows)
   if rows:
     _plot_climbs(results, home / 'climbs.png')
-  (home / 'README.md').write_text(_ladder_page(results))
+  storage.write_text(home / 'README.md', _ladder_page(results))
   return home
 
 

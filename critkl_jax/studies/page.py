@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from critkl_jax import storage
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save, split_label
@@ -39,7 +40,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
     plot_arms(results, home / 'arms.png', colours)
   if results.get('levels'):
     plot_levels(results['levels'], home / 'levels.png')
-  (home / 'README.md').write_text(page_of(results))
+  storage.write_text(home / 'README.md', page_of(results))
   return home
 
 

@@ -1,12 +1,12 @@
 """What studies lack: the runs they ask for, those that are recorded, and the time that the others will take."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
 
+from critkl_jax import storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.studies.advance import record_path
 from critkl_jax.studies.catalog import STANDARD, Arm, Study, arm_config
@@ -110,7 +110,7 @@ class Plan:
     """Returns how many runs a study lacks, those among them that follow from others; a study of tokens is one run."""
     if study.reads == 'tokens':
       file = self.workdir / 'studies' / study.name / 'results.json'
-      return int(not file.is_file() or json.loads(file.read_text())['sets'] != len(self.seeds(study)))
+      return int(not file.is_file() or storage.read_json(file).get('sets') != len(self.seeds(study)))
     return sum(self.record(study, arm, seed) is None for arm in study.arms for seed in self.seeds(study))
 
   def seconds_per_run(self) -> float | None:

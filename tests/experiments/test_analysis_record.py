@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.analysis_record import check_workdir, claim_workdir
+from experiments.analysis_record import check_workdir, claim_workdir, finish_workdir
 
 OLD, NEW = {'problems': 1, 'seed': 0}, {'problems': 2, 'seed': 0}
 
@@ -29,7 +29,10 @@ def test_the_same_analysis_is_replaced(workdir):
   assert check_workdir(workdir, dict(OLD), ['page', 'b.png'], overwrite=False)
   assert names(workdir) == ['a.png', 'analysis.json', 'mine', 'page']  # nothing is deleted before there is a new one
   claim_workdir(workdir, OLD, ['page', 'b.png'])
-  assert names(workdir) == ['analysis.json', 'mine']  # no stale picture
+  assert names(workdir) == ['a.png', 'analysis.json', 'mine', 'page']
+  assert check_workdir(workdir, OLD, ['page', 'a.png'], overwrite=False)  # a process that ends here leaves no stranger
+  finish_workdir(workdir, OLD, ['page', 'b.png'])
+  assert names(workdir) == ['analysis.json', 'mine', 'page']  # no stale picture
 
 
 def test_another_analysis_needs_leave(workdir):
@@ -49,7 +52,7 @@ def test_files_of_anything_else_are_kept(workdir, overwrite):
 def test_only_files_in_the_workdir_are_deleted(workdir):
   claim_workdir(workdir, OLD, ['../outside'])
   (workdir.parent / 'outside').write_text('')
-  claim_workdir(workdir, OLD, [])
+  finish_workdir(workdir, OLD, [])
   assert (workdir.parent / 'outside').exists()
 
 

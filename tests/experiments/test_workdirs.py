@@ -4,10 +4,12 @@ import pytest
 from checkpoints import SMOKE, finetuned_workdir, write
 from processes import refused
 
-from critkl_jax import checkpoint, runner
+from critkl_jax import checkpoint, locks, runner
 from critkl_jax.config import replace
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.pretraining import pretrain
+from critkl_jax.storage import WorkdirError
+from experiments import workdirs
 
 
 @pytest.fixture(scope='module')
@@ -63,3 +65,56 @@ def test_the_reference_of_another_pretraining_is_refused(finetuned, tmp_path):
     pretrain(replace(SMOKE, learning_rate=0.5), tmp_path)
   assert not (tmp_path / 'metrics.jsonl').exists()
   assert runner.read_metrics(tmp_path / 'metrics.jsonl') == []
+
+
+def claim(workdir, binary):
+  with workdirs.held:
+    workdirs.claim(workdir, binary)
+
+
+MARKS = {'members.json', 'studies.json', 'comparison.json'}  # by them a run of an older version is known
+WRITTEN = [(binary, name) for binary, names in workdirs._WRITES.items() for name in names if name not in MARKS]
+
+
+@pytest.mark.parametrize(('binary', 'name'), WRITTEN)
+def test_a_file_that_a_run_would_write_over_is_refused_by_name(tmp_path, binary, name):
+  mine = tmp_path / name if '.' in name else tmp_path / name / 'mine'
+  mine.parent.mkdir(exist_ok=True)
+  mine.write_text('mine')
+  with pytest.raises(WorkdirError, match=f'{tmp_path / name} is there, and no run left it; move it away'):
+    claim(tmp_path, binary)
+  assert contents(tmp_path) == {mine: b'mine'}
+  (tmp_path / locks.LOCK).touch()  # a run has been here
+  claim(tmp_path, binary)
+
+
+@pytest.mark.parametrize('binary', workdirs._WRITES)
+def test_other_files_are_in_no_ones_way(tmp_path, binary):
+  (tmp_path / 'notes.txt').touch()
+  (tmp_path / 'checkpoints').mkdir()
+  claim(tmp_path, binary)
+  claim(tmp_path / 'new', binary)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoints', 'notes.txt']
+
+
+def test_a_workdir_of_an_older_version_is_known_by_its_checkpoints(finetuned):
+  before = contents(finetuned)
+  (finetuned / 'summary.json').touch()
+  claim(finetuned, 'finetune')
+  (finetuned / 'summary.json').unlink()
+  with pytest.raises(WorkdirError, match='holds a fine-tuning run'):
+    claim(finetuned, 'sweep')
+  assert contents(finetuned) == before
+
+
+@pytest.mark.parametrize('text', ['mine', '', '[]', '{"step": 1}', '\xff'])
+def test_a_table_is_not_written_over_a_file_of_others(tmp_path, capsys, text):
+  file = tmp_path / 'table.json'
+  workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')
+  file.write_text(text, encoding='latin-1')
+  with pytest.raises(SystemExit) as end:
+    workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')
+  assert end.value.code == 2
+  assert f'--json: {file} is there, and this command did not write it' in capsys.readouterr().err
+  file.write_text('{"checkpoint": "x", "step": 3}')
+  workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')

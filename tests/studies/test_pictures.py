@@ -12,7 +12,6 @@ from critkl_jax.studies.results import FIGURES
 BLUE, ORANGE, GREY = PENALTIES['prioritized'], PENALTIES['standard'], PENALTIES['none']
 
 
-
 def made_up(study, compares=True):
   """Returns results in which the figure of the number i of an arm's place is i / 10."""
   arms = {arm.label: {'reference': '', 'compares_with_reference': compares, 'figures': {

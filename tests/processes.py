@@ -8,7 +8,7 @@ import sys
 
 from compilation import QUICK
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def start(binary, *flags, devices=1, quick=None):

@@ -1,0 +1,220 @@
+"""One run at a time in a workdir: a lock that survives nothing but its process.
+
+`WORKDIR/run.lock` names the process that writes there. The operating system locks the file for as long as the process
+lives (`flock`), so that one left by a killed process stands in nobody's way. Where such a lock does not reach, on file
+systems that several hosts share, the file's time of change is a sign of life. The file stays after the run: it says
+that the files beside it were written by runs of this project.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from critkl_jax import hosts, storage
+from critkl_jax.storage import WorkdirError
+
+LOCK = 'run.lock'
+BEAT = 5.0  # seconds between signs of life
+PATIENCE = 4 * BEAT  # seconds without one, after which a process on another host is taken for dead
+
+
+@dataclasses.dataclass
+class _Held:
+  """A lock of this process: its thread, and whether runs had written into the workdir before."""
+
+  thread: int
+  known: bool
+
+
+_held: dict[pathlib.Path, _Held] = {}
+_files: set[int] = set()
+_guard = threading.Lock()
+
+
+def _forget():
+  """Gives up, in a forked child, what its parent holds: else the lock would live as long as the child."""
+  for file in _files:
+    os.close(file)
+  _held.clear()
+  _files.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+@contextlib.contextmanager
+def hold(workdir: str | os.PathLike) -> Iterator[bool]:
+  """Keeps other runs out of a workdir, which is made if needed, while the context lasts.
+
+  The thread that holds a workdir may hold it again. A member's workdir is held with its study. Of several hosts the
+  first one holds it for all. A workdir in a bucket cannot be locked, which is said.
+
+  Args:
+    workdir: of a run.
+
+  Returns:
+    Whether a run has written into the workdir before, as far as its lock tells; files that are there are its own then.
+
+  Raises:
+    WorkdirError: if another run holds the workdir, or nothing can be written into it.
+  """
+  if storage.is_remote(workdir):
+    hosts.say(f'{workdir} cannot be locked: take care that no other run writes into it.')
+    yield True
+    return
+  root = _root(pathlib.Path(os.path.realpath(os.path.expanduser(workdir))))
+  with _guard:
+    own = _held.get(root)
+  if own and own.thread == threading.get_ident():
+    yield own.known
+    return
+  if own:
+    raise WorkdirError(f'{root}: another thread of this process writes into it; wait for it, or give another workdir.')
+  with _first_host_holds(root) as known:
+    with _guard:
+      _held[root] = _Held(threading.get_ident(), known)
+    try:
+      yield known
+    finally:
+      with _guard:
+        _held.pop(root, None)
+
+
+def _root(workdir):
+  """Returns the workdir to be locked: that of the study for a member's."""
+  study = workdir.parent.parent
+  return study if workdir.parent.name == 'members' and os.path.isfile(study / 'members.json') else workdir
+
+
+@contextlib.contextmanager
+def _first_host_holds(root):
+  with contextlib.ExitStack() as stack:
+    known = hosts.first_does(lambda: stack.enter_context(_locked(root)), WorkdirError)
+    yield bool(hosts.as_first_says(bool(known)))
+
+
+@contextlib.contextmanager
+def _locked(root):
+  """Locks a workdir on this host; a lock file that is new goes again if nothing else was written meanwhile."""
+  try:
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    before = set(os.listdir(root))
+    file, new = _lock(root / LOCK)
+  except OSError as error:
+    raise WorkdirError(f'{root}: nothing can be written there ({error.strerror}); give another workdir.') from error
+  _files.add(file)
+  over = threading.Event()
+  thread = threading.Thread(target=_show_life, args=(file, over), daemon=True)
+  thread.start()
+  try:
+    yield not new
+  finally:
+    over.set()
+    thread.join()
+    if file in _files:  # not in a forked child
+      _files.remove(file)
+      _release(root, file, made, new and set(os.listdir(root)) == before | {LOCK})
+
+
+def _lock(path):
+  """Returns the descriptor of a locked file that names this process, and whether the file is new."""
+  while True:
+    new = not path.exists()
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+      reaches = _flock(file, path)
+      if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # else its holder has just removed it
+        _refuse_living(path, _holder(file), reaches)
+        _write(file, {'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')})
+        return file, new
+    except BaseException:
+      os.close(file)
+      raise
+    os.close(file)
+
+
+def _flock(file, path):
+  """Locks a file; returns whether its file system knows such locks."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise _in_use(path, _holder(file)) from None
+  except OSError:
+    return False
+  return True
+
+
+def _refuse_living(path, holder, reaches):
+  """Refuses a workdir whose holder lives where the lock of the operating system does not reach."""
+  if not holder:
+    return
+  here = holder['host'] == socket.gethostname()
+  if here and (reaches or not _is_running(holder['pid'])):
+    return
+  hosts.say(f'{path} names process {holder["pid"]} on {holder["host"]}: waiting {PATIENCE:.0f} s for a sign of life.')
+  before, end = _changed(path), time.monotonic() + PATIENCE
+  while time.monotonic() < end:
+    time.sleep(min(1.0, PATIENCE / 10))
+    if _changed(path) != before:
+      raise _in_use(path, holder)
+
+
+def _in_use(path, holder):
+  who = f'process {holder["pid"]} on {holder["host"]}, since {holder["since"]}' if holder else 'another process'
+  return WorkdirError(f'{path.parent} is in use: {who}, writes into it; wait for that run, stop it, or give another '
+                      'workdir.')
+
+
+def _changed(path):
+  with path.open() as file:  # opened anew each time: file systems of several hosts look again only then
+    return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _is_running(pid):
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return True
+
+
+def _holder(file):
+  """Returns host, process and time that a lock file names; None if it names none, as after an orderly end."""
+  try:
+    found = json.loads(os.pread(file, 4096, 0))
+    return {'host': str(found['host']), 'pid': int(found['pid']), 'since': str(found['since'])}
+  except (ValueError, KeyError, TypeError):
+    return None
+
+
+def _write(file, value):
+  os.ftruncate(file, 0)
+  os.pwrite(file, f'{json.dumps(value)}\n'.encode(), 0)
+
+
+def _show_life(file, over):
+  while not over.wait(BEAT):
+    with contextlib.suppress(OSError):
+      os.utime(file)
+
+
+def _release(root, file, made, unused):
+  with contextlib.suppress(OSError):  # what is left then is a file that names a process which has ended
+    if unused:
+      os.unlink(root / LOCK)
+      for path in made:
+        path.rmdir()
+    else:
+      _write(file, {'ended': time.strftime('%Y-%m-%d %H:%M:%S')})
+    fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a child that was just forked has not closed its own yet
+  os.close(file)

@@ -1,0 +1,145 @@
+"""Metrics of a run: a line of JSON for each step in metrics.jsonl, which every checkpoint holds too."""
+
+import base64
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from critkl_jax import hosts, storage, trackers
+from critkl_jax.signatures import MEANING, signatures
+from critkl_jax.storage import WorkdirError
+
+FILE = 'metrics.jsonl'
+
+
+class MetricsWriter:
+  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
+  one writes.
+
+  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
+  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
+  Metrics of critical tokens have no entry where there were none.
+  """
+
+  def __init__(self, workdir: storage.Path, first_step: int, track: Callable | None = None):
+    self._path, self._trackers, self._rows, self._warned = workdir / FILE, [], [], set()
+    self._lines: list[str] = []
+    if not hosts.is_first():
+      return
+    with storage.writing(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+    self._rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
+    self._lines = [storage.to_json(row) + '\n' for row in self._rows]
+    storage.write_text(self._path, self.text())
+    self._trackers = (track or trackers.open_trackers)(workdir, first_step)
+
+  def write(self, step: int, metrics: dict[str, Any]) -> None:
+    """Adds the metrics of one step, Python or NumPy numbers."""
+    if not hosts.is_first():
+      return
+    metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
+    self._rows.append({'step': step, **metrics})
+    metrics |= self._signatures(step)
+    self._lines.append(storage.to_json({'step': step, **metrics}) + '\n')
+    if not storage.is_remote(self._path):
+      with storage.writing(self._path), self._path.open('a') as file:
+        file.write(self._lines[-1])
+    for tracker in self._trackers:
+      tracker.write(step, metrics)
+
+  def text(self) -> str:
+    """Returns all lines."""
+    return ''.join(self._lines)
+
+  def packed(self) -> dict[str, str]:
+    """Returns all lines compressed, for the checkpoint: what becomes of the file is no loss then."""
+    return {'zlib_base85': base64.b85encode(zlib.compress(self.text().encode(), 1)).decode()}
+
+  def _signatures(self, step):
+    found = signatures(self._rows)
+    for name in (name for name, seen in found.items() if seen and name not in self._warned):
+      logging.warning('%s, step %d: %s: %s.', self._path.parent, step, name, MEANING[name])
+      self._warned.add(name)
+    return {f'signature/{name}': float(seen) for name, seen in found.items()}
+
+  def flush(self) -> None:
+    """Writes the lines so far in a bucket, to whose files nothing is appended; to be called before each save."""
+    if storage.is_remote(self._path):
+      storage.write_text(self._path, self.text())
+
+  def close(self) -> None:
+    """Finishes the lines, and what the trackers write."""
+    self.flush()
+    for tracker in self._trackers:
+      tracker.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
+  none.
+
+  Raises:
+    WorkdirError: if another line is not one of metrics; the message names it.
+  """
+  rows, fault = storage.read_lines(path)
+  for number, row in enumerate(rows, start=1):
+    wrong = [name for name, value in row.items() if not (value is None or type(value) in (int, float))]
+    if type(row.get('step')) is not int:
+      rows, fault = rows[:number - 1], f'line {number} has no step'
+      break
+    if wrong:
+      rows, fault = rows[:number - 1], f'line {number}: {wrong[0]} is not a number'
+      break
+  if fault:
+    raise WorkdirError(f'{path} is damaged ({fault}); the same command as before restores it from the newest '
+                       'checkpoint, or else remove that line.')
+  return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def saved_lines(path: storage.Path) -> str | None:
+  """Reads the lines of metrics that a step directory holds; None if it has none, as those of older versions, or if they
+  cannot be read, which is said."""
+  file = path / 'rows' / 'metadata'
+  if not file.is_file():
+    return None
+  try:
+    return zlib.decompress(base64.b85decode(json.loads(file.read_text())['zlib_base85'])).decode()
+  except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+    hosts.say(f'{file} cannot be read ({error}): {FILE} is taken as it is.')
+    return None
+
+
+def mend_metrics(workdir: storage.Path, step: int, known: bool) -> None:
+  """Restores the metrics file of a run that goes on from what its checkpoint holds, where lines are missing or damaged,
+  and says so.
+
+  Args:
+    workdir: of the run, or of a member.
+    step: number of finished steps, those of the checkpoint from which it goes on.
+    known: whether a file without a checkpoint was written by a run.
+
+  Raises:
+    WorkdirError: if a file that no run wrote is in the way, or is damaged and the checkpoint does not help.
+  """
+  path = workdir / FILE
+  found = path.read_bytes() if path.is_file() else b''
+  saved = saved_lines(workdir / 'checkpoints' / str(step)) if step else None
+  if saved is not None:
+    if not found.startswith(saved.encode()):
+      hosts.say(f'{path}: lines were missing or had been changed; restored from the checkpoint of step {step}.')
+    if found != saved.encode():  # lines of later steps go: the run makes these steps again
+      storage.write_text(path, saved)
+  elif step:
+    number = len({row['step'] for row in read_metrics(path) if row['step'] <= step})
+    if number < step:
+      hosts.say(f'{path} has lines of {number} of the {step} finished steps only: pictures and sums lack the others.')
+  elif found and not known:
+    raise WorkdirError(f'{path} is there, and no run left it; move it away, or give another workdir.')
+  elif found:
+    storage.write_text(path, '')  # of a run that was stopped before its first checkpoint
