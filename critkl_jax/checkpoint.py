@@ -124,8 +124,7 @@ def same_params(path: storage.Path, other: storage.Path) -> bool:
   """Returns whether two step directories hold the same parameters and say the same of them, by their configs."""
   one, two = _stored_config(path), _stored_config(other)
   sums = [values.get('checksums', {}).get('params') for values in (one, two)]
-  return (path.name == other.name and None not in sums and sums[0] == sums[1] and
-          all(one.get(name) == two.get(name) for name in ('kind', 'known_digits', 'model', 'training')))
+  return path.name == other.name and None not in sums and sums[0] == sums[1] and read_info(path) == read_info(other)
 
 
 def _stored_config(path):
@@ -148,23 +147,23 @@ def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo,
     CheckpointError: if the step is there and holds something else.
   """
   if hosts.as_first_says(step in steps_in(directory)):
-    config = _config(info, {'params': params})
-    hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), config), CheckpointError)
+    sums = checksums(params)
+    hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), info, sums), CheckpointError)
     return
   with managers.opened(directory) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 
-def _check_equal(path: storage.Path, config: dict[str, Any]) -> None:
+def _check_equal(path: storage.Path, info: CheckpointInfo, sums: dict[str, int]) -> None:
   """Refuses a step directory that holds something else than what is to be saved under its number."""
-  old, new = _stored_config(path), json.loads(json.dumps(config))
-  sums = old.get('checksums', new['checksums'])  # an older version kept none
-  different = [name for name in ('kind', 'known_digits') if old.get(name) != new[name]]
-  different += ['parameters'] if sums.get('params') != new['checksums']['params'] else []
+  old = read_info(path)
+  different = [name for name in ('kind', 'known_digits') if getattr(old, name) != getattr(info, name)]
+  if _stored_config(path).get('checksums', {}).get('params', sums) != sums:  # an older version kept none
+    different.append('parameters')
   if different:
     raise CheckpointError(f'{path} is there already and holds something else ({", ".join(different)} differ); it is '
                           'kept, and nothing was saved over it: move it away, or give another directory.')
-  if (old['model'], old['training']) != (new['model'], new['training']):
+  if old != info:
     hosts.say(f'{path} is there already with the same arrays; it keeps the settings that it was saved with.')
 
 
