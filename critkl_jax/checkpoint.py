@@ -248,6 +248,16 @@ def read_info_together(path: storage.Path) -> CheckpointInfo:
   return info
 
 
+def newest_info(directory: str | os.PathLike) -> CheckpointInfo | None:
+  """Reads the config of the newest checkpoint in a directory whose config is whole; None if there is none.
+
+  Raises:
+    CheckpointError: as `read_info`, but for what is missing or damaged.
+  """
+  path = storage.to_path(directory)
+  return newest_whole(steps_in(path), lambda step: read_info(path / str(step)))[0]
+
+
 def _read_config(path):
   file = path / 'config' / 'metadata'
   if not file.is_file():

@@ -88,9 +88,9 @@ def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
 def owners(workdir: storage.Path) -> list[str]:
   """Returns the binaries whose results a workdir holds."""
   found = []
-  step = checkpoint.latest(workdir / 'checkpoints')
-  if step is not None:
-    found.append(checkpoint.read_info(step).kind)
+  info = checkpoint.newest_info(workdir / 'checkpoints')
+  if info is not None:
+    found.append(info.kind)
   if any(checkpoint.latest(path) is not None for path in workdir.glob('members/*/checkpoints')):
     found.append('sweep')
   marks = {'sweep': 'members.json', 'reproduce': 'studies.json', 'compare_checkpoints': 'comparison.json',

@@ -67,8 +67,8 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
 
 
 def _saved_config(directory):
-  path = checkpoint.latest(directory)
-  return None if path is None else checkpoint.read_info(path).training
+  info = checkpoint.newest_info(directory)
+  return info and info.training
 
 
 def _program(config):
