@@ -10,8 +10,8 @@ import buckets
 import pytest
 from checkpoints import finetuned_workdir
 from compilation import QUICK
+from processes import refused
 
-pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 # Starts a binary with the buckets of a folder registered; TensorStore's server is in the process of the test.
 START = ('import runpy, sys; import buckets; root, binary, *flags = sys.argv[1:]; buckets.register(root); '
@@ -27,6 +27,12 @@ def root(tmp_path_factory):
     yield root
 
 
+def test_an_unknown_scheme_is_refused():
+  assert 'foo://bucket/run: expected a path on this machine, or of a bucket' in refused(
+      'finetune', '--preset=smoke', '--workdir=foo://bucket/run')
+  assert not (ROOT / 'foo:').exists()
+
+
 def run(root, binary, *flags):
   variables = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'}
   done = subprocess.run([sys.executable, '-c', START, root, binary, *map(str, flags)], cwd=ROOT, text=True,
@@ -35,6 +41,7 @@ def run(root, binary, *flags):
   return done.stdout
 
 
+@pytest.mark.slow
 def test_finetune_evaluate_and_analyze(root):
   given = root / 'bucket' / 'given' / 'reference'
   flags = ('--preset=smoke', f'--reference={given}', '--eval_problems=2', '--workdir=gs://bucket/run')
@@ -54,6 +61,7 @@ def test_finetune_evaluate_and_analyze(root):
   assert (root / 'bucket' / 'analysis' / 'tokens.csv').is_file()
 
 
+@pytest.mark.slow
 def test_sweep_and_its_members(root):
   given = root / 'bucket' / 'given' / 'reference'
   run(root, 'sweep', '--preset=smoke', f'--reference={given}', '--num_iterations=1', '--eval_problems=0', '--seeds=1',

@@ -1,5 +1,6 @@
 """Disks that are full, and files that cannot be written: one sentence, and the last whole checkpoint goes on."""
 
+import errno
 import os
 import pathlib
 import subprocess
@@ -8,8 +9,8 @@ import sys
 import pytest
 
 from critkl_jax import checkpoint
+from experiments import flags
 
-pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -30,6 +31,17 @@ def said(err):
   return lines[0]
 
 
+def test_what_cannot_be_written_is_one_sentence():
+  error = OSError(errno.ENOSPC, 'No space left on device', 'a/b')
+  error.add_note('the last whole checkpoint in a is step 3')
+  assert flags.sentence_of(error) == (
+      'error: No space left on device: a/b; the last whole checkpoint in a is step 3; free some space and give the same '
+      'command again.')
+  assert flags.sentence_of(PermissionError(errno.EACCES, 'Permission denied', 'c')) == (
+      'error: Permission denied: c; mend that and give the same command again.')
+
+
+@pytest.mark.slow
 def test_a_file_that_may_not_be_longer(tmp_path):
   code, _, err = fill(tmp_path / 'run', 2, 500, limit=300)
   assert code == 1
@@ -52,6 +64,7 @@ def disk(tmp_path):
   subprocess.run(['umount', '-l', place], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(disk):
   code, _, err = fill(disk / 'run', 60, 500)
   assert code == 1

@@ -10,8 +10,8 @@ from checkpoints import finetuned_workdir
 from processes import metrics, run
 
 from critkl_jax import checkpoint
+from critkl_jax.tasks.addition import plus_task
 
-pytestmark = pytest.mark.slow
 BINARIES = {
     'pretrain': ['--preset=smoke', '--num_steps=2', '--eval_problems=2'],
     'sweep': ['--preset=smoke', '--num_iterations=1', '--eval_problems=2', '--seeds=1', '--certainty_exponents=0,150'],
@@ -26,6 +26,17 @@ def home(tmp_path_factory):
   return home
 
 
+def test_problems_and_solutions_are_the_same():
+  task, found = plus_task(3, 1), []
+  for on in (False, True):
+    with jax.enable_x64(on):
+      problem = task.sample(jax.random.key(5))
+      found.append(jax.tree.map(np.asarray, (problem, task.prompt(problem), task.solution(problem))))
+  for one, two in zip(*map(jax.tree.leaves, found), strict=True):
+    assert one.dtype == two.dtype
+    np.testing.assert_array_equal(one, two)
+
+
 def finetune(home, workdir, iterations, *flags):
   run('finetune', '--preset=smoke', f'--reference={home / "reference"}', f'--num_iterations={iterations}',
       '--eval_problems=2', f'--workdir={workdir}', *flags)
@@ -37,6 +48,7 @@ def assert_alike(one, two):
     assert value == pytest.approx(two[name], rel=1e-4, abs=1e-6, nan_ok=True), name
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_and_goes_on_without_it(home, tmp_path, monkeypatch):
   finetune(home, tmp_path / 'plain', 2)
   monkeypatch.setenv('JAX_ENABLE_X64', '1')
@@ -54,6 +66,7 @@ def test_a_run_is_the_same_and_goes_on_without_it(home, tmp_path, monkeypatch):
   assert [row['step'] for row in metrics(tmp_path / 'plain')] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_reading_is_the_same(home, tmp_path, monkeypatch):
   found = []
   for on in ('0', '1'):
@@ -77,6 +90,7 @@ def flat(value):
   return [value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('binary', BINARIES)
 def test_other_binaries_run(binary, home, tmp_path, monkeypatch):
   monkeypatch.setenv('JAX_ENABLE_X64', '1')
