@@ -35,8 +35,8 @@ def test_what_cannot_be_written_is_one_sentence():
   error = OSError(errno.ENOSPC, 'No space left on device', 'a/b')
   error.add_note('the last whole checkpoint in a is step 3')
   assert flags.sentence_of(error) == (
-      'error: No space left on device: a/b; the last whole checkpoint in a is step 3; free some space and give the same '
-      'command again.')
+      'error: No space left on device: a/b; the last whole checkpoint in a is step 3; free some space and give the '
+      'same command again.')
   assert flags.sentence_of(PermissionError(errno.EACCES, 'Permission denied', 'c')) == (
       'error: Permission denied: c; mend that and give the same command again.')
 
