@@ -42,7 +42,7 @@ def causal_attention(query: chex.Array, key: chex.Array, value: chex.Array, mask
   blocks = []
   for start in range(0, length, BLOCK):
     end = min(start + BLOCK, length)
-    causal = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+    causal = jnp.arange(end, dtype=jnp.int32)[None] <= jnp.arange(start, end, dtype=jnp.int32)[:, None]
     visible = mask[:, None, None, :end] & causal[None, None]
     blocks.append(attend(query[:, :, start:end], key[..., :end], value[:, :, :end], visible))
   return jnp.swapaxes(jnp.concatenate(blocks, 2), 1, 2)

@@ -84,6 +84,12 @@ def positive(config: Any, *names: str) -> None:
       raise ValueError(f'{name}: expected a positive number, got {getattr(config, name)}.')
 
 
+def other_than(config: Any, name: str, refused: float, reason: str) -> None:
+  """Raises ValueError if a field has one certain value, and says why it may not."""
+  if getattr(config, name) == refused:
+    raise ValueError(f'{name}: expected another number than {refused}: {reason}.')
+
+
 def between(config: Any, least: float, most: float, *names: str) -> None:
   """Raises ValueError unless fields lie between two values."""
   for name in names:

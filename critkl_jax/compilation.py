@@ -8,6 +8,8 @@ import time
 
 import jax
 
+from critkl_jax import storage
+
 _LONGEST_INTERVALS = 4096  # older ones are summed up
 
 
@@ -28,7 +30,7 @@ def keep_programs(directory: str | os.PathLike) -> None:
   """
   if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     return
-  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(directory).expanduser() / _processor()))
+  jax.config.update('jax_compilation_cache_dir', str(storage.to_path(directory) / _processor()))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 

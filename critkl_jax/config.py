@@ -6,7 +6,7 @@ the types of their fields, or refused by name, when a config is made.
 
 import dataclasses
 
-from critkl_jax.checks import LARGEST_SEED, at_least, between, convert_fields, one_of, positive
+from critkl_jax.checks import LARGEST_SEED, at_least, between, convert_fields, one_of, other_than, positive
 from critkl_jax.views import flat_fields as flat_fields
 from critkl_jax.views import flat_values as flat_values
 from critkl_jax.views import from_dict as from_dict
@@ -90,6 +90,7 @@ class PretrainConfig:
       the run stops.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
+    max_to_keep: How many checkpoints are kept: the newest two, the first, and others spread over the run; 0 for all.
     eval_problems: Problems in each cell of the final accuracy table.
   """
 
@@ -107,6 +108,7 @@ class PretrainConfig:
   max_skipped: int = 3
   seed: int = 0
   save_every: int = 200
+  max_to_keep: int = 20
   eval_problems: int = 200
 
   def __post_init__(self):
@@ -114,7 +116,8 @@ class PretrainConfig:
     between(self, 1, MOST_DIGITS, 'known_digits')
     between(self, 0, MOST_PROBLEMS, 'eval_problems')
     at_least(self, 1, 'batch_size', 'num_steps', 'max_skipped', 'save_every')
-    at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed')
+    at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'max_to_keep')
+    other_than(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
     positive(self, 'learning_rate', 'max_grad_norm')
     between(self, 0, 1, 'final_learning_rate')
     one_of(self, 'optimizer', 'muon', 'adamw')
@@ -232,6 +235,7 @@ class FinetuneConfig:
     window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
     seed: Seed of problems and samples.
     save_every: Iterations between checkpoints.
+    max_to_keep: How many checkpoints are kept: the newest two, the first, and others spread over the run; 0 for all.
     eval_problems: Problems in each accuracy before and after.
   """
 
@@ -264,6 +268,7 @@ class FinetuneConfig:
   window: int = 0
   seed: int = 0
   save_every: int = 4
+  max_to_keep: int = 20
   eval_problems: int = 128
 
   def __post_init__(self):
@@ -272,7 +277,8 @@ class FinetuneConfig:
              'save_every')
     between(self, 0, MOST_DIGITS, 'extra_digits')
     between(self, 0, MOST_PROBLEMS, 'eval_problems')
-    at_least(self, 0, 'critic_warmup', 'window', 'seed')
+    at_least(self, 0, 'critic_warmup', 'window', 'seed', 'max_to_keep')
+    other_than(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
     positive(self, 'learning_rate', 'max_grad_norm')
     if not self.wrong_reward < 1:
       raise ValueError(f'wrong_reward: expected less than 1, the reward of a right response, got {self.wrong_reward}.')

@@ -189,10 +189,11 @@ def _places(key, mask, num_positions, always):
   if num_positions is None:
     return mask.astype(jnp.float32)
   rest = mask & ~always
-  noise = jnp.where(rest, jax.random.uniform(key, mask.shape), -1.0)
+  noise = jnp.where(rest, jax.random.uniform(key, mask.shape, jnp.float32), -1.0)
   order = jnp.argsort(jnp.argsort(-noise, axis=1), axis=1)
   drawn = rest & (order < num_positions)
-  stands_for = jnp.sum(rest, 1, keepdims=True) / jnp.maximum(jnp.sum(drawn, 1, keepdims=True), 1)
+  number, looked_at = (jnp.sum(some, 1, keepdims=True, dtype=jnp.float32) for some in (rest, drawn))
+  stands_for = number / jnp.maximum(looked_at, 1.0)
   return jnp.where(always, 1.0, jnp.where(drawn, stands_for, 0.0)).astype(jnp.float32)
 
 

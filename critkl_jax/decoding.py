@@ -107,7 +107,7 @@ def start(decoder: Decoder, policy_state: Any, prompt: chex.Array, prompt_mask: 
     _, _, policy_state = decoder.policy(prompt[:, :-1], prompt_mask[:, :-1], policy_state)
   zeros, shape = jnp.zeros(batch_size, jnp.int32), (batch_size, decoder.max_new_tokens + decoder.window)
   return Episodes(
-      rows=jnp.arange(batch_size),
+      rows=jnp.arange(batch_size, dtype=jnp.int32),
       keys=_keys(key, batch_size),
       token=prompt[:, -1].astype(jnp.int32), length=zeros, active=jnp.ones(batch_size, bool), stop_state=zeros,
       num_calls=zeros,
@@ -130,7 +130,7 @@ def go_on(decoder: Decoder, policy_state: Any, rollout: Rollout, position: chex.
     key: PRNG key, consumed.
   """
   batch_size = position.shape[0]
-  kept = jnp.arange(rollout.actions.shape[1])[None] < position[:, None]
+  kept = jnp.arange(rollout.actions.shape[1], dtype=jnp.int32)[None] < position[:, None]
 
   def first(x, fill):
     return jnp.pad(jnp.where(kept, x, fill), ((0, 0), (0, decoder.window)), constant_values=fill)
@@ -140,7 +140,8 @@ def go_on(decoder: Decoder, policy_state: Any, rollout: Rollout, position: chex.
   stop_state = jnp.take_along_axis(states, position[:, None] + 1, 1)[:, 0]
   length = position.astype(jnp.int32) + 1
   return Episodes(
-      rows=jnp.arange(batch_size), keys=_keys(key, batch_size), token=token.astype(jnp.int32), length=length,
+      rows=jnp.arange(batch_size, dtype=jnp.int32), keys=_keys(key, batch_size), token=token.astype(jnp.int32),
+      length=length,
       active=(stop_state < decoder.stop.shape[0]) & (length < decoder.max_new_tokens), stop_state=stop_state,
       num_calls=jnp.zeros(batch_size, jnp.int32), actions=actions, log_probs=first(rollout.log_probs, 0.0),
       values=first(rollout.values, 0.0), policy_state=policy_state)
@@ -155,7 +156,7 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
     tokens = jnp.concatenate([tokens, jnp.maximum(drafted, 0)], 1)
   read = jnp.broadcast_to(e.active[:, None], tokens.shape)
   logits, values, policy_state = decoder.policy(tokens, read, e.policy_state)
-  position = e.length[:, None] + jnp.arange(window)[None]
+  position = e.length[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
   sampled, log_probs = _sample(decoder, e.keys, position, logits)
   stop_states = _stop_states(decoder.stop, e.stop_state, sampled)  # before each of the tokens, and after the last
 
@@ -180,7 +181,7 @@ def advance(decoder: Decoder, episodes: Episodes) -> Episodes:
 def finish(decoder: Decoder, episodes: Episodes, prompt: chex.Array, prompt_mask: chex.Array) -> Rollout:
   """Returns what was sampled by the episodes, which are in the order of the prompts."""
   e = episodes
-  mask = jnp.arange(decoder.max_new_tokens)[None] < e.length[:, None]
+  mask = jnp.arange(decoder.max_new_tokens, dtype=jnp.int32)[None] < e.length[:, None]
   actions, log_probs, values = (x[:, :decoder.max_new_tokens] for x in (e.actions, e.log_probs, e.values))
   return Rollout(prompt=prompt, prompt_mask=prompt_mask, actions=jnp.where(mask, actions, decoder.pad_id), mask=mask,
                  log_probs=jnp.where(mask, log_probs, 0.0), values=jnp.where(mask, values, 0.0), num_calls=e.num_calls,
@@ -205,7 +206,7 @@ def _any_of_members(axis_size, in_batched, condition):
 def _keys(key, batch_size):
   """Returns a key for each episode, of the generator whose numbers under `vmap` are those of each key alone; `rbg` is
   none of that kind, and the noise of a place would depend on the other episodes."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size))
+  return jax.vmap(jax.random.fold_in, (None, 0))(_threefry(key), jnp.arange(batch_size, dtype=jnp.int32))
 
 
 def _threefry(key):

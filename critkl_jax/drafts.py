@@ -40,7 +40,7 @@ def agreement(tokens: chex.Array, last: chex.Array) -> chex.Array:
   ones, counted from the end; float32 `[N + 1]`."""
   num_places = tokens.size + 1
   padded = jnp.pad(tokens, (last.size, 0), constant_values=-2)
-  agrees, total = jnp.ones(num_places, bool), jnp.zeros(num_places)
+  agrees, total = jnp.ones(num_places, bool), jnp.zeros(num_places, jnp.float32)
   for k in range(1, last.size + 1):
     agrees &= (padded[last.size - k:last.size - k + num_places] == last[-k]) & (last[-k] >= 0)
     total += agrees.astype(jnp.float32)
@@ -49,9 +49,9 @@ def agreement(tokens: chex.Array, last: chex.Array) -> chex.Array:
 
 def _repeat(text, length, size):
   """Returns the `size` tokens after the latest longest agreement with the end of `text[:length]`."""
-  place = jnp.arange(text.size)
+  place = jnp.arange(text.size, dtype=jnp.int32)
   last = jax.lax.dynamic_slice(jnp.pad(text, (NUM_LOOKED_UP, 0), constant_values=-1), (length,), (NUM_LOOKED_UP,))
   found = agreement(text, last)[:-1] + place.astype(jnp.float32) / text.size  # less than one for being later
-  start = jnp.argmax(jnp.where(place < length, found, -1.0))
+  start = jax.lax.argmax(jnp.where(place < length, found, -1.0), 0, jnp.int32)
   period = length - start  # a guess that reaches the end of the text goes on where it began
-  return text[start + jnp.arange(size) % period]
+  return text[start + jnp.arange(size, dtype=jnp.int32) % period]

@@ -52,9 +52,9 @@ def kl_gate(name: str, mask: chex.Array, *, certainty: chex.Array, entropy: chex
   elif name == 'uncritical':
     on = (certainty >= threshold) | critical
   elif name == 'random':
-    noise = jnp.where(mask, jax.random.uniform(key, mask.shape), -1.0)
-    number = jnp.sum(critical & mask, 1, keepdims=True)
-    on = jnp.argsort(jnp.argsort(-noise, 1), 1) >= number
+    noise = jnp.where(mask, jax.random.uniform(key, mask.shape, jnp.float32), -1.0)
+    number = jnp.sum(critical & mask, 1, keepdims=True, dtype=jnp.int32)
+    on = jnp.argsort(jnp.argsort(-noise, 1), 1).astype(jnp.int32) >= number
   elif name == 'top_entropy':
     on = ~_greatest(entropy, mask, fraction, axis=None)
   elif name == 'response_entropy':

@@ -284,7 +284,7 @@ class GPT2(nn.Module):
           {'params': sharding.gathered_block(params)}, x_BxTxD, mask, cached, index, layer), None
 
     block = jax.checkpoint(block, prevent_cse=False) if config.remat else block
-    return jax.lax.scan(block, (x_BxTxD, cached), (layers, jnp.arange(config.num_layers)))[0]
+    return jax.lax.scan(block, (x_BxTxD, cached), (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))[0]
 
 
 def _known_or_padding(tokens, mask, vocab_size):
@@ -297,13 +297,13 @@ def _place(mask, cache):
   """Returns the attention mask, `[B, T]` of keys or over a cache `[B, 1, T, S]`, the positions `[B, T]` and the cache
   with its mask updated."""
   if cache is None:
-    return mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), None
-  start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1])[None]
-  before = jnp.sum(cache.mask & (slots < start), axis=1, keepdims=True)
+    return mask, jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0), None
+  start, slots = jnp.reshape(cache.index, (-1, 1)), jnp.arange(cache.mask.shape[1], dtype=jnp.int32)[None]
+  before = jnp.sum(cache.mask & (slots < start), axis=1, keepdims=True, dtype=jnp.int32)
   all_mask = _write(cache.mask, mask, cache.index, axis=-1)
-  query = (start + jnp.arange(mask.shape[1])[None])[:, :, None]
+  query = (start + jnp.arange(mask.shape[1], dtype=jnp.int32)[None])[:, :, None]
   visible = (slots[None] <= query) & all_mask[:, None, :]
-  positions = jnp.maximum(before + jnp.cumsum(mask, axis=1) - 1, 0)
+  positions = jnp.maximum(before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
   return visible[:, None], positions, cache.replace(mask=all_mask)
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from critkl_jax import hosts
+from critkl_jax import hosts, storage
 from critkl_jax.storage import WorkdirError
 
 LOCK = 'run.lock'
@@ -65,7 +65,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[bool]:
   Raises:
     WorkdirError: if another run holds the workdir, or nothing can be written into it.
   """
-  if '://' in os.fspath(workdir):
+  if storage.is_remote(workdir):
     hosts.say(f'{workdir} cannot be locked: take care that no other run writes into it.')
     yield True
     return

@@ -138,7 +138,7 @@ def weighted_penalty(record: WeightedKL, config: LossConfig) -> tuple[chex.Array
     `(penalty, weight)`, float32 `[...]` each.
   """
   constant = 1.0 if config.kl == 'standard' else 0.0
-  weight = record.weight if config.kl == 'prioritized' else jnp.full(record.weight.shape, constant)
+  weight = record.weight if config.kl == 'prioritized' else jnp.full(record.weight.shape, constant, record.weight.dtype)
   return weight * estimated_kl(record, config.kl_estimator), weight
 
 

@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-import pathlib
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -27,12 +27,13 @@ class MetricsWriter:
   Metrics of critical tokens have no entry where there were none.
   """
 
-  def __init__(self, workdir: pathlib.Path, first_step: int, track: Callable | None = None):
+  def __init__(self, workdir: storage.Path, first_step: int, track: Callable | None = None):
     self._path, self._trackers, self._history, self._warned = workdir / FILE, [], History(), set()
     self._lines: list[str] = []
     if not hosts.is_first():
       return
-    workdir.mkdir(parents=True, exist_ok=True)
+    with storage.writing(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
     rows = [row for row in read_metrics(self._path) if row['step'] <= first_step]
     self._history = History(rows)
     self._lines = [storage.to_json(row) + '\n' for row in rows]
@@ -47,8 +48,9 @@ class MetricsWriter:
     self._history.add(metrics)
     metrics |= self._signatures(step)
     self._lines.append(storage.to_json({'step': step, **metrics}) + '\n')
-    with self._path.open('a') as file:
-      file.write(self._lines[-1])
+    if not storage.is_remote(self._path):
+      with storage.writing(self._path), self._path.open('a') as file:
+        file.write(self._lines[-1])
     for tracker in self._trackers:
       tracker.write(step, metrics)
 
@@ -67,13 +69,19 @@ class MetricsWriter:
       self._warned.add(name)
     return {f'signature/{name}': float(seen) for name, seen in found.items()}
 
+  def flush(self) -> None:
+    """Writes the lines so far in a bucket, to whose files nothing is appended; to be called before each save."""
+    if storage.is_remote(self._path):
+      storage.write_text(self._path, self.text())
+
   def close(self) -> None:
-    """Finishes what the trackers write."""
+    """Finishes the lines, and what the trackers write."""
+    self.flush()
     for tracker in self._trackers:
       tracker.close()
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
   """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
   none.
 
@@ -95,7 +103,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
   return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def saved_lines(path: pathlib.Path) -> str | None:
+def saved_lines(path: storage.Path) -> str | None:
   """Reads the lines of metrics that a step directory holds; None if it has none, as those of older versions, or if they
   cannot be read, which is said."""
   file = path / 'rows' / 'metadata'
@@ -108,7 +116,7 @@ def saved_lines(path: pathlib.Path) -> str | None:
     return None
 
 
-def mend_metrics(workdir: pathlib.Path, step: int, known: bool) -> None:
+def mend_metrics(workdir: storage.Path, step: int, known: bool) -> None:
   """Restores the metrics file of a run that goes on from what its checkpoint holds, where lines are missing or damaged,
   and says so.
 

@@ -357,7 +357,7 @@ def members_on_host(tree: Any) -> Iterator[Any]:
 
   def take(tree, index):  # every device looks among its own: to slice would bring all members together
     def one(x):
-      chosen = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) == index
+      chosen = jnp.arange(x.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (x.ndim - 1)) == index
       return jnp.sum(jnp.where(chosen, x, jnp.zeros_like(x)), 0, dtype=x.dtype)
 
     return jax.tree.map(one, tree)

@@ -114,7 +114,7 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Me
     logits = model.apply({'params': params}, tokens[:, :-1], mask[:, :-1], position_offset=offset).logits
     logits = logits[:, task.prompt_length - 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, solution.tokens)
-    right = jnp.argmax(logits, -1) == solution.tokens
+    right = jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == solution.tokens
     loss, accuracy = masked_mean(losses, solution.mask), masked_mean(right.astype(jnp.float32), solution.mask)
     return loss, {'loss': loss, 'accuracy': accuracy}
 
@@ -122,8 +122,9 @@ def make_pretrain_step(model: GPT2, task: Task, config: PretrainConfig, mesh: Me
     problem_key, offset_key = jax.random.split(jax.random.fold_in(key, state.step))
     problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.batch_size))
     prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
-    used = jnp.sum(prompt.mask, 1) + jnp.sum(solution.mask, 1)
-    offset = jax.random.randint(offset_key, (config.batch_size,), 0, model.config.context_length + 1 - used)
+    used = sum(jnp.sum(text.mask, 1, dtype=jnp.int32) for text in (prompt, solution))
+    free = model.config.context_length + 1 - used
+    offset = jax.random.randint(offset_key, (config.batch_size,), 0, free, dtype=jnp.int32)
     examples = sharding.episodes((prompt, solution, offset))
     grads, metrics = slices.mean_over_tokens(
         lambda part: jax.grad(loss_fn, has_aux=True)(state.params, *part), examples, solution.mask,

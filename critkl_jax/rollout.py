@@ -136,7 +136,7 @@ def gpt2_generate(model: GPT2, params: Any, prompt: chex.Array, prompt_mask: che
   for length in lengths:
     episodes = _advance_while(decoder, _grow(episodes, length), num_prompt, few)
   if full > lengths[-1]:
-    many_left = any_of_all(jnp.sum(episodes.active) > few)
+    many_left = any_of_all(jnp.sum(episodes.active, dtype=jnp.int32) > few)
     episodes = jax.lax.cond(many_left, lambda e: _end_all(decoder, e, num_prompt, full), lambda e: e, episodes)
   if few:
     episodes = _end_few(decoder, episodes, num_prompt, full, few)
@@ -209,7 +209,7 @@ def respond_from(model: GPT2, params: Any, task: Task, problems: Any, rollout: R
 
 def as_rollout(prompt: Tokens, solution: Solution) -> Rollout:
   """Returns solutions `[B, T]` to prompts `[B, Q]` as if they had been sampled; log-probabilities and values are 0."""
-  blank = jnp.zeros(solution.mask.shape)
+  blank = jnp.zeros(solution.mask.shape, jnp.float32)
   return Rollout(prompt=prompt.tokens, prompt_mask=prompt.mask, actions=solution.tokens, mask=solution.mask,
                  log_probs=blank, values=blank)
 
@@ -301,7 +301,7 @@ def _advance_while(decoder, episodes: Episodes, num_prompt: int, least: int) -> 
 
   def go_on(e):
     end = num_prompt - 1 + e.length + decoder.window
-    return any_of_all(jnp.sum(e.active) > least) & ~any_of_all(e.active & (end > length))
+    return any_of_all(jnp.sum(e.active, dtype=jnp.int32) > least) & ~any_of_all(e.active & (end > length))
 
   return jax.lax.while_loop(go_on, lambda e: advance(decoder, e), episodes)
 
@@ -315,8 +315,9 @@ def _end_all(decoder, episodes: Episodes, num_prompt: int, length: int) -> Episo
 def _end_few(decoder, episodes: Episodes, num_prompt: int, length: int, num: int) -> Episodes:
   """Ends the last `num` active episodes in arrays of their own, so that those that have ended cost nothing."""
   active = episodes.active
-  rank = jnp.where(active, jnp.cumsum(active) - 1, jnp.sum(active) + jnp.cumsum(~active) - 1)  # the active ones first
-  rows = jnp.argmax(rank[None] == jnp.arange(num)[:, None], 1)
+  before, behind = (jnp.cumsum(some, dtype=jnp.int32) - 1 for some in (active, ~active))
+  rank = jnp.where(active, before, before[-1] + 1 + behind)  # the active ones first
+  rows = jax.lax.argmax(rank[None] == jnp.arange(num, dtype=jnp.int32)[:, None], 1, jnp.int32)
   few = jax.tree.map(lambda x: x[rows] if x.ndim else x, episodes)
   few = _advance_while(decoder, _grow(few, length), num_prompt, 0)
   whole, few = (e.replace(policy_state=None, keys=None) for e in (episodes, few))

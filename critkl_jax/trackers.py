@@ -2,9 +2,11 @@
 
 import hashlib
 import math
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from critkl_jax import storage
 
 # Metric of metrics.jsonl -> its name in TensorBoard and W&B, where a slash makes a group.
 GROUPED = {
@@ -47,13 +49,16 @@ def grouped(metrics: dict[str, Any]) -> dict[str, Any]:
   return {GROUPED.get(name, name): value for name, value in metrics.items()}
 
 
-def open_trackers(workdir: pathlib.Path, first_step: int) -> Sequence[Tracker]:
-  """Opens TensorBoard where tensorboardX (the extra `tensorboard`) is installed.
+def open_trackers(workdir: os.PathLike, first_step: int) -> Sequence[Tracker]:
+  """Opens TensorBoard where tensorboardX (the extra `tensorboard`) is installed; not for a bucket, to whose files
+  nothing is appended.
 
   Args:
     workdir: of the run; takes the event files.
     first_step: number of finished steps; events of later ones, which an interrupted run left, are purged.
   """
+  if storage.is_remote(workdir):
+    return ()
   try:
     return (TensorBoard(workdir, first_step),)
   except ImportError:
@@ -80,7 +85,7 @@ def with_wandb(project: str, config: dict[str, Any], open_others: Callable = ope
 class TensorBoard:
   """Event files in the workdir."""
 
-  def __init__(self, workdir: pathlib.Path, first_step: int):
+  def __init__(self, workdir: os.PathLike, first_step: int):
     import tensorboardX  # an extra
 
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=first_step + 1)
@@ -99,11 +104,12 @@ class TensorBoard:
 class WeightsAndBiases:
   """A run of W&B, the same one each time a workdir's run goes on."""
 
-  def __init__(self, wandb: Any, project: str, config: dict[str, Any], workdir: pathlib.Path):
-    home = workdir.absolute()
+  def __init__(self, wandb: Any, project: str, config: dict[str, Any], workdir: os.PathLike):
+    home = storage.to_path(workdir)
+    home = home if storage.is_remote(home) else home.absolute()
     self._run = wandb.init(
         project=project, name=home.name, id=hashlib.sha256(str(home).encode()).hexdigest()[:16], resume='allow',
-        dir=str(home), config=config, reinit='create_new')
+        dir=None if storage.is_remote(home) else str(home), config=config, reinit='create_new')
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Logs the metrics of a step."""

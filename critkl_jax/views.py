@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 ConfigT = TypeVar('ConfigT')
 
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
-          'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only'}  # which older checkpoints lack
+          'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only',
+          'max_to_keep'}  # which older checkpoints lack
 _OLDER = {'hidden_only': False}  # what older versions did, where it is not the default
 
 

@@ -7,7 +7,7 @@ settings and the names of the files: the same command replaces them, another ana
 """
 
 import csv
-import pathlib
+import io
 import time
 from typing import Any
 from urllib.parse import quote
@@ -55,7 +55,7 @@ COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
-def check() -> tuple[pathlib.Path, dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
+def check() -> tuple[storage.Path, dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
   """Returns the workdir, the checkpoints by name, found without their parameters, and the numbers of digits, or exits
   with one line."""
   names, given = names_of(parsing.read_names(CHECKPOINTS)), parsing.read_digits(DIGITS)
@@ -68,7 +68,7 @@ def check() -> tuple[pathlib.Path, dict[str, str], dict[str, tuple[Checkpoint, C
   return workdir, names, found, digits
 
 
-def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
+def check_record(workdir: storage.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
                  digits: list[int]) -> bool:
   """Returns whether the workdir holds an analysis that will be replaced; exits with one line if it holds another."""
   try:
@@ -77,7 +77,7 @@ def check_record(workdir: pathlib.Path, names: dict[str, str], pairs: dict[str, 
     refuse(f'--workdir: {error}')
 
 
-def main(workdir: pathlib.Path, names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]],
+def main(workdir: storage.Path, names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]],
          digits: list[int]) -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
   start = time.monotonic()
@@ -128,7 +128,7 @@ def names_of(paths: list[str]) -> dict[str, str]:
   """Returns a short name for each path: what it does not share with the others, or its last part."""
   if not paths or len(set(paths)) < len(paths):
     refuse(f'--checkpoints: expected one or more, none of them twice, got {paths}.')
-  parts = [pathlib.Path(path).resolve().parts for path in paths]
+  parts = [storage.resolve(path).parts for path in paths]
   shared = 0 if len(paths) == 1 else next(
       (i for i, some in enumerate(zip(*parts)) if len(set(some)) > 1), min(map(len, parts)))
   names = ['/'.join(own[shared:] if shared and own[shared:] else own[-1:]) for own in parts]
@@ -186,7 +186,7 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: lis
                             digits=[min(digits), max(digits)], seed=SEED.value, progress=True)
 
 
-def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: pathlib.Path) -> Run:
+def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: storage.Path) -> Run:
   """Draws the pictures of one checkpoint, and returns what the page shows of it."""
   from critkl_jax.analysis import charts  # draws, for which no wrong flag should wait
 
@@ -205,7 +205,7 @@ def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, 
 
 def place_of(found: Checkpoint) -> str:
   """Returns a short name of where a checkpoint lies: the last two directories above its step, or the shipped one."""
-  directory = found.path.resolve().parent
+  directory = storage.resolve(found.path).parent
   if directory == checkpoint.SHIPPED_REFERENCE.resolve():
     return 'the one that comes with the package'
   return '/'.join(directory.parts[-2:])
@@ -245,18 +245,17 @@ def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) ->
 
 
 def _absolute(path: str) -> str:
-  return str(pathlib.Path(path).resolve())
+  return str(storage.resolve(path))
 
 
 def _several(number: int, noun: str) -> str:
   return f'{number} {noun}{"s" * (number != 1)}'
 
 
-def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
+def write_tokens(path: storage.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
   """Writes a row for each token."""
   detectors = [name for name in next(iter(read.values())) if name.startswith(('critical/', 'score/'))]
-  unfinished = path.with_name(f'{path.name}.unfinished')
-  with unfinished.open('w', newline='') as file:
+  with io.StringIO() as file:
     writer = csv.writer(file, lineterminator='\n')
     writer.writerow(['checkpoint', 'response', 'problem', 'digits', 'reward', 'position', 'text', 'token', 'right',
                      *COLUMNS, *detectors])
@@ -271,7 +270,7 @@ def write_tokens(path: pathlib.Path, read: dict[str, dict[str, np.ndarray]]) -> 
       reward = np.where(np.isnan(tokens['reward']), '', np.char.mod('%g', tokens['reward']))[rows]
       writer.writerows(zip([name] * len(rows), rows, *own, reward, positions,
                            tokens['character'][rows, positions], tokens['token'][rows, positions], right, *numbers))
-  unfinished.replace(path)
+    storage.write_text(path, file.getvalue())
 
 
 if __name__ == '__main__':

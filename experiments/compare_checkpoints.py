@@ -3,7 +3,6 @@
     python -m experiments.compare_checkpoints runs/finetune/reference runs/finetune --workdir=runs/compare
 """
 
-import pathlib
 import time
 
 from absl import flags
@@ -28,7 +27,7 @@ SEED = parsing.define_seed(text='Seed of the problems.')
 SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
 
 
-def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | None, pathlib.Path | None]:
+def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | None, storage.Path | None]:
   """Returns the checkpoints, found without their parameters, the numbers of digits and the workdir, or exits with one
   line."""
   digits = parsing.read_digits(DIGITS)
@@ -45,7 +44,7 @@ def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | 
   return one, two, digits, workdir
 
 
-def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdir: pathlib.Path | None) -> None:
+def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdir: storage.Path | None) -> None:
   """Prints the comparison and writes it where asked."""
   start = time.monotonic()
   if workdir:
@@ -103,11 +102,12 @@ def print_answers(found) -> None:
     print(f'        and {len(found["flipped"]) - SHOWN.value} more')
 
 
-def write(found, workdir: pathlib.Path) -> None:
+def write(found, workdir: storage.Path) -> None:
   """Writes comparison.json and comparison.png."""
   from critkl_jax.analysis.charts import plot_comparison  # draws, for which no wrong flag should wait
 
-  workdir.mkdir(parents=True, exist_ok=True)
+  with storage.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   plot_comparison(found, workdir / 'comparison.png')
   storage.write_json(workdir / 'comparison.json', found)
 

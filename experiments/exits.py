@@ -4,6 +4,7 @@
 nothing was changed. `STOPPED`: a signal ended the run, what was finished is saved, and the same command goes on.
 """
 
+import os
 import pathlib
 import sys
 import traceback
@@ -18,6 +19,14 @@ REFUSED = 2
 def refuse(reason: object) -> NoReturn:
   """Ends the process with one line on the standard error, as wrong input does."""
   end(REFUSED, 'error: ' + ' '.join(str(reason).splitlines()))
+
+
+def end_now(text: object) -> NoReturn:
+  """Ends the process with a text on the standard error and `FAILED`, not orderly: files cannot be written, and
+  each thread that tries would say so at length."""
+  sys.stdout.flush()
+  print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
+  os._exit(FAILED)
 
 
 def end(code: int, text: object) -> NoReturn:

@@ -9,7 +9,6 @@ workdir.
 
 import concurrent.futures
 import contextlib
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate, hosts, runner, sharding, storage
+from critkl_jax import checkpoint, evaluate, hosts, resuming, runner, sharding, storage
 from critkl_jax.compilation import compilation_seconds
 from critkl_jax.config import FinetuneConfig, flat_values
 from critkl_jax.gpt2 import GPT2
@@ -70,7 +69,7 @@ def check() -> tuple[Any, ...]:
   return config, workdir, track, model, task
 
 
-def main(config: FinetuneConfig, workdir: pathlib.Path, track: Callable, model: GPT2, task: Task) -> None:
+def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: GPT2, task: Task) -> None:
   """Tests the reference, fine-tunes it, tests the result and says what changed."""
   start = time.monotonic()
   mesh = read_mesh(config.episodes // config.minibatches)
@@ -79,7 +78,7 @@ def main(config: FinetuneConfig, workdir: pathlib.Path, track: Callable, model: 
   reference = load_reference(config, workdir, mesh)
   known = reference.info.known_digits
   info = checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=config)
-  finished = runner.check_workdir(workdir, info)
+  finished = resuming.check_workdir(workdir, info)
   state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, mesh))
   test = evaluate.make_test(model, known, config.extra_digits, config.eval_problems, mesh=mesh)
   keep_reference(workdir, reference)
@@ -97,7 +96,7 @@ def main(config: FinetuneConfig, workdir: pathlib.Path, track: Callable, model: 
     hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
               'from the\nreference in nats a token; tok/s, tokens trained on in a second.')
   state = runner.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
-                     config.save_every, show=('accuracy', 'kl'), track=track)
+                     config.save_every, show=('accuracy', 'kl'), track=track, damaged=flags.FLAGS.damaged)
   if config.eval_problems:
     hosts.say(f'Testing the fine-tuned model on the same 2 x {config.eval_problems} problems ...')
   report(config, known, before, test(state.params)[0], workdir, time.monotonic() - start)
@@ -127,7 +126,7 @@ def preparation(config: FinetuneConfig, finished: int) -> str:
   return text and f'{text[0].upper()}{text[1:]}\n(20 to 90 s on a CPU; less once the programs are in the cache) ...'
 
 
-def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: pathlib.Path,
+def report(config: FinetuneConfig, known: int, before: dict[str, Any], after: dict[str, Any], workdir: storage.Path,
            seconds: float) -> None:
   """Prints the table, draws the curves and writes the summary; of several hosts the first one does."""
   if not hosts.is_first():

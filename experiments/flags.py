@@ -1,5 +1,6 @@
 """Command-line flags out of config dataclasses, and what all binaries share."""
 
+import errno
 import inspect
 import os
 import re
@@ -12,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from critkl_jax import attention, compilation, hosts, interruption, sharding, trackers
+from critkl_jax import attention, compilation, hosts, interruption, sharding, storage, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.checkpoint import CheckpointError
 from critkl_jax.finite import NonFinite
@@ -49,7 +50,8 @@ def keep_no_programs() -> None:
 
 
 def define_training() -> None:
-  """Defines the flags that send metrics to Weights & Biases and look for NaN."""
+  """Defines the flags that send metrics to Weights & Biases, look for NaN, and say what to do about damage."""
+  define_damaged()
   flags.DEFINE_boolean('debug_nans', False, 'Stop at the line that gives the first NaN (`jax_debug_nans`); slow.')
   flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
                       'none. TensorBoard events are written into the workdir wherever tensorboardX is installed.')
@@ -63,6 +65,12 @@ def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callab
     return trackers.with_wandb(values.wandb, config_lib.flat_values(config))
   except ImportError:
     refuse("--wandb: wandb is not installed; pip install 'critkl-jax[wandb]'.")
+
+
+def define_damaged() -> None:
+  """Defines the flag that says what a run does about a damaged checkpoint."""
+  flags.DEFINE_enum('damaged', 'skip', ['skip', 'refuse'], 'Where the newest checkpoint is damaged: skip it and go on '
+                    'from the newest whole one, or refuse.')
 
 
 def define_devices() -> None:
@@ -179,20 +187,23 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
     def ended():
       pass
 
-    if flags.FLAGS.compilation_cache:
-      compilation.keep_programs(flags.FLAGS.compilation_cache)
     if 'debug_nans' in flags.FLAGS and flags.FLAGS.debug_nans:
       jax.config.update('jax_debug_nans', True)
     try:
+      if flags.FLAGS.compilation_cache:
+        compilation.keep_programs(flags.FLAGS.compilation_cache)
       ended = join_hosts()
       with interruption.watch(), held:  # again: the runtime of several hosts takes SIGTERM for itself
         main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
-    except (CheckpointError, WorkdirError) as error:
+    except (CheckpointError, WorkdirError, storage.PathError) as error:
       refuse(error)
     except FloatingPointError as error:  # of --debug_nans
       exits.end(exits.FAILED, f'error: {error}{exits.place_of(error)}.')
+    except OSError as error:
+      ended()
+      exits.end_now(sentence_of(error))
     except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -224,8 +235,18 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
     paths.read_workdir('compilation_cache', flags.FLAGS.compilation_cache)
   try:
     return check(*argv[1:])
-  except CheckpointError as error:
+  except (CheckpointError, WorkdirError, storage.PathError) as error:
     refuse(error)
+  except OSError as error:
+    exits.end(exits.FAILED, sentence_of(error))
+
+
+def sentence_of(error: OSError) -> str:
+  """Describes in one line what could not be read or written, and what to do."""
+  reason = f'{error.strerror or error}{f": {error.filename}" if error.filename else ""}'
+  space = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  advice = f'{"free some space" if space else "mend that"} and give the same command again'
+  return '; '.join([f'error: {reason}', *getattr(error, '__notes__', ()), f'{advice}.'])
 
 
 def _attribute_help(config_class: type, name: str) -> str:

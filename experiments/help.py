@@ -21,7 +21,8 @@ GROUPS = {
               'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width'),
     'Devices': ('mesh', 'dtype', 'attention', 'remat', 'scan_layers', 'rollout', 'window', 'population_map',
                 'multi_host', 'coordinator_address', 'num_processes', 'process_id', 'host_timeout'),
-    'Run': ('reference', 'seed', 'save_every', 'max_skipped', 'debug_nans', 'compilation_cache', 'wandb'),
+    'Run': ('reference', 'seed', 'save_every', 'max_to_keep', 'damaged', 'max_skipped', 'debug_nans',
+            'compilation_cache', 'wandb'),
 }
 _WIDTH = 100
 

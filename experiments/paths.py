@@ -13,7 +13,7 @@ _NAME, _PATH = 255, 4095  # bytes of a name, and of a path, on Linux and macOS a
 _ROOM = 255  # bytes that the names below a workdir take at most: those of checkpoints under way
 
 
-def read_workdir(flag: str, text: str | None) -> pathlib.Path:
+def read_workdir(flag: str, text: str | None) -> storage.Path:
   """Returns the path of a directory that can be made, or is there and can be written to; exits with one line for any
   other."""
   if not text:
@@ -22,7 +22,7 @@ def read_workdir(flag: str, text: str | None) -> pathlib.Path:
   if '://' in text:
     return path
   _refuse_unless_writable(flag, text, path.absolute(), path.absolute() / ('x' * _ROOM))
-  return pathlib.Path(path)
+  return path
 
 
 def check_file(flag: str, text: str | None) -> None:

@@ -5,7 +5,6 @@
 The same command goes on where it was stopped.
 """
 
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +56,7 @@ def check() -> tuple[Any, ...]:
   return config, paths.read_workdir('workdir', WORKDIR.value), track
 
 
-def main(config: PretrainConfig, workdir: pathlib.Path, track: Callable) -> None:
+def main(config: PretrainConfig, workdir: storage.Path, track: Callable) -> None:
   """Pre-trains, then prints and saves the accuracy table."""
   start, mesh = time.monotonic(), read_mesh(config.batch_size)
   model, tested = GPT2(config.model), [config.known_digits + k for k in range(3)]
@@ -67,7 +66,7 @@ def main(config: PretrainConfig, workdir: pathlib.Path, track: Callable) -> None
   hosts.say(f'Pre-training on additions of 1..{config.known_digits} digits: {config.num_steps} steps of '
             f'{config.batch_size} texts, in {workdir}.\nThe first steps compile a program for each number of digits, '
             'up to a minute each on a CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
-  state = pretrain(config, workdir, mesh, track)
+  state = pretrain(config, workdir, mesh, track, flags.FLAGS.damaged)
   if config.eval_problems:
     lengths = list(DISTRIBUTIONS)
     hosts.say('Testing the model. Each line of the table is compiled first, which takes 5 to 20 s on a CPU.')

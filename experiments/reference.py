@@ -1,7 +1,5 @@
 """The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
 
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +17,13 @@ from .exits import refuse
 MARK = 'kept_by.json'  # in a copy of the reference: the workdir whose run made it, and may replace it
 
 
-def find_reference(config: FinetuneConfig, workdir: pathlib.Path) -> checkpoint.Checkpoint:
+def find_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoint.Checkpoint:
   """Returns the reference that `load_reference` would read, without its parameters, and starts no device."""
   return checkpoint.find_checkpoint(
       workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
 
 
-def load_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
   """Reads the reference: the workdir's own copy if its run has saved anything, else the config's. Changes nothing.
 
   Raises:
@@ -46,7 +44,7 @@ def load_reference(config: FinetuneConfig, workdir: pathlib.Path, mesh: Mesh | N
   return reference
 
 
-def keep_reference(workdir: pathlib.Path, reference: checkpoint.Checkpoint) -> None:
+def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> None:
   """Keeps a copy of the reference under the workdir, from which the run goes on and is analysed later, unless it is
   there: a copy for another run that saved nothing is replaced once this one is whole."""
   kept, unfinished = workdir / 'reference', workdir / 'reference.unfinished'
@@ -57,16 +55,16 @@ def keep_reference(workdir: pathlib.Path, reference: checkpoint.Checkpoint) -> N
     if not _is_own(unfinished):
       raise WorkdirError(f'{unfinished} is there, and no run left it; move it away.')
     if unfinished.exists():
-      storage.to_path(unfinished).rmtree()
+      storage.remove(unfinished)
     unfinished.mkdir(parents=True)
-    storage.write_json(unfinished / MARK, {'workdir': os.path.realpath(workdir), 'copy_of': str(reference.path)})
+    storage.write_json(unfinished / MARK, {'workdir': str(storage.resolve(workdir)), 'copy_of': str(reference.path)})
 
   hosts.first_does(begin, ValueError)
   checkpoint.save_params(unfinished, reference.params, reference.info, reference.step)
   hosts.first_does(lambda: storage.replace_directory(unfinished, kept), ValueError)
 
 
-def has_started(workdir: pathlib.Path) -> bool:
+def has_started(workdir: storage.Path) -> bool:
   """Returns whether the run of a workdir, or one of its members, has saved a checkpoint."""
   return any(checkpoint.latest(path) is not None
              for path in (workdir / 'checkpoints', *workdir.glob('members/*/checkpoints')))
@@ -90,7 +88,7 @@ def _is_own(directory):
   if MARK not in names:
     return not names
   mark = storage.read_json(directory / MARK, advice=f'move {directory} away')
-  return mark.get('workdir') == os.path.realpath(directory.parent) and all(
+  return mark.get('workdir') == str(storage.resolve(directory.parent)) and all(
       name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them
 
 
@@ -126,7 +124,7 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
   return model, task
 
 
-def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: pathlib.Path) -> dict[str, Any]:
+def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: storage.Path) -> dict[str, Any]:
   """Returns the reference's test; a continued run reads it from the workdir, if it was made in the same way, instead of
   testing again."""
   file = workdir / 'before.json'

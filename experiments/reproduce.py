@@ -10,7 +10,6 @@ short what all of them found.
 
 import dataclasses
 import functools
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from critkl_jax.studies.results import study_results
 
 from . import parsing, paths
 from .exits import refuse
-from .flags import run, take_cores
+from .flags import define_damaged, run, take_cores
 from .tables import command
 from .workdirs import claim
 
@@ -72,6 +71,7 @@ PROBLEMS = flags.DEFINE_integer('problems', None, 'Problems of N and of N + k di
                                 'smoke.', 1, MOST_PROBLEMS)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Runs that advance together, at most.', lower_bound=1)
 MINUTES = flags.DEFINE_float('minutes', None, 'Begin no runs after so many minutes.', lower_bound=0)
+define_damaged()
 GENERATIONS = 64  # in a set of the study of certainty; the paper has 50
 
 
@@ -80,6 +80,8 @@ def check() -> tuple[Plan, list[catalog.Study]]:
   usual = DEFAULTS[PRESET.value]
   studies = chosen(parsing.read_names(STUDY) or usual.studies)
   workdir = paths.read_workdir('workdir', WORKDIR.value)
+  if storage.is_remote(workdir):
+    refuse(f'--workdir: {workdir}: studies are kept on this machine; give a directory here, and copy it afterwards.')
   plan = Plan(FINETUNE_PRESETS[PRESET.value], workdir, SEEDS.value or usual.seeds)
   if not LIST.value:
     check_workdir(workdir, plan)
@@ -108,7 +110,8 @@ def main(plan: Plan, studies: list[catalog.Study]) -> None:
       if study.reads == 'ladder':
         ladder.promote(plan, study, group[0].reference)
     ensemble = [reference_of(name, plan) for name in group[0].ensemble_paths]
-    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, problems(), ensemble)
+    advance.advance(group, plan.base, reference_of(group[0].reference, plan), workdir, problems(), ensemble,
+                    flags.FLAGS.damaged)
   for study in studies:
     if study.reads == 'tokens':
       read_certainty(study, plan, reference_of('', plan))
@@ -141,7 +144,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
   return {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
 
 
-def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
+def check_workdir(workdir: storage.Path, plan: Plan) -> None:
   """Exits with one line if the records in the workdir were made with other settings; changes nothing."""
   file = workdir / 'studies.json'
   found = wanted = settings_of(plan)
@@ -151,7 +154,7 @@ def check_workdir(workdir: pathlib.Path, plan: Plan) -> None:
     if found.get(name) != wanted[name]:
       refuse(f'--{name}: the records in {workdir} were made with {found.get(name)!r}, not {wanted[name]!r}; '
                'give the same, or another --workdir.')
-  old, new = found.get('base') or {}, wanted['base']
+  old, new = flat_values(FinetuneConfig()) | (found.get('base') or {}), wanted['base']  # older ones had fewer fields
   different = [f'{name}: {old.get(name)!r} then, {new.get(name)!r} now' for name in sorted(old | new)
                if old.get(name) != new.get(name)]
   if different:

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import io
 import math
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ import tqdm
 from absl import flags
 from jax.sharding import Mesh
 
-from critkl_jax import checkpoint, config, evaluate, hosts, population, runner, sharding, storage
+from critkl_jax import checkpoint, config, evaluate, hosts, population, resuming, runner, sharding, storage
 from critkl_jax.config import FinetuneConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.presets import FINETUNE_PRESETS
@@ -85,7 +84,7 @@ def check() -> tuple[Any, ...]:
   return base, configs, workdir, tracks, model, task
 
 
-def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: pathlib.Path, tracks: dict[str, Callable],
+def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: storage.Path, tracks: dict[str, Callable],
          model: GPT2, task: Task) -> None:
   """Tests the reference, advances all members, tests each, and compares the groups with the standard penalty."""
   start, names = time.monotonic(), population.names(configs)
@@ -93,13 +92,13 @@ def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: pat
   check_attention(model.config)
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
   claim(workdir, 'sweep')
-  hosts.first_does(lambda: runner.check_members(workdir, list(names)), ValueError)
+  hosts.first_does(lambda: resuming.check_members(workdir, list(names)), ValueError)
   reference = load_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
            for name, member in zip(names, configs)}
   for name, info in infos.items():
-    runner.check_workdir(workdir / 'members' / name, info)
+    resuming.check_workdir(workdir / 'members' / name, info)
   with hosts.waiting(f'Compiling the training step of {len(configs)} members (once, 20 to 90 s on a CPU).'):
     step, memory = compile_step(model, task, configs, mesh)
   one_mesh = sharding.without_members(mesh)
@@ -118,7 +117,8 @@ def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: pat
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(lambda state, _: step(state, *numbers), state, base.num_iterations, infos, workdir,
                                 base.save_every, show=('accuracy', 'kl'),
-                                track=lambda home, first: tracks[home.name](home, first))
+                                track=lambda home, first: tracks[home.name](home, first),
+                                damaged=flags.FLAGS.damaged)
   if base.eval_problems:
     hosts.say(f'Testing {len(configs)} members on the same problems.')
   tests = test_members(test, population.members_on_host(state.params), names, workdir, one_mesh)
@@ -188,12 +188,13 @@ def compile_step(model, task, configs: tuple[FinetuneConfig, ...], mesh: Mesh) -
   return step, memory
 
 
-def link_reference(workdir: pathlib.Path, name: str) -> None:
+def link_reference(workdir: storage.Path, name: str) -> None:
   """Lets a member's workdir show the study's reference as its own."""
   home = workdir / 'members' / name
-  home.mkdir(parents=True, exist_ok=True)
-  if hosts.is_first() and not (home / 'reference').exists():
-    (home / 'reference').symlink_to(pathlib.Path('..', '..', 'reference'))
+  with storage.writing(home):
+    home.mkdir(parents=True, exist_ok=True)
+  if hosts.is_first() and not storage.is_remote(home) and not (home / 'reference').exists():  # else readers look above
+    (home / 'reference').symlink_to(storage.Path('..', '..', 'reference'))
 
 
 def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:

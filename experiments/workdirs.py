@@ -1,7 +1,6 @@
 """Whose results a workdir holds: a binary refuses those of another one, instead of mixing its own with them."""
 
 import contextlib
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ _WRITES = {
 held = contextlib.ExitStack()  # workdirs of this process, until the binary ends
 
 
-def claim(workdir: pathlib.Path, binary: str) -> None:
+def claim(workdir: storage.Path, binary: str) -> None:
   """Keeps other runs out of a workdir until this binary ends, which `flags.run` sees to.
 
   Exits with one line if the workdir holds the results of another binary, or files that a run would write over and none
@@ -67,7 +66,7 @@ def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
     refuse(f'--{flag}: {path} is there, and this command did not write it; give another file.')
 
 
-def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> None:
+def refuse_fewer_steps(directory: storage.Path, num_steps: int, flag: str) -> None:
   """Exits with one line if a directory of checkpoints holds a later step than the run is to end with: its results would
   be those of the later one."""
   last = max(checkpoint.steps_in(directory), default=0)
@@ -76,7 +75,7 @@ def refuse_fewer_steps(directory: pathlib.Path, num_steps: int, flag: str) -> No
                      'more, or give another --workdir.')
 
 
-def refuse_other_results(file: pathlib.Path, wanted: dict[str, Any]) -> None:
+def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
   """Exits with one line if a file of JSON is there in which a value is not the wanted one."""
   found = storage.read_json(file, advice='remove it, or give another directory') if file.exists() else wanted
   different = [f'{name}: {found.get(name)!r} then, {value!r} now' for name, value in wanted.items()
@@ -86,12 +85,12 @@ def refuse_other_results(file: pathlib.Path, wanted: dict[str, Any]) -> None:
                      'ones, or another directory.')
 
 
-def owners(workdir: pathlib.Path) -> list[str]:
+def owners(workdir: storage.Path) -> list[str]:
   """Returns the binaries whose results a workdir holds."""
   found = []
-  step = checkpoint.latest(workdir / 'checkpoints')
-  if step is not None:
-    found.append(checkpoint.read_info(step).kind)
+  info = checkpoint.newest_info(workdir / 'checkpoints')
+  if info is not None:
+    found.append(info.kind)
   if any(checkpoint.latest(path) is not None for path in workdir.glob('members/*/checkpoints')):
     found.append('sweep')
   marks = {'sweep': 'members.json', 'reproduce': 'studies.json', 'compare_checkpoints': 'comparison.json',

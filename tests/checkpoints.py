@@ -13,7 +13,8 @@ SMOKE = PRETRAIN_PRESETS['smoke']
 def noisy(params, scale, seed=0):
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return jax.tree.unflatten(structure, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+  noise = [scale * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+  return jax.tree.unflatten(structure, [x + own for x, own in zip(leaves, noise)])
 
 
 def write(directory, params, step, training=SMOKE, model=SMOKE.model, known_digits=1):

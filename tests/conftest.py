@@ -52,7 +52,7 @@ def small_model():
   params = model.init(jax.random.key(0), jax.numpy.zeros((1, 1), jax.numpy.int32))['params']
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+  noisy = [leaf + 0.2 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys)]
   return model, jax.tree.unflatten(structure, noisy)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from critkl_jax import attention, checkpoint
+from critkl_jax import attention, checkpoint, checksums, managers
 from critkl_jax.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.initial_state import init_finetuning
@@ -79,6 +80,53 @@ def test_the_shipped_reference_loads():
   assert model.apply({'params': loaded.params}, jnp.zeros((1, 3), jnp.int32)).logits.shape == (1, 3, 41)
 
 
+# What is kept, replaced, and gone back behind.
+
+
+def test_what_is_kept():
+  assert managers.spread([4, 8, 12], 20) == [4, 8, 12]
+  assert managers.spread([4, 8, 12], 2) == [8, 12]
+  assert managers.spread([1, 2, 3, 4, 5, 6, 7, 9], 4) == [1, 5, 7, 9]
+  kept = []
+  for step in range(4, 2001, 4):  # as a run saves
+    kept = managers.spread([*kept, step], 20)
+    assert kept[-2:] == [step - 4, step][-len(kept):]
+  assert len(kept) == 20
+  assert kept[0] == 4
+  assert max(after - before for before, after in itertools.pairwise(kept)) <= 400
+
+
+def test_no_more_are_kept_than_asked_for(tmp_path, state):
+  with managers.opened(tmp_path, max_to_keep=3) as manager:
+    for step in range(1, 7):
+      checkpoint.save(manager, state.replace(step=jnp.int32(step)), INFO, with_optimizer=False)
+  assert checkpoint.steps_in(tmp_path) == [1, 5, 6]
+
+
+def test_a_step_that_is_saved_again_is_replaced_and_what_was_left_behind_goes(saved, state):
+  moved = jax.tree.map(lambda x: x + 1, state.params)
+  with managers.opened(saved) as manager:
+    checkpoint.save(manager, state.replace(params=moved, step=jnp.int32(2)), INFO)
+    assert checkpoint.steps_in(saved) == [2, 10]
+    assert_trees_equal(load_checkpoint(saved, 2).params, moved)
+    checkpoint.save(manager, state.replace(step=jnp.int32(4)), INFO, after=2)
+  assert sorted(path.name for path in saved.iterdir()) == ['2', '4']
+
+
+def test_nothing_is_removed_before_its_replacement_is_whole(saved, state, monkeypatch):
+  def full(*_, **__):
+    raise ValueError('RESOURCE_EXHAUSTED: Failed to write 9 bytes: No space left on device [os_error_code=28]')
+
+  with managers.opened(saved) as manager:
+    monkeypatch.setattr(manager, 'save', full)
+    with pytest.raises(OSError, match='No space left on device') as caught:
+      checkpoint.save(manager, state.replace(step=jnp.int32(10)), INFO)
+  assert caught.value.filename == str(saved / '10')
+  assert sorted(path.name for path in saved.iterdir()) == ['10.replaced-0', '2']
+  (saved / '10.replaced-0').rename(saved / '10')
+  assert_trees_equal(load_checkpoint(saved).params, state.params)
+
+
 # Errors: one line each, that says what is wrong.
 
 
@@ -144,19 +192,21 @@ def test_a_damaged_file_of_arrays(saved, cut):
   file.write_bytes(data[:len(data) // 2] if cut else data)
   message = error_of(saved / '10')
   assert 'is damaged' in message
+  assert f'The newest whole checkpoint before it is {saved / "2"}.' in message
+  assert 'remove' not in message
   assert re.search(r'(h_\d|wte|wpe|ln_f|value_head)[./]', message)  # the array, which is what lies in the file
   assert load_checkpoint(saved / '2').step == 2
 
 
 def test_checksums_are_the_same_wherever_arrays_lie(state):
   x = state.params['h_0']['mlp']['c_fc']['kernel']
-  wanted = checkpoint.checksums({'x': x})['x']
+  wanted = checksums.checksums({'x': x})['x']
   spread = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ('data',)), PartitionSpec(None, 'data')))
-  assert jax.jit(checkpoint._spread_checksum)(spread) == wanted
-  assert checkpoint.checksums({'x': np.asarray(x)})['x'] == wanted
-  assert checkpoint.checksums({'x': x.at[3, 5].add(1e-7)})['x'] != wanted
-  assert checkpoint.checksums({'x': x[::-1]})['x'] != wanted
-  assert jax.jit(checkpoint._spread_checksum)(jnp.int32(7)) == checkpoint.checksums({'n': jnp.int32(7)})['n'] == 7
+  assert jax.jit(checksums._spread_checksum)(spread) == wanted
+  assert checksums.checksums({'x': np.asarray(x)})['x'] == wanted
+  assert checksums.checksums({'x': x.at[3, 5].add(1e-7)})['x'] != wanted
+  assert checksums.checksums({'x': x[::-1]})['x'] != wanted
+  assert jax.jit(checksums._spread_checksum)(jnp.int32(7)) == checksums.checksums({'n': jnp.int32(7)})['n'] == 7
 
 
 def test_checkpoints_without_checksums_are_read(saved, state):

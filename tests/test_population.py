@@ -5,7 +5,7 @@ import pytest
 from letters import TOKENIZER, letter_task
 from tiers import slow_except
 
-from critkl_jax import checkpoint, population, runner, sharding, trackers
+from critkl_jax import checkpoint, population, resuming, runner, sharding, trackers
 from critkl_jax import config as config_lib
 from critkl_jax.config import FinetuneConfig, GPT2Config
 from critkl_jax.gpt2 import GPT2
@@ -160,7 +160,7 @@ def run(workdir, configs, reference, num_steps, dies_at=None):
       dying, population.init_population(MODEL, configs, reference, mesh), num_steps, infos, workdir, 2))
 
 
-def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_path, monkeypatch):
+def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(trackers, 'open_trackers', lambda *_: ())
   configs = mixed()[:2]
   whole = run(tmp_path / 'whole', configs, reference, 5)
@@ -177,6 +177,12 @@ def test_a_study_goes_on_bit_for_bit_from_the_step_that_all_have(reference, tmp_
     assert [row['step'] for row in logs[1]] == [1, 2, 3, 4, 5]
     for row, other in zip(*logs):
       assert all(row[key] == other[key] for key in row if key not in ('seconds', 'tokens_per_second'))
+  (first / 'checkpoints' / '5' / 'config' / 'metadata').write_text('{')
+  jax.tree.map(np.testing.assert_array_equal, run(tmp_path / 'parts', configs, reference, 5), whole)
+  assert f'{first}/checkpoints/5: its config cannot be read' in capsys.readouterr().out
+  for home in (first, second):
+    assert sorted(path.name for path in (home / 'checkpoints').iterdir()) == ['2', '4', '5']
+    assert checkpoint.load_checkpoint(home).step == 5
 
 
 @pytest.mark.slow
@@ -187,7 +193,7 @@ def test_a_members_checkpoint_is_like_any_other(reference, tmp_path):
     found = checkpoint.load_checkpoint(tmp_path / 'members' / name)
     assert found.info.training == config
     jax.tree.map(np.testing.assert_array_equal, found.params, population.member(state, i).params)
-    single = runner.resume(init_finetuning(MODEL, config, reference), found.info, tmp_path / 'members' / name)
+    single = resuming.resume(init_finetuning(MODEL, config, reference), found.info, tmp_path / 'members' / name)
     jax.tree.map(np.testing.assert_array_equal, single, population.member(state, i))
 
 

@@ -1,7 +1,10 @@
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
+import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from critkl_jax import checkpoint, interruption, pretraining, runner, signatures, trackers
+from critkl_jax import checkpoint, interruption, pretraining, resuming, runner, signatures, trackers
 from critkl_jax.config import flat_fields, flat_values, replace
 from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
@@ -170,6 +173,59 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
   assert run(tmp_path, 4, info=longer).step == 4
 
 
+def damage(path):
+  (path / 'config' / 'metadata').write_text('{')
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_so(tmp_path, capsys):
+  wanted = run(tmp_path, 7)
+  damage(tmp_path / 'checkpoints' / '7')
+  shutil.rmtree(tmp_path / 'checkpoints' / '6' / 'params')
+  with pytest.raises(checkpoint.CheckpointError, match=r'7: its config .* Step 4 is whole; --damaged=skip goes on'):
+    runner.run(None, start(), 7, INFO, tmp_path, 2, damaged='refuse')
+  seen = []
+
+  def step(state, number):
+    seen.append(checkpoint.steps_in(tmp_path / 'checkpoints'))
+    return draw(state)
+
+  again = run(tmp_path, 9, step, save_every=5)
+  said = [line for line in capsys.readouterr().out.splitlines() if 'damaged' in line or 'cannot be read' in line]
+  assert len(said) == 1
+  assert said[0].endswith('Going on from step 4, the newest whole one.')
+  assert seen[0] == [2, 4, 6, 7]  # nothing is removed before
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4, 5, 9]
+  assert [step for step, _ in logged(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+  jax.tree.map(np.testing.assert_array_equal, run(tmp_path / 'whole', 9).params, again.params)
+  assert wanted.step == 7
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path):
+  run(tmp_path, 4)
+  for step in (2, 4):
+    damage(tmp_path / 'checkpoints' / str(step))
+  with pytest.raises(checkpoint.CheckpointError, match=r'4: its config .* No other checkpoint is whole'):
+    run(tmp_path, 4)
+  assert checkpoint.steps_in(tmp_path / 'checkpoints') == [2, 4]
+
+
+def test_what_cannot_be_written_says_from_where_the_run_goes_on(tmp_path, monkeypatch):
+  write = pathlib.Path.open
+
+  def full(path, mode='r', *rest, **options):
+    if mode == 'a' and checkpoint.steps_in(tmp_path / 'checkpoints') == [2]:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write(path, mode, *rest, **options)
+
+  monkeypatch.setattr(pathlib.Path, 'open', full)
+  with pytest.raises(OSError, match='No space left on device') as caught:
+    run(tmp_path, 5)
+  assert caught.value.filename == str(tmp_path / 'metrics.jsonl')
+  assert caught.value.__notes__ == [f'the last whole checkpoint in {tmp_path} is step 2']
+  monkeypatch.undo()
+  assert run(tmp_path, 5).step == 5
+
+
 def test_the_host_looks_at_metrics_one_step_late(tmp_path, monkeypatch):
   order = []
   monkeypatch.setattr(runner.MetricsWriter, 'write', lambda self, step, metrics: order.append(f'log {step}'))
@@ -251,11 +307,11 @@ def test_a_run_goes_on_with_other_settings_exactly_where_they_change_no_update(w
   info, workdir = dataclasses.replace(INFO, training=config), workdirs[config.advantage]
   value = flat_values(config)[name]
   other = replace(config, **{name: OTHERS[name] if name in OTHERS else OTHER[type(value)](value)})
-  if name in runner.FREE_FIELDS | runner.ROUNDING_FIELDS:
-    assert runner.check_workdir(workdir, dataclasses.replace(info, training=other)) == 2
+  if name in resuming.FREE_FIELDS | resuming.ROUNDING_FIELDS:
+    assert resuming.check_workdir(workdir, dataclasses.replace(info, training=other)) == 2
   else:
     with pytest.raises(checkpoint.CheckpointError, match=f'{name}: |no such directory'):
-      runner.check_workdir(workdir, dataclasses.replace(info, training=other))
+      resuming.check_workdir(workdir, dataclasses.replace(info, training=other))
 
 
 def test_settings_that_round_otherwise_are_said_once(tmp_path, capsys):
@@ -280,7 +336,7 @@ def test_the_same_reference_may_be_given_by_another_path(tmp_path):
 
   def check(place):
     training = replace(CONFIG, reference=tmp_path / place)
-    return runner.check_workdir(tmp_path / 'run', dataclasses.replace(INFO, training=training))
+    return resuming.check_workdir(tmp_path / 'run', dataclasses.replace(INFO, training=training))
 
   assert check('moved') == 2
   with pytest.raises(checkpoint.CheckpointError, match="training/reference: '' then, "):

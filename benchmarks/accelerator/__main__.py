@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
   if len(arguments) > 1:
     refuse(f'arguments {arguments[1:]} are not flags; flags start with --, see --help.')
   paths.check_file('json', JSON.value)
-  path = pathlib.Path(JSON.value)
+  path = pathlib.Path(JSON.value).expanduser()
   found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
   print(f'\n{table(found)}\n\n{found["seconds"]:.0f} s. In {path}.', flush=True)
   sys.exit(any(part['status'] in ('failed', 'stopped') for part in found['parts'].values()))

@@ -1,6 +1,6 @@
 """Pictures of tokens: how certain the reference is, whether rightly, and what happens along a response."""
 
-import pathlib
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _LEAST = 1e-6  # what is less is shown as this
 _NINES = 7  # 1 - certainty is shown down to 1e-7
 
 
-def plot_certainty(tokens: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
+def plot_certainty(tokens: dict[str, np.ndarray], path: str | os.PathLike, title: str) -> None:
   """Draws the histogram of the reference's certainty and its reliability diagram into a PNG.
 
   Of tokens after right ones alone, where it is known which one is right and critical.
@@ -86,7 +86,7 @@ def reliability(tokens: dict[str, np.ndarray], num_bins: int = 10) -> tuple[np.n
   return total[filled] / count[filled], hits[filled] / count[filled], count[filled]
 
 
-def plot_positions(tokens: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
+def plot_positions(tokens: dict[str, np.ndarray], path: str | os.PathLike, title: str) -> None:
   """Draws means over responses at each position into a PNG: unsureness of the reference, KL, the probability of the
   right token under policy and reference where all before is right, and how many responses reach the position.
 
@@ -129,7 +129,7 @@ def _draw_reach(axis, mask, here):
   axis.set_xlabel('position in the response, tokens')
 
 
-def plot_steps(steps: dict[str, np.ndarray], path: str | pathlib.Path, title: str) -> None:
+def plot_steps(steps: dict[str, np.ndarray], path: str | os.PathLike, title: str) -> None:
   """Draws the curves of `reading.read_steps` into a PNG."""
   figure = Figure(figsize=(WIDTH, 3.4), layout='constrained')
   axes = figure.subplots(1, 3)
@@ -152,7 +152,7 @@ def plot_steps(steps: dict[str, np.ndarray], path: str | pathlib.Path, title: st
   save(figure, path, title, 'Probabilities and KL: means over the tokens of right solutions.')
 
 
-def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
+def plot_comparison(found: dict[str, Any], path: str | os.PathLike) -> None:
   """Draws what `comparison.compare` found into a PNG: drift by layer, KL by position."""
   figure = Figure(figsize=(WIDTH, 3.8), layout='constrained')
   left, right = figure.subplots(1, 2)
@@ -170,7 +170,7 @@ def plot_comparison(found: dict[str, Any], path: str | pathlib.Path) -> None:
   save(figure, path, 'The second checkpoint compared with the first')
 
 
-def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: np.ndarray, path: str | pathlib.Path,
+def plot_generations(gaps: np.ndarray, means: dict[str, np.ndarray], critical: np.ndarray, path: str | os.PathLike,
                      title: str) -> None:
   """Draws into a PNG how much less certain a reference is at critical tokens, generation by generation, and how its
   certainty goes with entropy and errors, position by position.

@@ -1,6 +1,6 @@
 """Learning curves as pictures."""
 
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,7 +33,7 @@ PANELS = {
 }
 
 
-def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.Path, title: str,
+def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, title: str,
                          panels: dict[str, str] | None = None, reference: float | None = None, penalty: str = '',
                          reference_label: str = 'reference, greedy') -> None:
   """Draws metrics of one run against the iteration, a panel each, into a PNG.
@@ -57,7 +57,7 @@ def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | pathlib.P
   save(figure, path, title)
 
 
-def plot_study(groups: Mapping[str, Sequence[Sequence[dict[str, float]]]], path: str | pathlib.Path, title: str,
+def plot_study(groups: Mapping[str, Sequence[Sequence[dict[str, float]]]], path: str | os.PathLike, title: str,
                panels: dict[str, str] | None = None, conditions: Mapping[str, str] | None = None,
                reference: float | Mapping[str, float] | None = None, reference_label: str = 'reference, greedy',
                colours: Mapping[str, str] | None = None) -> None:

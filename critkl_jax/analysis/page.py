@@ -6,6 +6,7 @@ arrays, one after another for all tokens of all responses, text as text.
 
 import base64
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Sequence
@@ -50,12 +51,12 @@ class Run(NamedTuple):
   name: str
   origin: str
   tokens: dict[str, np.ndarray]
-  pictures: dict[str, pathlib.Path]
+  pictures: dict[str, storage.Path]
   steps: dict[str, Any] | None = None
   penalty: str = ''
 
 
-def write_page(path: str | pathlib.Path, runs: Sequence[Run], alphabet: str, about: str,
+def write_page(path: str | os.PathLike, runs: Sequence[Run], alphabet: str, about: str,
                tables: Sequence[Table] = ()) -> None:
   """Writes the page.
 

@@ -9,7 +9,7 @@ Letters: B responses, T tokens, V vocabulary.
 
 import dataclasses
 import itertools
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from critkl_jax import checkpoint as checkpoint_lib
+from critkl_jax import storage
 from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.confidence import certainty, entropy
 from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig
@@ -47,8 +48,8 @@ _LOGITS = 2**27  # that are held of a batch, policy's and reference's each: 512 
 RESPONSES = ('greedy', 'sampled', 'solution')
 
 
-def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_REFERENCE,
-                reference: str | pathlib.Path | Checkpoint | None = None, *, digits: list[int] | None = None,
+def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_REFERENCE,
+                reference: str | os.PathLike | Checkpoint | None = None, *, digits: list[int] | None = None,
                 num_problems: int = PROBLEMS, responses: str = 'greedy', detectors: dict[str, Detector] | None = None,
                 seed: int = 0, batch_size: int = 64, progress: bool = False) -> dict[str, np.ndarray]:
   """Reads what a policy answers, and what it and its reference say at each token.
@@ -99,14 +100,14 @@ def read_tokens(path: str | pathlib.Path | Checkpoint = checkpoint_lib.SHIPPED_R
     problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
     if responses == 'solution':
       rollout = as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems))
-      rewards = jnp.full(rollout.mask.shape[0], jnp.nan)
+      rewards = jnp.full(rollout.mask.shape[0], jnp.nan, jnp.float32)
     else:
       key = jax.random.fold_in(jax.random.fold_in(answer_key, number), start)
       rollout, rewards = answer(policy.params, problems, key)
     found = read(policy.params, reference.params, problems, rollout)
     for name, one in detect_all(detectors, problems, rollout, found.pop('ref_logits')).items():
       found |= {f'score/{name}': one.score, f'critical/{name}': one.critical, f'looked_at/{name}': one.weight}
-    found |= {'reward': rewards, 'digits': jnp.full(rewards.shape, number)}
+    found |= {'reward': rewards, 'digits': jnp.full(rewards.shape, number, jnp.int32)}
     parts.append(jax.device_get(found) | _texts(task, problems, rollout))
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -166,7 +167,7 @@ def standard_detectors(task: Task, loss: LossConfig = LossConfig(), threshold: f
           'quantile': low_certainty(quantile=quantile, **own)}
 
 
-def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Path | Checkpoint | None = None,
+def load_pair(path: str | os.PathLike | Checkpoint, reference: str | os.PathLike | Checkpoint | None = None,
               load: Callable[..., Checkpoint] = load_checkpoint) -> tuple[Checkpoint, Checkpoint]:
   """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`, and what reads a checkpoint:
   `find_checkpoint` for all but the parameters.
@@ -186,14 +187,16 @@ def load_pair(path: str | pathlib.Path | Checkpoint, reference: str | pathlib.Pa
   return policy, reference
 
 
-def find_reference(policy: Checkpoint) -> pathlib.Path:
+def find_reference(policy: Checkpoint) -> storage.Path:
   """Returns where the reference of a checkpoint lies: the copy in its workdir, or what its config names; a pre-trained
   model is its own."""
   if policy.info.kind == 'pretrain':
     return policy.path
-  kept = checkpoint_lib.latest(policy.path.parent.parent / 'reference')
-  if kept is not None:
-    return kept
+  home = policy.path.parent.parent
+  study = [home.parent.parent] if home.parent.name == 'members' else []  # of a sweep in a bucket, where no links are
+  for kept in (checkpoint_lib.latest(place / 'reference') for place in [home, *study]):
+    if kept is not None:
+      return kept
   return checkpoint_lib.find_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
 
 
@@ -247,7 +250,7 @@ def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> 
   return jax.jit(read)
 
 
-def read_steps(path: str | pathlib.Path, reference: str | pathlib.Path | None = None, *, most: int = STEPS,
+def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = None, *, most: int = STEPS,
                digits: list[int] | None = None, num_problems: int = PROBLEMS, num_solutions: int = 6, seed: int = 0,
                batch_size: int = 64, progress: bool = False) -> dict[str, Any]:
   """Reads the checkpoints of a directory, one after another.
@@ -323,7 +326,7 @@ def _states(last, reference, most):
 
 def _is_own(policy, reference):
   try:
-    return reference.path == find_reference(policy).resolve()
+    return reference.path == storage.resolve(find_reference(policy))
   except CheckpointError:  # the one that it had is gone
     return False
 

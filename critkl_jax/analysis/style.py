@@ -1,7 +1,7 @@
 """How all pictures look: one colour for each penalty everywhere, and sizes that are legible where pages show them."""
 
 import io
-import pathlib
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -126,7 +126,7 @@ def level_line(axis: Axes, level: float, text: str, height: float | None = None)
                 xycoords=('axes fraction', 'data'), textcoords='offset points', color=REFERENCE, bbox=BEHIND_TEXT)
 
 
-def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -> None:
+def save(figure: Figure, path: str | os.PathLike, title: str, note: str = '') -> None:
   """Gives all panels of a figure the same sizes and a grid, sets its title, and writes it as a PNG.
 
   Args:
@@ -148,5 +148,5 @@ def save(figure: Figure, path: str | pathlib.Path, title: str, note: str = '') -
   lines = [_wrap(line, letters) for line in f'{title}\n{note}'.strip().split('\n')]
   figure.suptitle('\n'.join(lines).replace('$', r'\$'), fontsize=10.5)
   picture = io.BytesIO()
-  figure.savefig(picture, dpi=DPI, format='png')
+  figure.savefig(picture, format='png', dpi=DPI)
   storage.write_bytes(path, picture.getvalue())

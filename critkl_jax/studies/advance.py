@@ -67,8 +67,8 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
 
 
 def _saved_config(directory):
-  path = checkpoint.latest(directory)
-  return None if path is None else checkpoint.read_info(path).training
+  info = checkpoint.newest_info(directory)
+  return info and info.training
 
 
 def _program(config):
@@ -81,7 +81,7 @@ def _program(config):
 
 
 def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: Checkpoint, workdir: pathlib.Path,
-            num_problems: int, ensemble: Sequence[Checkpoint] = ()) -> list[Record]:
+            num_problems: int, ensemble: Sequence[Checkpoint] = (), damaged: str = 'skip') -> list[Record]:
   """Trains and tests runs that share a program, from where they were stopped if they were, and keeps their records.
 
   Args:
@@ -91,6 +91,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
     workdir: of the studies.
     num_problems: of each test.
     ensemble: the further references of the configs.
+    damaged: as in `runner.run`.
 
   Raises:
     CheckpointError, Interrupted: as `runner.run_population`.
@@ -113,7 +114,7 @@ def advance(configs: Sequence[FinetuneConfig], base: FinetuneConfig, reference: 
   numbers = population.numbers_of(configs, mesh)
   state = runner.run_population(
       lambda state, _: step(state, *numbers), state, first.num_iterations, infos, group, first.save_every,
-      show=('accuracy', 'kl', 'critical_right', 'weight'))
+      show=('accuracy', 'kl', 'critical_right', 'weight'), damaged=damaged)
 
   start = time.monotonic()
   say_testing(f'{len(configs)} runs', num_problems)

@@ -58,7 +58,7 @@ def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: in
       for n in (longest, known_digits)))
   solutions = jax.vmap(task.solution)(problems)
   rollout = as_rollout(jax.vmap(task.prompt)(problems), solutions)
-  longer = (jnp.arange(2 * num_problems) < num_problems)[:, None]
+  longer = (jnp.arange(2 * num_problems, dtype=jnp.int32) < num_problems)[:, None]
   places = {'other': solutions.mask & ~solutions.critical & longer, 'known': solutions.mask & ~longer}
   begun, begun_solutions = begin_solutions(task, draw_problems(
       jax.random.fold_in(key, longest), num_critical, 'plus', longest, known_digits, longest))
@@ -186,7 +186,8 @@ def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: boo
     kl = token_kl(logits, ref_logits)
     critical = on_path(task, problems, rollout) & jax.vmap(task.solution)(problems).critical
     for name, where in (('critical', critical), ('other', rollout.mask & ~critical)):
-      found |= {f'kl_{name}': jnp.sum(jnp.where(where, kl, 0.0), 1), f'number_{name}': jnp.sum(where, 1)}
+      found[f'kl_{name}'] = jnp.sum(jnp.where(where, kl, 0.0), 1)
+      found[f'number_{name}'] = jnp.sum(where, 1, dtype=jnp.int32)
     return found
 
   return answer

@@ -50,9 +50,9 @@ def sample_operands(key: chex.PRNGKey, lengths: chex.Array, max_digits: int) -> 
   Returns:
     A `Problem` with `[2, M]` digits.
   """
-  place = jnp.arange(max_digits)[None]
+  place = jnp.arange(max_digits, dtype=jnp.int32)[None]
   leading = (place == lengths[:, None] - 1) & (lengths[:, None] > 1)
-  digits = jax.random.randint(key, (2, max_digits), leading.astype(jnp.int32), 10)
+  digits = _draw(key, (2, max_digits), leading.astype(jnp.int32), 10)
   return Problem(digits=jnp.where(place < lengths[:, None], digits, 0), lengths=lengths.astype(jnp.int32))
 
 
@@ -65,18 +65,18 @@ def identical_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
 def varying_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
   """Draws lengths `[2]`: one operand, by a fair coin, has `num_digits` digits, the other 1..num_digits uniformly."""
   other, coin = jax.random.split(key)
-  lengths = jnp.stack([jnp.int32(num_digits), jax.random.randint(other, (), 1, num_digits + 1)])
-  return jnp.where(jax.random.bernoulli(coin), lengths, lengths[::-1])
+  lengths = jnp.stack([jnp.int32(num_digits), _draw(other, (), 1, num_digits + 1)])
+  return jnp.where(_coin(coin), lengths, lengths[::-1])
 
 
 def pretraining_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
   """Draws lengths `[2]`, each uniform in 1..num_digits."""
-  return jax.random.randint(key, (2,), 1, num_digits + 1)
+  return _draw(key, (2,), 1, num_digits + 1)
 
 
 def longest_lengths(key: chex.PRNGKey, num_digits: int) -> chex.Array:
   """Draws lengths `[2]` as `pretraining_lengths` does, given that the longer one is exactly `num_digits`."""
-  index = jax.random.randint(key, (), 0, 2 * num_digits - 1)
+  index = _draw(key, (), 0, 2 * num_digits - 1)
   return jnp.where(index < num_digits, jnp.stack([jnp.int32(num_digits), index + 1]),
                    jnp.stack([index - num_digits + 1, jnp.int32(num_digits)]))
 
@@ -91,10 +91,20 @@ def plus_lengths(key: chex.PRNGKey, num_digits: int, extra_digits: int) -> chex.
     return varying_lengths(key, num_digits)
   known, new, which, coin = jax.random.split(key, 4)
   longest = num_digits + extra_digits
-  other = jnp.where(jax.random.bernoulli(which), jax.random.randint(known, (), 1, num_digits + 1),
-                    jax.random.randint(new, (), num_digits + 1, longest + 1))
+  other = jnp.where(_coin(which), _draw(known, (), 1, num_digits + 1), _draw(new, (), num_digits + 1, longest + 1))
   lengths = jnp.stack([jnp.int32(longest), other])
-  return jnp.where(jax.random.bernoulli(coin), lengths, lengths[::-1])
+  return jnp.where(_coin(coin), lengths, lengths[::-1])
+
+
+# Types are named: the defaults of JAX depend on `jax_enable_x64`, and other types are other problems.
+
+
+def _draw(key, shape, least, end):
+  return jax.random.randint(key, shape, least, end, dtype=jnp.int32)
+
+
+def _coin(key):
+  return jax.random.bernoulli(key, jnp.float32(0.5))
 
 
 # Text.
@@ -120,7 +130,7 @@ def render_prompt(problem: Problem) -> Tokens:
   a, b = (_number(problem.digits[i], problem.lengths[i]) for i in range(2))
   pieces = join(literal('Input:\n'), a, literal('+'), b, literal('\nTarget:'))
   text = compact(pieces, prompt_length(problem.digits.shape[-1]))
-  shift = jnp.sum(~text.mask)
+  shift = jnp.sum(~text.mask, dtype=jnp.int32)
   return Tokens(tokens=jnp.roll(text.tokens, shift), mask=jnp.roll(text.mask, shift))
 
 
@@ -141,7 +151,7 @@ def render_solution(problem: Problem, known_digits: int, length: int) -> Solutio
   sums, carries = add(problem)
   num_lines = jnp.max(problem.lengths)
   line = functools.partial(_line, problem=problem, sums=sums, carries=carries, known_digits=known_digits)
-  lines = jax.vmap(line)(jnp.arange(problem.digits.shape[-1]))
+  lines = jax.vmap(line)(jnp.arange(problem.digits.shape[-1], dtype=jnp.int32))
   carry = carries[num_lines]
   last_line = join(
       literal('[] + [] , A='), _list(sums, 0, num_lines), literal(' C='), digit(carry), literal(' , END\n'))
@@ -155,7 +165,8 @@ def critical_kinds(solution: Solution) -> dict[str, chex.Array]:
   """Returns bool `[T]` of each of the `CRITICAL_KINDS` of a solution `[T]`: `first_comma` (does the first operand go
   on?), `first_digit` (how does it?), and those of the second operand."""
   bracket, comma = TOKENIZER.encode('],')
-  lists = jnp.cumsum(solution.tokens == bracket) % 3  # a line has three: both operands and the digits of the sum
+  # A line has three lists: both operands and the digits of the sum.
+  lists = jnp.cumsum(solution.tokens == bracket, dtype=jnp.int32) % 3
   first, commas = lists == 0, solution.tokens == comma
   kinds = first & commas, first & ~commas, (lists == 1) & commas, (lists == 1) & ~commas
   return {name: solution.critical & kind for name, kind in zip(CRITICAL_KINDS, kinds)}
@@ -173,7 +184,7 @@ def add(problem: Problem) -> tuple[chex.Array, chex.Array]:
   """Returns the digits of the sum `[M]` and the carry into each place `[M + 1]`, least significant first."""
 
   def place(carry, digits):
-    total = jnp.sum(digits) + carry
+    total = jnp.sum(digits, dtype=jnp.int32) + carry
     return total // 10, (total % 10, carry)
 
   last, (sums, carries) = jax.lax.scan(place, jnp.int32(0), problem.digits.T)
@@ -196,30 +207,35 @@ def _line(i, problem, sums, carries, known_digits) -> Piece:
 def _list(digits, start, stop, known_digits=None) -> Piece:
   """Writes `[d,d,d]`: the digits of places start..stop-1, most significant first."""
   size = digits.shape[-1]
-  place = jnp.arange(size)[::-1]
+  place = jnp.arange(size, dtype=jnp.int32)[::-1]
   position = stop - place  # 1 for the first digit of the list
   stands = (place >= start) & (place < stop)
   critical = stands & (position > (size if known_digits is None else known_digits))
   comma = stands & (position > 1)
   characters = Piece(
-      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(',')[0]), digits[::-1] + DIGIT_ZERO], -1).reshape(-1),
+      tokens=_after(',', digits[::-1] + DIGIT_ZERO),
       valid=jnp.stack([comma, stands], -1).reshape(-1),
       critical=jnp.stack([critical, critical], -1).reshape(-1))
   return join(literal('['), characters, literal(']'))
 
 
+def _after(character, tokens):
+  """Writes the character before each token."""
+  return jnp.stack([jnp.full(tokens.size, TOKENIZER.encode(character)[0], jnp.int32), tokens], -1).reshape(-1)
+
+
 def _number(digits, length) -> Piece:
-  stands = jnp.arange(digits.shape[-1])[::-1] < length
+  stands = jnp.arange(digits.shape[-1], dtype=jnp.int32)[::-1] < length
   return Piece(digits[::-1] + DIGIT_ZERO, stands, jnp.zeros_like(stands))
 
 
 def _result(sums, carry, num_digits) -> Piece:
   size = sums.shape[-1]
-  place = jnp.arange(size)[::-1]
+  place = jnp.arange(size, dtype=jnp.int32)[::-1]
   stands = place < num_digits
   blank = stands & ((place < num_digits - 1) | (carry > 0))
   digits = Piece(
-      tokens=jnp.stack([jnp.full(size, TOKENIZER.encode(' ')[0]), sums[::-1] + DIGIT_ZERO], -1).reshape(-1),
+      tokens=_after(' ', sums[::-1] + DIGIT_ZERO),
       valid=jnp.stack([blank, stands], -1).reshape(-1), critical=jnp.zeros(2 * size, bool))
   return join(digit(carry, carry > 0), digits, literal('\n'))
 
@@ -246,7 +262,7 @@ def reward(problem: Problem, actions: chex.Array, mask: chex.Array) -> chex.Arra
   text, found, start, length = _find_answer(actions, mask)
   padded = jnp.pad(text, (0, len(_END_OF_SCRATCHPAD_IDS) + result.tokens.size), constant_values=TOKENIZER.pad_id)
   answer = jax.lax.dynamic_slice(padded, (start,), (result.tokens.size,))
-  right = jnp.all((answer == result.tokens) | ~result.mask) & (length == start + jnp.sum(result.mask))
+  right = jnp.all((answer == result.tokens) | ~result.mask) & (length == start + jnp.sum(result.mask, dtype=jnp.int32))
   return (found & right).astype(jnp.float32)
 
 
@@ -262,7 +278,7 @@ def well_formed(actions: chex.Array, mask: chex.Array) -> chex.Array:
   """
   chex.assert_rank([actions, mask], [1, 1])
   text, found, start, length = _find_answer(actions, mask)
-  place = jnp.arange(text.size) - start
+  place = jnp.arange(text.size, dtype=jnp.int32) - start
   is_digit = (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
   blank, line_break = TOKENIZER.encode(' \n')
   fits = jnp.where(place % 2 == 0, is_digit, text == jnp.where(place == length - start - 1, line_break, blank))
@@ -278,8 +294,8 @@ def _find_answer(actions, mask):
   padded = jnp.pad(text, (0, marker), constant_values=TOKENIZER.pad_id)
   here = functools.reduce(
       jnp.logical_and, [padded[i:i + text.size] == token for i, token in enumerate(_END_OF_SCRATCHPAD_IDS)])
-  length = text.size - jnp.argmax(text[::-1] != TOKENIZER.pad_id)
-  return text, jnp.any(here), jnp.argmax(here) + marker, length
+  length = text.size - jax.lax.argmax(text[::-1] != TOKENIZER.pad_id, 0, jnp.int32)
+  return text, jnp.any(here), jax.lax.argmax(here, 0, jnp.int32) + marker, length
 
 
 # The task.

@@ -76,10 +76,11 @@ def draft_addition(problem: Problem, actions: chex.Array, num_actions: chex.Arra
   lookback = 3 * line_length
   text = jax.lax.dynamic_slice(jnp.pad(actions, (lookback, 0), constant_values=_NONE), (num_actions,), (lookback,))
   breaks = (text == _NEWLINE).astype(jnp.int32)
-  behind = jnp.cumsum(breaks[::-1])[::-1]  # line breaks from here on
-  place = jnp.arange(lookback)
-  starts = [jnp.sum(behind > i) for i in range(3)]  # of the unfinished line, and of the two before it
-  num_lines = jnp.sum((actions == _NEWLINE) & (jnp.arange(actions.size) < num_actions))
+  behind = jnp.cumsum(breaks[::-1], dtype=jnp.int32)[::-1]  # line breaks from here on
+  place = jnp.arange(lookback, dtype=jnp.int32)
+  starts = [jnp.sum(behind > i, dtype=jnp.int32) for i in range(3)]  # of the unfinished line, and of the two before it
+  written = jnp.arange(actions.size, dtype=jnp.int32) < num_actions
+  num_lines = jnp.sum((actions == _NEWLINE) & written, dtype=jnp.int32)
 
   def starts_answer(start):
     pair = jax.lax.dynamic_slice(jnp.append(text, _NONE), (start,), (2,))
@@ -111,7 +112,7 @@ def draft_addition(problem: Problem, actions: chex.Array, num_actions: chex.Arra
     values |= {f'{name}{i}': x for name, x in part_values.items()}
     stands |= {f'{name}{i}': x for name, x in part_stands.items()}
   expected = compact(fill(template, values, stands), 2 * line_length + 20)
-  start = _align(text, jnp.sum(unfinished), expected)
+  start = _align(text, jnp.sum(unfinished, dtype=jnp.int32), expected)
   tokens = jnp.append(jnp.where(expected.mask, expected.tokens, _NONE), text)
   tokens = jnp.pad(tokens, (0, size), constant_values=_NONE)
   return jax.lax.dynamic_slice(tokens, (start,), (size,))
@@ -119,28 +120,28 @@ def draft_addition(problem: Problem, actions: chex.Array, num_actions: chex.Arra
 
 def _fields(text, line, capacity) -> tuple[_Digits, chex.Array]:
   """Returns the digits `[6, K]` in each field of a line, a mask `[R]` of the text, and the field in which it ends."""
-  place = jnp.arange(text.size)
+  place = jnp.arange(text.size, dtype=jnp.int32)
   earlier, line_before = jnp.pad(text[:-1], (1, 0), constant_values=_NONE), jnp.pad(line[:-1], (1, 0))
   kind = jnp.zeros(text.shape, jnp.int32)
   for i, (one, two) in enumerate(_MARKERS):
     kind = jnp.where(line & line_before & (earlier == one) & (text == two), i + 1, kind)
   marker = jax.lax.cummax(jnp.where(kind > 0, place, -1))  # the last one up to here
   field = jnp.where(marker >= 0, kind[marker], 0)
-  number = jnp.arange(_NUM_FIELDS)[:, None]
+  number = jnp.arange(_NUM_FIELDS, dtype=jnp.int32)[:, None]
   begins = jnp.max(jnp.where((kind[None] == number) & (number > 0), place[None], -1), 1)  # the second time, if twice
   digits = line & (text >= DIGIT_ZERO) & (text < DIGIT_ZERO + 10)
-  total = jnp.cumsum(digits)
+  total = jnp.cumsum(digits, dtype=jnp.int32)
   before = jnp.where(begins >= 0, total[begins], 0)  # digits before the field
   digits = digits[None] & (field[None] == number) & (marker[None] == begins[:, None])
   rank = jnp.where(digits, total[None] - before[:, None], 0)
-  wanted = rank[:, None] == jnp.arange(1, capacity + 1)[None, :, None]
-  values = jnp.sum(jnp.where(wanted, (text - DIGIT_ZERO)[None, None], 0), -1)
-  return _Digits(values, jnp.minimum(jnp.sum(digits, 1), capacity)), field[-1]
+  wanted = rank[:, None] == jnp.arange(1, capacity + 1, dtype=jnp.int32)[None, :, None]
+  values = jnp.sum(jnp.where(wanted, (text - DIGIT_ZERO)[None, None], 0), -1, dtype=jnp.int32)
+  return _Digits(values, jnp.minimum(jnp.sum(digits, 1, dtype=jnp.int32), capacity)), field[-1]
 
 
 def _first(problem, capacity) -> _State:
   size = problem.digits.shape[-1]
-  place = jnp.arange(capacity)
+  place = jnp.arange(capacity, dtype=jnp.int32)
   a, b = (_Digits(jnp.where(place < n, d[jnp.clip(n - 1 - place, 0, size - 1)], 0), n)
           for d, n in zip(problem.digits, problem.lengths))
   return _State(a, b, _Digits(jnp.zeros(capacity, jnp.int32), jnp.int32(0)), jnp.int32(0))
@@ -193,25 +194,27 @@ def _split(fields) -> list[_Digits]:
 
 
 def _present(digits) -> chex.Array:
-  return jnp.arange(digits.values.size) < digits.count
+  return jnp.arange(digits.values.size, dtype=jnp.int32) < digits.count
 
 
 def _align(text, written, expected) -> chex.Array:
   """Returns the places, in the expected text followed by the text itself, at which to go on after `written` characters
   of the unfinished line."""
   size, length = expected.tokens.size, text.size
-  place = jnp.arange(size)
+  place = jnp.arange(size, dtype=jnp.int32)
   own = jnp.take(text, length - written + place, mode='fill', fill_value=_NONE)
   as_expected = jnp.all((own == expected.tokens) | (place >= written)) & (written <= size)
   tokens = jnp.where(expected.mask, expected.tokens, _NONE - 1)
-  distance = _DISTANCE * jnp.abs(jnp.arange(size + 1) - written).astype(jnp.float32)
+  distance = _DISTANCE * jnp.abs(jnp.arange(size + 1, dtype=jnp.int32) - written).astype(jnp.float32)
   last = text[-NUM_LOOKED_UP:]
-  own_last = jnp.where(jnp.arange(NUM_LOOKED_UP) >= NUM_LOOKED_UP - written, last, _NONE)
-  likely = jnp.where(jnp.arange(size + 1) <= jnp.sum(expected.mask), agreement(tokens, own_last) - distance, 0.0)
+  own_last = jnp.where(jnp.arange(NUM_LOOKED_UP, dtype=jnp.int32) >= NUM_LOOKED_UP - written, last, _NONE)
+  known = jnp.arange(size + 1, dtype=jnp.int32) <= jnp.sum(expected.mask, dtype=jnp.int32)
+  likely = jnp.where(known, agreement(tokens, own_last) - distance, 0.0)
   # The text itself has the copies of a policy that has left the rules; the latest of equal ones.
   likely_again = agreement(text, last)[:-1] - _MARGIN + 1e-3 * jnp.arange(length, dtype=jnp.float32) / length
   again = jnp.max(likely_again) > jnp.max(likely)
-  start = jnp.where(again, size + jnp.argmax(likely_again), jnp.argmax(likely))
+  best, best_again = (jax.lax.argmax(x, 0, jnp.int32) for x in (likely, likely_again))
+  start = jnp.where(again, size + best_again, best)
   return jnp.where(as_expected, written, start)
 
 

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 def literal(text: str, valid: chex.Array | bool = True) -> Piece:
   """Returns a text that stands there, or not, as a whole."""
-  tokens = jnp.asarray(TOKENIZER.encode(text))
+  tokens = jnp.asarray(TOKENIZER.encode(text), jnp.int32)
   return Piece(tokens, jnp.full(tokens.shape, valid), jnp.zeros(tokens.shape, bool))
 
 
@@ -71,17 +71,18 @@ def fill(template: Sequence[tuple[str, str]], values: dict[str, chex.Array], sta
       sources += [*TOKENIZER.encode(separator).tolist(), first_value[name] + i]
       flags += [own] * (len(separator) + 1)
       inner += [i > 0] * len(separator) + [True]
-  tokens = jnp.concatenate([jnp.arange(TOKENIZER.vocab_size), *(jnp.ravel(v) + DIGIT_ZERO for v in values.values())])
+  digits = (jnp.ravel(v) + DIGIT_ZERO for v in values.values())
+  tokens = jnp.concatenate([jnp.arange(TOKENIZER.vocab_size, dtype=jnp.int32), *digits])
   valid = jnp.concatenate([jnp.ravel(f) for f in stands.values()])[np.array(flags)] & np.array(inner)
   return Piece(tokens[np.array(sources)], valid, jnp.zeros(len(sources), bool))
 
 
 def compact(piece: Piece, length: int) -> Solution:
   """Moves the valid characters to the front of arrays `[length]`; those that do not fit are dropped."""
-  total = jnp.cumsum(piece.valid)
+  total = jnp.cumsum(piece.valid, dtype=jnp.int32)
   # The candidate that is the i-th valid one; a search, because a scatter is slow on every kind of device.
-  source = jnp.searchsorted(total, jnp.arange(1, length + 1), method='scan_unrolled')
-  mask = jnp.arange(length) < total[-1]
+  source = jnp.searchsorted(total, jnp.arange(1, length + 1, dtype=jnp.int32), method='scan_unrolled')
+  mask = jnp.arange(length, dtype=jnp.int32) < total[-1]
   source = jnp.where(mask, source, 0)
   return Solution(tokens=jnp.where(mask, piece.tokens[source], TOKENIZER.pad_id), mask=mask,
                   critical=mask & piece.critical[source])

@@ -169,7 +169,7 @@ def accumulate(operands: Operands, settings: Settings, held: Held, row_loss: Cal
     start = i * held.tokens
     some = _tokens_of(operands, start, held.tokens)
     some_extra = [_get(x, start, held.tokens) for x in extra]
-    real = start + jnp.arange(held.tokens) < num_tokens
+    real = start + jnp.arange(held.tokens, dtype=jnp.int32) < num_tokens
     found = products(some)
     row = finish(_row_sums(some, settings, found, held.rows))
     losses, pull = jax.vjp(lambda row: jnp.where(real, row_loss(row, *some_extra), 0.0), row)
@@ -206,7 +206,7 @@ def _add_held_grads(grads, start, operands, settings, found, row, cotangents, bl
   """Adds the gradients of the tokens of `products`, the first of them number `start`."""
   policy = operands.policy
   z, v, _ = block_logits(operands, settings._replace(one_temperature=True), found)
-  is_action = jnp.arange(z.shape[1])[None] == operands.actions[:, None]
+  is_action = jnp.arange(z.shape[1], dtype=jnp.int32)[None] == operands.actions[:, None]
   gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, operands, settings)
   count, rest = divmod(z.shape[1], block)
 
@@ -243,7 +243,7 @@ def _add_token_grads(grads, start, operands, settings, block, row, cotangents):
     grads, hidden = carry
     part = _part_of(operands, first, size)
     z, v, _ = block_logits(part, settings._replace(one_temperature=True))
-    is_action = first + jnp.arange(size)[None] == operands.actions[:, None]
+    is_action = first + jnp.arange(size, dtype=jnp.int32)[None] == operands.actions[:, None]
     gradient = through_scaling(logit_gradients(z, v, is_action, row, cotangents), z, part, settings)
     return (_add_block(grads, gradient, policy.hidden, first),
             hidden + dot(gradient, part.policy.embedding, (1, 0)))

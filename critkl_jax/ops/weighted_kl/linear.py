@@ -127,6 +127,6 @@ def _of_all_parts(sums: Sums, axis_name: str | None) -> Sums:
   count, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
   # A psum of arrays that are 0 elsewhere: unlike all_gather its result is known to be the same on all devices.
   gathered = jax.tree.map(
-      lambda x: jax.lax.psum(jnp.zeros((count, *x.shape)).at[here].set(x), axis_name), sums)
+      lambda x: jax.lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[here].set(x), axis_name), sums)
   parts = [jax.tree.map(lambda x, i=i: x[i], gathered) for i in range(count)]
   return functools.reduce(merge, parts)

@@ -28,7 +28,7 @@ def _backward(one_temperature, saved, gradients):
   del one_temperature
   (logits, ref_logits, actions, temperature, certainty_temperature), row = saved
   z, v, _ = scaled(logits, ref_logits, temperature, certainty_temperature, True)
-  is_action = jnp.arange(z.shape[1])[None] == actions[:, None]
+  is_action = jnp.arange(z.shape[1], dtype=jnp.int32)[None] == actions[:, None]
   gradient = logit_gradients(z, v, is_action, row, Cotangents.of(gradients)) / temperature
   return gradient.astype(logits.dtype), None, None, None, None
 

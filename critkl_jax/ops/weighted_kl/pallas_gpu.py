@@ -163,7 +163,7 @@ def _forward_kernel(operands: Operands, sums: Sums, settings: Settings, column_b
 
   def of_block(j, sums):
     z, v, v_sure = _tile(operands, settings, token, j * COLUMNS)
-    columns = j * COLUMNS + jnp.arange(COLUMNS)[None]
+    columns = j * COLUMNS + jnp.arange(COLUMNS, dtype=jnp.int32)[None]
     valid = columns < operands.policy.embedding.shape[0]
     return merge(sums, block_sums(z, v, v_sure, (columns == actions[:, None]) & valid, valid))
 
@@ -178,7 +178,7 @@ def _backward_kernel(operands: Operands, row: Row, cotangents: Cotangents, start
   token, offset = pl.program_id(0) * TOKENS, pl.program_id(1) * COLUMNS
   actions = _load(operands.actions, (token,), (TOKENS,))
   row, cotangents = jax.tree.map(lambda x: _load(x, (token, 0), (TOKENS, 1)), (row, cotangents))
-  columns = start[0] + offset + jnp.arange(COLUMNS)[None]
+  columns = start[0] + offset + jnp.arange(COLUMNS, dtype=jnp.int32)[None]
   z, v, _ = _tile(operands, settings._replace(one_temperature=True), token, start[0] + offset)
   tile = logit_gradients(z, v, columns == actions[:, None], row, cotangents)
   tile = through_scaling(tile, z, operands.replace(temperature=operands.temperature[0]), settings)

@@ -99,7 +99,7 @@ class Sums:
   @classmethod
   def zeros(cls, num_tokens: int) -> 'Sums':
     """Returns a record of zeros."""
-    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+    return cls(**{name: jnp.zeros((num_tokens, 1), jnp.float32) for name in cls.__dataclass_fields__})
 
 
 @struct.dataclass
@@ -133,7 +133,7 @@ class Row:
   @classmethod
   def zeros(cls, num_tokens: int) -> 'Row':
     """Returns a record of zeros."""
-    return cls(**{name: jnp.zeros((num_tokens, 1)) for name in cls.__dataclass_fields__})
+    return cls(**{name: jnp.zeros((num_tokens, 1), jnp.float32) for name in cls.__dataclass_fields__})
 
 
 @struct.dataclass

@@ -1,0 +1,182 @@
+"""From where a run goes on: the newest whole checkpoint of the same settings, found and read."""
+
+import contextlib
+import dataclasses
+import os
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from critkl_jax import checkpoint, hosts, population, sharding, storage
+from critkl_jax.records import TrainState
+from critkl_jax.storage import WorkdirError
+
+# Fields that may differ between a run and its continuation: they change no update, or by rounding alone.
+FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_to_keep', 'max_skipped', 'eval_problems'})
+ROUNDING_FIELDS = frozenset({'attention', 'remat', 'rollout', 'scan_layers', 'window'})
+
+
+def check_workdir(workdir: str | os.PathLike, info: checkpoint.CheckpointInfo) -> int:
+  """Returns the number of steps that a workdir's run has finished and saved, 0 for a new workdir. Whether the arrays
+  are whole is left to `resume`.
+
+  Raises:
+    CheckpointError: if the workdir holds the run of another config.
+  """
+  directory = storage.to_path(workdir) / 'checkpoints'
+
+  def check(step):
+    _check_same(directory / str(step), info, checkpoint.read_info_together(directory / str(step)))
+    return step
+
+  return checkpoint.newest_whole(_agreed(checkpoint.steps_in(directory)), check)[0] or 0
+
+
+def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | os.PathLike, damaged: str = 'skip'
+           ) -> TrainState:
+  """Returns the state of the workdir's newest whole checkpoint, or `state` itself if it has no checkpoint; says so if
+  newer ones are damaged, or refuses, as `damaged` says.
+
+  Raises:
+    CheckpointError: if no checkpoint is whole, or one was made with another config.
+  """
+  directory = storage.to_path(workdir) / 'checkpoints'
+
+  def read(step):
+    path = directory / str(step)
+    saved = checkpoint.read_info_together(path)
+    _check_same(path, info, saved)
+    found = checkpoint.restore(path, state)
+    _say_rounding(saved, info)
+    return found
+
+  return _newest_whole(state, _agreed(checkpoint.steps_in(directory)), read, workdir, damaged)
+
+
+def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | os.PathLike,
+                      damaged: str = 'skip') -> TrainState:
+  """Returns the state of the latest step that all members under a study's workdir have saved whole, or `state` itself
+  if there is none; as `resume` else.
+
+  Raises:
+    CheckpointError: if the workdir holds other members, no step that all have is whole, or one was made with another
+      config.
+  """
+  directories = {name: storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos}
+  hosts.first_does(lambda: _keep_members(storage.to_path(workdir), list(infos)), ValueError)
+  saved = [set(checkpoint.steps_in(directory)) for directory in directories.values()]
+  steps = _agreed(sorted(set.intersection(*saved)))
+  hosts.first_does(lambda: _check_later(directories, infos, max(steps, default=-1)), ValueError)
+  target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
+
+  def read(step):
+    paths = [directory / str(step) for directory in directories.values()]
+    saved = [checkpoint.read_info_together(path) for path in paths]
+    for path, info, own in zip(paths, infos.values(), saved):
+      _check_same(path, info, own)
+    found = population.stack([checkpoint.restore(path, target) for path in paths])
+    _say_rounding(saved[0], next(iter(infos.values())))
+    return found
+
+  found = _newest_whole(None, steps, read, workdir, damaged)
+  if found is None:
+    return state
+  own = state.replace(ref_params=None, ensemble=())
+  placed = sharding.put(found.replace(ref_params=None, ensemble=()), jax.tree.map(lambda x: x.sharding, own))
+  return placed.replace(ref_params=state.ref_params, ensemble=state.ensemble)
+
+
+def _agreed(steps: list[int]) -> list[int]:
+  """Returns the steps that the first host sees, on a file system that others may see later."""
+  number = hosts.as_first_says(len(steps))
+  return [hosts.as_first_says(step) for step in [*steps, *[0] * number][:number]]
+
+
+def _newest_whole(start, steps, read, workdir, damaged):
+  """Returns what is read of the newest step that is whole, `start` if there are no steps."""
+  if not steps:
+    return start
+  found, damages = checkpoint.newest_whole(steps, read)
+  if found is None:
+    raise checkpoint.CheckpointError(f'{damages[0]} No other checkpoint is whole; another --workdir begins anew.')
+  if damages:
+    whole = steps[-1 - len(damages)]
+    if damaged == 'refuse':
+      raise checkpoint.CheckpointError(f'{damages[0]} Step {whole} is whole; --damaged=skip goes on from there.')
+    hosts.say(' '.join([*map(str, damages), f'Going on from step {whole}, the newest whole one.']))
+  return found
+
+
+def check_members(workdir: storage.Path, names: list[str]) -> None:
+  """Checks that a study's workdir holds these members or has saved nothing, and changes nothing.
+
+  Raises:
+    CheckpointError: if it holds others.
+    WorkdirError: if its list of members cannot be read.
+  """
+  file, old = workdir / 'members.json', names
+  started = [path for path in workdir.glob('members/*/checkpoints') if checkpoint.steps_in(path)]
+  if started and file.is_file():
+    old = storage.read_json(file, list, 'restore it, or remove it if the members of this command are all of them')
+  if old != names:
+    different = sorted(set(map(str, old)) ^ set(names)) or ['in another order']
+    some = ', '.join(different[:4]) + (', ...' if len(different) > 4 else '')
+    raise checkpoint.CheckpointError(
+        f'{workdir}: made with other members ({some}); give the same ones, or another --workdir.')
+
+
+def _keep_members(workdir, names):
+  """Keeps the names of a study's members in its workdir."""
+  check_members(workdir, names)
+  workdir.mkdir(parents=True, exist_ok=True)
+  storage.write_json(workdir / 'members.json', names, indent=None)
+
+
+def _check_later(directories: dict[str, storage.Path], infos: dict[str, checkpoint.CheckpointInfo], step: int) -> None:
+  """Says what some members have saved beyond the step that all have: it is made again, and replaced then. A stop amid a
+  save leaves one such step at most, and directories of all members; where it is otherwise, and no member went back
+  behind a damaged step, somebody removed a member's checkpoints, and the run is refused."""
+  later = {name: [n for n in checkpoint.steps_in(directory) if n > step] for name, directory in directories.items()}
+  newest = max((n for steps in later.values() for n in steps), default=step)
+  lacking = [name for name, steps in later.items() if newest not in steps]
+  missing = any(newest > step and not directories[name].is_dir() for name in lacking)
+  went_back = any(any(directory.glob('*.replaced-*')) for directory in directories.values())
+  if missing or (max(map(len, later.values())) > 1 and not went_back):
+    raise WorkdirError(f'{directories[lacking[0]]} lacks step {newest}, which other members have; restore it, or give '
+                       'another --workdir to begin again.')
+  for name, path in ((name, directories[name] / str(n)) for name, steps in later.items() for n in steps):
+    with contextlib.suppress(checkpoint.DamagedError):  # it is replaced
+      _check_same(path, infos[name], checkpoint.read_info(path))
+    hosts.say(f'Step {path.name} of {name} is made again: not all members had saved it.')
+
+
+def _check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: checkpoint.CheckpointInfo) -> None:
+  """Refuses a checkpoint of a run with other settings."""
+  different = [said for name, said in _differences(saved, info).items()
+               if name not in FREE_FIELDS | ROUNDING_FIELDS and not (
+                   name == 'reference' and _is_kept(path, info.training.reference))]
+  if different:
+    raise checkpoint.CheckpointError(
+        f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
+
+
+def _say_rounding(saved: checkpoint.CheckpointInfo, info: checkpoint.CheckpointInfo) -> None:
+  """Says which settings of a run that goes on differ from those that it had, where numbers may be rounded otherwise."""
+  different = [said for name, said in _differences(saved, info).items() if name in ROUNDING_FIELDS]
+  if different:
+    hosts.say(f'Other settings than before ({"; ".join(different)}): updates are the same up to rounding.')
+
+
+def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> dict[str, str]:
+  """Returns what differs between a checkpoint's settings and others, by the name of the field."""
+  old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(one), sep='/') for one in (old, new))
+  return {name.split('/')[-1]: f'{name}: {old.get(name)!r} then, {new.get(name)!r} now'
+          for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
+
+
+def _is_kept(path: storage.Path, reference: str) -> bool:
+  """Returns whether a reference, given by another path than before, is the one that the run of a checkpoint keeps."""
+  kept = checkpoint.latest(path.parent.parent / 'reference')
+  given = checkpoint.find_checkpoint(reference or checkpoint.SHIPPED_REFERENCE).path
+  return kept is not None and checkpoint.same_params(kept, given)
