@@ -51,7 +51,7 @@ def test_the_only_copy_of_a_reference_is_used_in_place(references, tmp_path):
     before = contents(workdir / 'reference')
     run(binary, *finetune(workdir / 'reference', workdir, *flags))
     assert contents(workdir / 'reference') == before
-    run(binary, *finetune(workdir / 'reference', workdir, '--num_iterations=3', *flags))
+  run('finetune', *finetune(tmp_path / 'finetune' / 'reference', tmp_path / 'finetune', '--num_iterations=3'))
 
 
 @pytest.mark.parametrize('binary', ['finetune', 'sweep'])
