@@ -75,12 +75,12 @@ WORDS = st.one_of(
 def lines_of(own, arguments):
   """Returns a strategy of command lines: flags of the binary with words for values, misspelt ones, and arguments."""
   name = st.one_of(st.sampled_from(own), st.sampled_from(own), st.sampled_from(own), st.text('abcdelr_', max_size=8),
-                   st.sampled_from(own).map(lambda x: x[:-1]))
+                   st.sampled_from(own).map(lambda x: x[:-1]), st.sampled_from(own).map('no{}'.format))
   valued = st.builds('--{}={}'.format, name, WORDS)
   enums = [x for x in own if hasattr(flags.FLAGS[x].parser, 'enum_values')]
   known = st.sampled_from(enums).flatmap(lambda x: st.sampled_from(list(flags.FLAGS[x].parser.enum_values)).map(
       f'--{x}={{}}'.format)) if enums else valued
-  boolean = st.sampled_from([f'--{x}' for x in own])
+  boolean = st.sampled_from([f'--{no}{x}' for x in own for no in ('', 'no')])
   positional = st.lists(WORDS, min_size=len(arguments), max_size=len(arguments)) if arguments else st.just([])
   return st.builds(lambda some, rest: some + [word for word in rest if not word.startswith('-')],
                    st.lists(st.one_of(valued, valued, valued, known, boolean), min_size=1, max_size=3), positional)

@@ -50,6 +50,7 @@ TRAINED = {
     '--coordinator_address=a b:80': 'a host and its port', '--process_id=1': 'means nothing without',
     '--lr=1': 'the nearest is --learning_rate', '--preset=smal': 'the nearest is small',
     '--save_every=0': '1 or more', '--dtype=float16': "'float16'", '--remat=maybe': 'expected true or false',
+    '--noremat=1': 'does not take an argument',
 }
 FINETUNED = TRAINED | {
     f'--{name}={value}': f'--{name}: expected a finite number'
