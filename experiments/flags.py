@@ -223,8 +223,10 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
     paths.read_workdir('compilation_cache', flags.FLAGS.compilation_cache)
   try:
     return check(*argv[1:])
-  except CheckpointError as error:
+  except (CheckpointError, WorkdirError) as error:
     refuse(error)
+  except OSError as error:
+    refuse(f'{error.filename} cannot be read: {error.strerror}.')
 
 
 def _attribute_help(config_class: type, name: str) -> str:

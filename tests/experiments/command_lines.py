@@ -67,6 +67,7 @@ WORDS = st.one_of(
                      'true', 'maybe', 'data:²', 'data:1', 'data:-1', 'data:2,data:2', 'member:3', 'mesh:1', 'localhost',
                      'localhost:99999', '[::1]:1', 'a b:1', 'standard', 'standard,standard', 'prioritised', 'core',
                      'drift,drif', 'x' * 300, '5,6', '5,5', '/proc/none', '/dev/null', '~', '\n', 'a\nb', '%s',
+                     'FOLDER/broken',
                      'FOLDER/new', 'FOLDER/file', 'FOLDER/file/under', 'FOLDER/link', 'FOLDER', 'FOLDER/nowhere/deep',
                      'FOLDER/' + 'y' * 300, 'FOLDER' + '/z' * 3000]),
     st.integers().map(str), st.integers(-1, 40).map(str), st.floats().map(str), st.floats(0, 1).map(str))
@@ -93,6 +94,9 @@ def main(binary, number=0):
     folder = pathlib.Path(home)
     (folder / 'file').write_text('notes')
     (folder / 'link').symlink_to(folder / 'nothing')
+    (folder / 'broken').mkdir()
+    for name in ('analysis.json', 'comparison.json', 'studies.json'):
+      (folder / 'broken' / name).write_text('{')
     os.chdir(folder)
 
     def one(line):

@@ -16,7 +16,7 @@ BINARIES = sorted(programs())
 TRAINING = ('finetune', 'sweep')
 ARGUMENTS = {'compare_checkpoints': [SHIPPED, SHIPPED]}
 
-# Flags that cannot be -> words of the line that says so. FOLDER holds a file, a broken link and nothing else.
+# Flags that cannot be -> words of the line that says so. FOLDER holds a file, a broken link, a folder of broken files.
 WORKDIRS = {
     '--workdir=': 'expected a directory, got an empty name',
     '--workdir=FOLDER/file': 'not a directory',
@@ -87,12 +87,14 @@ BAD = {
         '--checkpoint=': 'expected a path', '--checkpoint=FOLDER/none': 'no such directory', '--step=3': 'no step 3',
         '--distribution=vary': 'the nearest is varying', f'--checkpoint={"x" * 300}': 'cannot be read'},
     'analyze': WORKDIRS | {
+        '--workdir=FOLDER/broken': 'analysis.json',
         '--digits=a': '--digits: expected whole numbers', '--digits=1000000000': '1 to 1000', '--digits=400': 'context',
         '--checkpoints=': '--checkpoints: expected names', '--checkpoints=a,,b': '--checkpoints: expected names',
         '--checkpoints=FOLDER/none': 'no such directory', '--reference=': '--reference: expected a path',
         '--reference=FOLDER': 'no complete checkpoint', '--threshold=nan': '--threshold', '--quantile=inf': 'quantile',
         f'--problems={2**40}': '--problems', '--responses=greed': 'the nearest is greedy', f'--seed={2**64}': '--seed'},
     'compare_checkpoints': WORKDIRS | {
+        '--workdir=FOLDER/broken': 'comparison.json',
         '--digits=a': '--digits: expected whole numbers', '--digits=1000000000': '1 to 1000', '--digits=400': 'context',
         f'--problems={2**40}': '--problems', f'--seed={2**64}': '--seed', '--problem=1': 'the nearest is --problems'},
     'compile_only': FILES | {
@@ -100,6 +102,7 @@ BAD = {
         '--topology=v5e:twoxtwo': '--topology', '--mesh=data:²': '--mesh', '--mesh=,': '--mesh',
         '--extra_digits=900': 'need a context', '--members=1000000000': '--members', '--preset=released': 'no sizes'},
     'reproduce': WORKDIRS | {
+        '--workdir=FOLDER/broken': 'studies.json',
         '--study=': '--study: expected names', '--study=drif': "the nearest is 'drift'", '--study=drift,,': '--study',
         '--minutes=nan': '--minutes', '--minutes=-1': '--minutes', '--seeds=0': '--seeds',
         f'--problems={2**40}': '--problems', '--preset=tini': 'the nearest is tiny'},
