@@ -238,7 +238,7 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
   except (CheckpointError, WorkdirError, storage.PathError) as error:
     refuse(error)
   except OSError as error:
-    exits.end(exits.FAILED, sentence_of(error))
+    refuse(f'{error.filename} cannot be read: {error.strerror}.')
 
 
 def sentence_of(error: OSError) -> str:

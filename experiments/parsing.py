@@ -36,7 +36,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
   except flags.UnrecognizedFlagError as error:
     refuse(f'--{error.flagname}: there is no such flag; the nearest is --{nearest_flag(error.flagname, values)}, and '
            '--help lists all.')
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:  # ValueError: a value for --noNAME
     refuse(_in_our_words(error, values))
   for name in values:
     _check_number(values[name])
@@ -51,8 +51,7 @@ def nearest_flag(name: str, values: flags.FlagValues = flags.FLAGS) -> str:
 
 
 def _in_our_words(error, values):
-  """Returns absl's message in one line, Python's own words about a number replaced and an unknown value's nearest
-  named."""
+  """Returns absl's message in one line, without Python's words about numbers, and with an unknown value's nearest."""
   said = ' '.join(str(error).split())
   match = re.match(r'flag --(\w+)=(.*?): (.*)', said)
   if not match or match[1] not in values:
@@ -62,9 +61,8 @@ def _in_our_words(error, values):
   if hasattr(flag.parser, 'enum_values'):
     known = list(flag.parser.enum_values)
     return f'--{name}={value}: expected one of {", ".join(known)}; the nearest is {nearest(value, known)}.'
-  kind = flag.flag_type()
-  return f'--{name}={value}: ' + (reason if 'range' in reason or 'greater' in reason or 'positive' in reason or
-                                  kind not in _EXPECTED else f'expected {_EXPECTED[kind]}.')
+  beyond = ' is not ' in reason  # its bounds, of which absl says so in plain words
+  return f'--{name}={value}: ' + (f'{reason}.' if beyond else f'expected {_EXPECTED.get(flag.flag_type(), reason)}.')
 
 
 def _check_number(flag):

@@ -67,6 +67,7 @@ WORDS = st.one_of(
                      'true', 'maybe', 'data:²', 'data:1', 'data:-1', 'data:2,data:2', 'member:3', 'mesh:1', 'localhost',
                      'localhost:99999', '[::1]:1', 'a b:1', 'standard', 'standard,standard', 'prioritised', 'core',
                      'drift,drif', 'x' * 300, '5,6', '5,5', '/proc/none', '/dev/null', '~', '\n', 'a\nb', '%s',
+                     'FOLDER/broken',
                      'FOLDER/new', 'FOLDER/file', 'FOLDER/file/under', 'FOLDER/link', 'FOLDER', 'FOLDER/nowhere/deep',
                      'FOLDER/' + 'y' * 300, 'FOLDER' + '/z' * 3000]),
     st.integers().map(str), st.integers(-1, 40).map(str), st.floats().map(str), st.floats(0, 1).map(str))
@@ -75,12 +76,12 @@ WORDS = st.one_of(
 def lines_of(own, arguments):
   """Returns a strategy of command lines: flags of the binary with words for values, misspelt ones, and arguments."""
   name = st.one_of(st.sampled_from(own), st.sampled_from(own), st.sampled_from(own), st.text('abcdelr_', max_size=8),
-                   st.sampled_from(own).map(lambda x: x[:-1]))
+                   st.sampled_from(own).map(lambda x: x[:-1]), st.sampled_from(own).map('no{}'.format))
   valued = st.builds('--{}={}'.format, name, WORDS)
   enums = [x for x in own if hasattr(flags.FLAGS[x].parser, 'enum_values')]
   known = st.sampled_from(enums).flatmap(lambda x: st.sampled_from(list(flags.FLAGS[x].parser.enum_values)).map(
       f'--{x}={{}}'.format)) if enums else valued
-  boolean = st.sampled_from([f'--{x}' for x in own])
+  boolean = st.sampled_from([f'--{no}{x}' for x in own for no in ('', 'no')])
   positional = st.lists(WORDS, min_size=len(arguments), max_size=len(arguments)) if arguments else st.just([])
   return st.builds(lambda some, rest: some + [word for word in rest if not word.startswith('-')],
                    st.lists(st.one_of(valued, valued, valued, known, boolean), min_size=1, max_size=3), positional)
@@ -93,6 +94,9 @@ def main(binary, number=0):
     folder = pathlib.Path(home)
     (folder / 'file').write_text('notes')
     (folder / 'link').symlink_to(folder / 'nothing')
+    (folder / 'broken').mkdir()
+    for name in ('analysis.json', 'comparison.json', 'studies.json'):
+      (folder / 'broken' / name).write_text('{')
     os.chdir(folder)
 
     def one(line):
