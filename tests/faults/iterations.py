@@ -29,7 +29,8 @@ def resident_bytes():
 
 
 def run(workdir, num_iterations, every):
-  """Runs the smoke preset with fewer and shorter episodes; returns what is held at every so many iterations, and the number of compiled steps."""
+  """Runs the smoke preset with fewer and shorter episodes; returns what is held at every so many iterations, and the
+  number of compiled steps."""
   config = replace(FINETUNE_PRESETS['smoke'], num_iterations=num_iterations, extra_digits=0, episodes=2, minibatches=1)
   model, seen = GPT2(SMOKE.model), {'memory': [], 'arrays': [], 'compilation_seconds': []}
   state = init_finetuning(model, config, noisy(init_params(model, jax.random.key(0)), 0.3))
