@@ -126,8 +126,8 @@ class HeadProjection(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD):
     config = self.config
-    kernel = self.param('kernel', nn.initializers.normal(0.02), (config.width, 3 * config.width))
-    bias = self.param('bias', nn.initializers.zeros, (3 * config.width,))
+    kernel = self.param('kernel', nn.initializers.normal(0.02), (config.width, 3 * config.width), jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, (3 * config.width,), jnp.float32)
     x_BxTxD, kernel, bias = nn.dtypes.promote_dtype(x_BxTxD, kernel, bias, dtype=jnp.dtype(config.dtype))
     heads = (3, config.num_heads, config.width // config.num_heads)
     kernel_Dx3xHxK = sharding.constrain(kernel.reshape(config.width, *heads), None, None, 'model')
@@ -316,10 +316,10 @@ def _write(old, new, index, axis, layer=None):
   new = new if layer is None else new[:, None]
 
   def write(old, new, index):
-    start = [0] * old.ndim
+    start = [jnp.int32(0)] * old.ndim
     start[axis] = index
     if layer is not None:
-      start[-4] = layer
+      start[-4] = jnp.asarray(layer, jnp.int32)
     return jax.lax.dynamic_update_slice(old, new, start)
 
   return write(old, new, index) if index.ndim == 0 else jax.vmap(write)(old, new, index)

@@ -74,7 +74,9 @@ def init_pretraining(model: GPT2, config: PretrainConfig, mesh: Mesh | None = No
 
   def init(key):
     params = init_params(model, key)
-    return TrainState(params=params, opt_state=make_optimizer(config).init(params), step=jnp.int32(0))
+    opt_state = make_optimizer(config).init(params)  # Muon's coefficients have the default type, which x64 changes
+    opt_state = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, opt_state)
+    return TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
 
   init_key, _ = pretraining_keys(config)
   if mesh is None:
