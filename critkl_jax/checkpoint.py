@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import re
-import threading
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +36,6 @@ from critkl_jax.records import TrainState
 
 FORMAT = 1
 SHIPPED_REFERENCE = pathlib.Path(__file__).parent / 'checkpoints' / 'addition_n5'
-ONE_SAVE = threading.RLock()  # held while a thread saves: two saves at once would take each other's messages in Orbax
 _TRAINING = {'pretrain': PretrainConfig, 'finetune': FinetuneConfig}
 
 
@@ -162,7 +160,7 @@ def save_params(directory: str | os.PathLike, params: Any, info: CheckpointInfo,
     sums = checksums(params)
     hosts.first_does(lambda: _check_equal(storage.to_path(directory) / str(step), info, sums), CheckpointError)
     return
-  with ONE_SAVE, managers.opened(directory) as manager:
+  with managers.ONE_SAVE, managers.opened(directory) as manager:
     save(manager, TrainState(params, None, np.int32(step)), info, with_optimizer=False)
 
 

@@ -15,6 +15,7 @@ from absl import logging
 from critkl_jax import hosts, storage
 
 ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
+ONE_SAVE = threading.RLock()  # held while a thread saves: two saves at once would take each other's messages in Orbax
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -104,6 +105,7 @@ def writing(path: os.PathLike) -> Iterator[None]:
 
   The threads of both print tracebacks of their own while the error is on its way to the caller: they are left out.
   """
+  ONE_SAVE.acquire()  # the hooks are those of the whole process
   hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
   sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
   logging.set_verbosity(logging.FATAL)
@@ -118,3 +120,4 @@ def writing(path: os.PathLike) -> Iterator[None]:
   finally:
     logging.set_verbosity(verbosity)
     sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    ONE_SAVE.release()

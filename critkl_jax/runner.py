@@ -193,7 +193,7 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save, idl
         if stop or idle.tripped() or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
           if number - idle.steps > saved:
-            with checkpoint.ONE_SAVE:
+            with managers.ONE_SAVE:
               save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state, saved)
             saved = number - idle.steps
           watch.text = _last_save(workdir, saved)
