@@ -105,19 +105,18 @@ def writing(path: os.PathLike) -> Iterator[None]:
 
   The threads of both print tracebacks of their own while the error is on its way to the caller: they are left out.
   """
-  ONE_SAVE.acquire()  # the hooks are those of the whole process
-  hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
-  sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
-  logging.set_verbosity(logging.FATAL)
-  try:
-    with storage.writing(path):
-      yield
-  except (ValueError, RuntimeError) as error:  # RuntimeError: of JAX, or of a thread pool that has ended
-    number = next((n for n in _OF_DISKS if os.strerror(n) in str(error)), None)
-    if number is None:
-      raise
-    raise OSError(number, os.strerror(number), str(path)) from error
-  finally:
-    logging.set_verbosity(verbosity)
-    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
-    ONE_SAVE.release()
+  with ONE_SAVE:  # the hooks are those of the whole process
+    hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
+    sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *_: None
+    logging.set_verbosity(logging.FATAL)
+    try:
+      with storage.writing(path):
+        yield
+    except (ValueError, RuntimeError) as error:  # RuntimeError: of JAX, or of a thread pool that has ended
+      number = next((n for n in _OF_DISKS if os.strerror(n) in str(error)), None)
+      if number is None:
+        raise
+      raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+      logging.set_verbosity(verbosity)
+      sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
