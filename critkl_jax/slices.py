@@ -35,7 +35,7 @@ def by_length(mask: chex.Array) -> chex.Array:
 
 def _lengths(mask):
   """Returns up to where `[B]` episodes with masks `[B, T]` reach, holes included."""
-  return jnp.max(mask.astype(jnp.int32) * jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32), 1)
+  return jnp.max(mask.astype(jnp.int32) * jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32)[None], 1)
 
 
 def split(tree: Any, size: int) -> Any:
