@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -194,7 +195,7 @@ def link_reference(workdir: storage.Path, name: str) -> None:
   with storage.writing(home):
     home.mkdir(parents=True, exist_ok=True)
   if hosts.is_first() and not storage.is_remote(home) and not (home / 'reference').exists():  # else readers look above
-    (home / 'reference').symlink_to(storage.Path('..', '..', 'reference'))
+    (home / 'reference').symlink_to(pathlib.Path('..', '..', 'reference'))
 
 
 def test_members(test, params, names, workdir, mesh) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:

@@ -258,7 +258,7 @@ def test_episodes_that_are_cut_are_known(small_model, many_prompts):
     ended = jnp.any((rollout.actions == 3) & rollout.mask, 1)
     np.testing.assert_array_equal(rollout.truncated, ~ended)
     assert 0 < rollout.truncated.sum() < 17
-  rollout = sample(small_model, many_prompts, max_new_tokens=1, stop=stop_after([list(range(11))]))
+  rollout = sample(small_model, many_prompts, max_new_tokens=1, stop=stop_after([[99]], range(11)))
   assert not rollout.truncated.any()  # the last token that fits ends the episode
 
 

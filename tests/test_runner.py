@@ -91,7 +91,7 @@ def test_a_signal_saves_and_says_so(tmp_path, number):
     return draw(state)
 
   before = signal.getsignal(number)
-  with pytest.raises(interruption.Interrupted, match=f'{number.name} after step 3 of 9; it is saved'):
+  with pytest.raises(interruption.Interrupted, match=f'{number.name} after step 3 of 9; step 3 is saved'):
     run(tmp_path, 9, signalled, save_every=100)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [3]
   assert signal.getsignal(number) == before
@@ -109,8 +109,8 @@ def test_a_signal_at_the_end_or_in_a_save_is_obeyed_at_once(tmp_path, monkeypatc
     return draw(state)
 
   save = checkpoint.save
-  monkeypatch.setattr(checkpoint, 'save', lambda *arguments: (save(*arguments), signals('saving')))
-  with pytest.raises(interruption.Interrupted, match=f'SIGTERM after step {stopped} of 3; it is saved'):
+  monkeypatch.setattr(checkpoint, 'save', lambda *args, **options: (save(*args, **options), signals('saving')))
+  with pytest.raises(interruption.Interrupted, match=f'SIGTERM after step {stopped} of 3; step {stopped} is saved'):
     run(tmp_path, 3, step, save_every=2 if when == 'in a save' else 100)
   assert checkpoint.steps_in(tmp_path / 'checkpoints') == [stopped]
   monkeypatch.undo()

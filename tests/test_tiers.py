@@ -24,7 +24,8 @@ def fast():
 def test_every_file_has_a_fast_test(fast):
   files = {path.relative_to(ROOT).as_posix() for path in TESTS.rglob('test_*.py')}
   whole = {f'tests/{name}' for name in (  # test_smoke.py runs their binaries
-      'experiments/test_analyze.py', 'experiments/test_reproduce.py', 'studies/test_measures.py')}
+      'experiments/test_analyze.py', 'experiments/test_reproduce.py', 'faults/test_other_hands.py',
+      'studies/test_measures.py')}
   assert whole < files
   assert {line.split('::')[0] for line in fast} >= files - whole
 

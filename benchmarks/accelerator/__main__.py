@@ -1,15 +1,15 @@
 """The command: runs the parts and prints one table; see the package's docstring."""
 
+import os
 import pathlib
 import signal
 import sys
 import types
+from typing import NoReturn
 
 from absl import app, flags
 
 from benchmarks.accelerator.parts import Part, run_parts, table
-from experiments import parsing, paths
-from experiments.exits import refuse
 
 # A part's share of the minutes, the seconds of 8 minutes; it gets what earlier ones have left, too.
 NO_PREALLOCATION = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
@@ -22,7 +22,7 @@ PARTS = (
     Part('finetune', 'benchmarks.accelerator.finetuning:measure', 65),
     Part('paper', 'benchmarks.accelerator.paper:measure', 85, least=75),
 )
-STOPPED = 75  # exit code, as of `experiments.exits`, which this process does without
+REFUSED, STOPPED = 2, 75  # exit codes, as of `experiments.exits`: this process loads nothing that loads JAX
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NAMES = [part.name for part in PARTS]
 
@@ -36,11 +36,26 @@ def main(arguments: list[str]) -> None:
   """Runs the parts; exits with status 1 if one of them failed or was stopped."""
   if len(arguments) > 1:
     refuse(f'arguments {arguments[1:]} are not flags; flags start with --, see --help.')
-  paths.check_file('json', JSON.value)
   path = pathlib.Path(JSON.value).expanduser()
+  if not JSON.value or path.is_dir() or not os.access(path.parent, os.W_OK):
+    refuse(f'--json: {JSON.value!r} cannot be written; give a file in a directory that is there.')
   found = run_parts([part for part in PARTS if part.name in CHOSEN.value], path, MINUTES.value, PRESET.value)
   print(f'\n{table(found)}\n\n{found["seconds"]:.0f} s. In {path}.', flush=True)
   sys.exit(any(part['status'] in ('failed', 'stopped') for part in found['parts'].values()))
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the command line, or exits with one line."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    refuse(error)
+
+
+def refuse(reason: object) -> NoReturn:
+  """Ends this process with one line on the standard error, as wrong input does."""
+  print(f'error: {reason}', file=sys.stderr)
+  sys.exit(REFUSED)
 
 
 def stop(number: int, frame: types.FrameType | None) -> None:
@@ -55,4 +70,4 @@ def stop(number: int, frame: types.FrameType | None) -> None:
 if __name__ == '__main__':
   for one in SIGNALS:
     signal.signal(one, stop)
-  app.run(main, flags_parser=parsing.parse)
+  app.run(main, flags_parser=parse)

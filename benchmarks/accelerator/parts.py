@@ -120,6 +120,7 @@ def process_group(command: Sequence[str], variables: dict[str, str]) -> Iterator
   finally:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
+    process.stdin.close()
     process.wait()
 
 

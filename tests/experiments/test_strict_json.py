@@ -52,7 +52,7 @@ def test_a_run_of_nothing_but_nan(tmp_path, capsys):
   assert (first['loss'], first['grad_norm'], first['kl']) == (None, None, 0.5)
   tested = {'N': math.nan, 'N+1': 0.5, 'tokens': {'critical_probability': math.nan, 'critical_certainty': None}}
   for _ in range(2):  # the second time it is read from the workdir
-    before = reference.tested_before(lambda params: (tested, {}), None, tmp_path)
+    before = reference.tested_before(lambda params: (tested, {}), {}, CONFIG, tmp_path)
     binary('finetune').report(CONFIG, 1, before, tested, tmp_path, 3.0)
     (summary,), (kept,) = read(tmp_path / 'summary.json'), read(tmp_path / 'before.json')
     assert kept['N'] is summary['accuracy']['before']['N'] is summary['accuracy']['after']['N'] is None
