@@ -1,7 +1,7 @@
-"""What is not finite: found, named and left out of training.
+"""Numbers that are not finite: finds and names them, and skips the updates that have any.
 
-An update whose terms, gradient or new parameters are not finite is not made. Every host and device takes the same
-decision, because it is a function of sums over all of them.
+An update is skipped if its terms, gradient or new parameters are not finite. All hosts and devices decide alike,
+because the decision is a function of sums over all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ import optax
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Terms of an update in the order in which they are computed, as messages call them; the gradient and the new parameters
-# follow, array by array.
+# Terms of an update in the order of their computation, with their names in messages. The arrays of the gradient and of
+# the new parameters follow them.
 TERMS = {
     'learning_rate': 'the learning rate', 'log_probs': 'log-probabilities of the rollout', 'values': 'values of the '
     'rollout', 'reference': "the reference's output", 'rewards': 'rewards', 'advantages': 'advantages', 'returns':
@@ -25,21 +25,21 @@ TERMS = {
 
 
 class NonFinite(RuntimeError):
-  """A run that can make no update, because something is not finite."""
+  """The run can make no update, because a term of it is not finite."""
 
 
 def guarded(before: Any, after: Any, terms: dict[str, Any], grads: Any) -> tuple[Any, chex.Array]:
-  """Makes an update if all of it is finite.
+  """Takes the state after an update if the update is finite, else the state before it.
 
   Args:
     before: `(params, opt_state)` before the update.
-    after: the same after it.
-    terms: arrays of any shape, by names of `TERMS`.
-    grads: the gradient, of the parameters' structure.
+    after: `(params, opt_state)` after the update.
+    terms: arrays of any shape, by their names in `TERMS`.
+    grads: the gradient, with the structure of the parameters.
 
   Returns:
-    `after` if terms, gradient (its square too) and new parameters are finite, else `before`; and the number of the
-    first term that is not, float32 `[]`, 0 if there is none: `term_of` names it.
+    `after` if the terms, the squared norms of the gradient and the new parameters are finite, else `before`; and
+    float32 `[]` the number of the first term that is not finite, 0 if all are. `term_of` names it.
   """
   finite = [_all_finite(terms[name]) if name in terms else jnp.bool(True) for name in TERMS]
   finite += [jnp.isfinite(optax.tree.norm([x], squared=True)) for x in jax.tree.leaves(grads)]
@@ -49,20 +49,35 @@ def guarded(before: Any, after: Any, terms: dict[str, Any], grads: Any) -> tuple
 
 
 def counted(numbers: chex.Array) -> dict[str, chex.Array]:
-  """Returns the metrics of some updates whose numbers `[U]` `guarded` gave: `skipped_updates`, how many were not made,
-  and `not_finite`, the number of the first term that was not finite, 0 if all were."""
+  """Returns two metrics of the updates of a step.
+
+  Args:
+    numbers: float32 `[U]` second result of `guarded` for each update.
+
+  Returns:
+    `skipped_updates`, the number of updates that were skipped, and `not_finite`, the number of the first term that was
+    not finite, 0 if all were.
+  """
   skipped = numbers > 0
   return {'skipped_updates': jnp.sum(skipped, dtype=jnp.float32), 'not_finite': numbers[jnp.argmax(skipped)]}
 
 
 def blamed(name: str, x: Any, number: chex.Array) -> chex.Array:
-  """Returns the number of the term `name` if `number` is not 0 and `x` is not finite, else `number`."""
+  """Returns the number of the term `name` if an update was skipped, `x` is not finite, and that term comes earlier.
+
+  Otherwise returns `number` as it is.
+
+  Args:
+    name: of a term, a key of `TERMS`.
+    x: the term's arrays.
+    number: of the first term that was not finite, as found so far; 0 if no update was skipped.
+  """
   own = jnp.float32(1 + list(TERMS).index(name))
   return jnp.where((number > 0) & ~_all_finite(x), jnp.minimum(own, number), number)
 
 
 def term_of(number: chex.Numeric, params: Any) -> str:
-  """Returns what a metric `not_finite` stands for; empty for 0.
+  """Returns the name of the term for which a metric `not_finite` stands; empty for 0.
 
   Args:
     number: the metric.
@@ -75,14 +90,13 @@ def term_of(number: chex.Numeric, params: Any) -> str:
 
 
 def ratio(total: chex.Array, count: chex.Array) -> chex.Array:
-  """Returns `total / count`, and where the count is 0 NaN, or infinity while `jax_debug_nans` looks for other NaN."""
+  """Returns `total / count`; where the count is 0, NaN, or infinity under `jax_debug_nans`, which stops at any NaN."""
   none = jnp.float32(jnp.inf if jax.config.jax_debug_nans else jnp.nan)
   return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), none)
 
 
 def scan(fn: Callable, init: Any, xs: chex.Array) -> tuple[Any, Any]:
-  """Returns what `jax.lax.scan` does; while `jax_debug_nans` is on, from a loop of Python, in which JAX can tell where
-  NaN comes from."""
+  """Like `jax.lax.scan`; under `jax_debug_nans` a Python loop, in which JAX finds the operation that gives NaN."""
   if not jax.config.jax_debug_nans:
     return jax.lax.scan(fn, init, xs)
   ys = []
@@ -93,7 +107,7 @@ def scan(fn: Callable, init: Any, xs: chex.Array) -> tuple[Any, Any]:
 
 
 def not_finite_in(tree: Any) -> list[str]:
-  """Returns the paths of the arrays of a PyTree, NumPy's or JAX's, that hold anything not finite."""
+  """Returns the paths of the arrays in a PyTree that are not finite; the arrays are NumPy's or JAX's."""
 
   def finite(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -105,10 +119,10 @@ def not_finite_in(tree: Any) -> list[str]:
 
 
 class Watch:
-  """Counts the steps in a row that made no update, of each member of a population, and warns of what was left out.
+  """Counts steps in a row without an update, for each member of a population, and warns of skipped updates.
 
   Attributes:
-    idle: int `[]` or `[P]` the last steps that made no update.
+    idle: int `[]` or `[P]` number of the latest steps in a row without an update.
   """
 
   def __init__(self, params: Any, config: Any, names: Sequence[str] = ()):
@@ -116,7 +130,8 @@ class Watch:
 
     Args:
       params: parameters, or their shapes, of the model.
-      config: its `num_updates` says how many updates a step makes, its `max_skipped` after how many steps a run stops.
+      config: `num_updates` is the number of updates in a step, `max_skipped` the number of steps without an update
+        after which a run stops.
       names: of the members of a population.
     """
     self.idle, self._config, self._names, self._warned = np.int64(0), config, names, set()
@@ -124,7 +139,7 @@ class Watch:
     self._since, self._term = 0, ''
 
   def take(self, number: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Returns the metrics of step `number` without `not_finite`, which only this class can read."""
+    """Counts the skipped updates of step `number` and returns its metrics without `not_finite`."""
     terms = [term_of(x, self._params) for x in np.ravel(metrics.get('not_finite', 0))]
     skipped = np.asarray(metrics.get('skipped_updates', 0))
     if self.steps == 0:
@@ -139,15 +154,15 @@ class Watch:
 
   @property
   def steps(self) -> int:
-    """Number of last steps in which no member made an update."""
+    """Number of the latest steps in a row in which no member made an update."""
     return int(np.min(self.idle))
 
   def tripped(self, last: bool = False) -> bool:
-    """Returns whether the run has to stop: no member made an update for so many steps, or none in the last one."""
+    """Returns whether the run must stop: no update by any member for `max_skipped` steps, or in the last step."""
     return self.steps >= (1 if last else self._config.max_skipped)
 
   def reason(self, number: int, num_steps: int) -> str:
-    """Says why the run stops after step `number`."""
+    """Returns a sentence that says why the run stops after step `number`."""
     which = f'step {number}' if self.steps == 1 else f'steps {self._since} to {number}'
     return f'no update could be made in {which} of {num_steps} (first term not finite: {self._term})'
 

@@ -1,9 +1,9 @@
-"""One run at a time in a workdir: a lock that survives nothing but its process.
+"""Locks a workdir, so that one run at a time writes into it; the lock ends with its process.
 
-`WORKDIR/run.lock` names the process that writes there. The operating system locks the file for as long as the process
-lives (`flock`), so that one left by a killed process stands in nobody's way. Where such a lock does not reach, on file
-systems that several hosts share, the file's time of change is a sign of life. The file stays after the run: it says
-that the files beside it were written by runs of this project.
+`WORKDIR/run.lock` names the process that writes there. The operating system locks the file (`flock`) until the process
+ends, so the file of a killed process does not block the next run. On file systems that several hosts share, `flock` may
+not reach the other hosts; there the file's modification time is a sign of life. The file stays after the run and marks
+the files of the workdir as those of a run.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from critkl_jax.storage import WorkdirError
 
 LOCK = 'run.lock'
 BEAT = 5.0  # seconds between signs of life
-PATIENCE = 4 * BEAT  # seconds without one, after which a process on another host is taken for dead
+PATIENCE = 4 * BEAT  # seconds without a sign of life after which a process on another host counts as dead
 
 
 @dataclasses.dataclass
 class _Held:
-  """A lock of this process: its thread, and whether runs had written into the workdir before."""
+  """A lock that this process holds: its thread, and whether a run had written into the workdir before."""
 
   thread: int
   known: bool
@@ -39,7 +39,7 @@ _guard = threading.Lock()
 
 
 def _forget():
-  """Gives up, in a forked child, what its parent holds: else the lock would live as long as the child."""
+  """Gives up the parent's locks in a forked child; otherwise a lock would last as long as the child."""
   for file in _files:
     os.close(file)
   _held.clear()
@@ -51,16 +51,16 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def hold(workdir: str | os.PathLike) -> Iterator[bool]:
-  """Keeps other runs out of a workdir, which is made if needed, while the context lasts.
+  """Locks a workdir while the context lasts, and makes the directory if needed.
 
-  The thread that holds a workdir may hold it again. A member's workdir is held with its study. Of several hosts the
-  first one holds it for all. A workdir in a bucket cannot be locked, which is said.
+  The thread that holds a workdir may lock it again. For a member's workdir the study is locked. On several hosts the
+  first one locks for all. A workdir in a bucket cannot be locked; a note says so.
 
   Args:
     workdir: of a run.
 
-  Returns:
-    Whether a run has written into the workdir before, as far as its lock tells; files that are there are its own then.
+  Yields:
+    Whether a run has written into the workdir before, by its lock file; then the files in it are those of a run.
 
   Raises:
     WorkdirError: if another run holds the workdir, or nothing can be written into it.
@@ -88,7 +88,7 @@ def hold(workdir: str | os.PathLike) -> Iterator[bool]:
 
 
 def _root(workdir):
-  """Returns the workdir to be locked: that of the study for a member's."""
+  """Returns the workdir to lock: for a member's workdir, that of its study."""
   study = workdir.parent.parent
   return study if workdir.parent.name == 'members' and os.path.isfile(study / 'members.json') else workdir
 
@@ -102,7 +102,7 @@ def _first_host_holds(root):
 
 @contextlib.contextmanager
 def _locked(root):
-  """Locks a workdir on this host; a lock file that is new goes again if nothing else was written meanwhile."""
+  """Locks a workdir on this host; removes a new lock file at the end if nothing else was written meanwhile."""
   try:
     made = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _lock(path):
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       reaches = _flock(file, path)
-      if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # else its holder has just removed it
+      if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):  # else its holder has just removed the file
         _refuse_living(path, _holder(file), reaches)
         _write(file, {'host': socket.gethostname(), 'pid': os.getpid(), 'since': time.strftime('%Y-%m-%d %H:%M:%S')})
         return file, new
@@ -142,7 +142,7 @@ def _lock(path):
 
 
 def _flock(file, path):
-  """Locks a file; returns whether its file system knows such locks."""
+  """Locks a file; returns whether its file system supports `flock`."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -153,7 +153,7 @@ def _flock(file, path):
 
 
 def _refuse_living(path, holder, reaches):
-  """Refuses a workdir whose holder lives where the lock of the operating system does not reach."""
+  """Refuses a workdir whose holder shows signs of life although `flock` does not see it."""
   if not holder:
     return
   here = holder['host'] == socket.gethostname()
@@ -174,7 +174,7 @@ def _in_use(path, holder):
 
 
 def _changed(path):
-  with path.open() as file:  # opened anew each time: file systems of several hosts look again only then
+  with path.open() as file:  # opened anew each time: only then does a shared file system look again
     return os.fstat(file.fileno()).st_mtime_ns
 
 
@@ -189,7 +189,7 @@ def _is_running(pid):
 
 
 def _holder(file):
-  """Returns host, process and time that a lock file names; None if it names none, as after an orderly end."""
+  """Returns the host, process and start that a lock file names; None if it names none, as after an orderly end."""
   try:
     found = json.loads(os.pread(file, 4096, 0))
     return {'host': str(found['host']), 'pid': int(found['pid']), 'since': str(found['since'])}
@@ -209,12 +209,12 @@ def _show_life(file, over):
 
 
 def _release(root, file, made, unused):
-  with contextlib.suppress(OSError):  # what is left then is a file that names a process which has ended
+  with contextlib.suppress(OSError):  # on an error the file goes on naming a process that has ended
     if unused:
       os.unlink(root / LOCK)
       for path in made:
         path.rmdir()
     else:
       _write(file, {'ended': time.strftime('%Y-%m-%d %H:%M:%S')})
-    fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a child that was just forked has not closed its own yet
+    fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a forked child has not closed its descriptor yet
   os.close(file)

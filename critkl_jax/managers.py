@@ -1,4 +1,4 @@
-"""Directories of checkpoints as Orbax manages them: what is kept, what is replaced, and what cannot be written."""
+"""Orbax checkpoint managers: opens them, limits how many checkpoints are kept, and reports errors of writing."""
 
 import contextlib
 import errno
@@ -14,8 +14,8 @@ from absl import logging
 
 from critkl_jax import hosts, storage
 
-ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax keeps the name metrics to itself
-ONE_SAVE = threading.RLock()  # held while a thread saves: two saves at once would take each other's messages in Orbax
+ITEMS = ('params', 'opt_state', 'config', 'rows')  # Orbax reserves the name `metrics`
+ONE_SAVE = threading.RLock()  # held during a save: in Orbax two saves at once would take each other's messages
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -24,7 +24,7 @@ def open_manager(directory: str | os.PathLike, max_to_keep: int = 0) -> ocp.Chec
 
   Args:
     directory: of step directories.
-    max_to_keep: how many checkpoints are kept, those that `spread` says; 0 for all.
+    max_to_keep: number of checkpoints that are kept, picked by `spread`; 0 for all.
   """
   options = ocp.CheckpointManagerOptions(
       preservation_policy=_Spread(max_to_keep or math.inf), cleanup_tmp_directories=True)
@@ -34,12 +34,12 @@ def open_manager(directory: str | os.PathLike, max_to_keep: int = 0) -> ocp.Chec
 
 @contextlib.contextmanager
 def opened(directory: str | os.PathLike, max_to_keep: int = 0) -> Iterator[ocp.CheckpointManager]:
-  """Opens a directory as `open_manager` does, and closes it at the end, whatever has failed by then."""
+  """Opens a directory like `open_manager`, and closes the manager at the end, after an error too."""
   manager = open_manager(directory, max_to_keep)
   try:
     yield manager
   except BaseException:
-    with contextlib.suppress(Exception), writing(directory):  # it raises once more what could not be written
+    with contextlib.suppress(Exception), writing(directory):  # closing raises the same error again
       manager.close()
     raise
   with writing(directory):
@@ -49,12 +49,12 @@ def opened(directory: str | os.PathLike, max_to_keep: int = 0) -> Iterator[ocp.C
 def spread(steps: Sequence[int], most: float) -> list[int]:
   """Returns the steps to keep: the newest two, the first, and others spread over the run.
 
-  Of the newest two the older one is there should the newest be damaged, and the rest shows how the run went. The steps
-  that go are those whose neighbours are closest together.
+  The second newest is there in case the newest is damaged; the others show the course of the run. The step whose
+  neighbours are closest together is dropped first.
 
   Args:
     steps: of all checkpoints, in ascending order.
-    most: how many are kept, 2 or more.
+    most: number of steps to keep, 2 or more.
   """
   kept = list(steps)
   while len(kept) > most:
@@ -64,23 +64,23 @@ def spread(steps: Sequence[int], most: float) -> list[int]:
 
 
 class _Spread:
-  """Orbax's policy for `spread`."""
+  """Applies `spread` as a preservation policy of Orbax."""
 
   def __init__(self, most: float):
     self._most = most
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-    """Returns for each checkpoint whether it is kept."""
+    """Returns for each checkpoint whether to keep it."""
     del context
     kept = set(spread([x.step for x in checkpoints], self._most))
     return [x.step in kept for x in checkpoints]
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-  """Waits until all is written that was saved, and removes what it replaces.
+  """Waits until saved checkpoints are written, and removes the checkpoints that they replace.
 
   Raises:
-    OSError: as `save`.
+    OSError: if a checkpoint cannot be written; the error names the directory.
   """
   with writing(manager.directory):
     manager.wait_until_finished()
@@ -89,7 +89,7 @@ def finish(manager: ocp.CheckpointManager) -> None:
 
 
 def set_aside(manager: ocp.CheckpointManager, steps: Sequence[int]) -> None:
-  """Gives step directories other names, so that they can be saved again; `finish` removes them."""
+  """Renames step directories, so that the steps can be saved again; `finish` removes the renamed ones."""
   if not hosts.as_first_says(bool(steps)):
     return
   for step in steps if hosts.is_first() else ():
@@ -101,9 +101,9 @@ def set_aside(manager: ocp.CheckpointManager, steps: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def writing(path: os.PathLike) -> Iterator[None]:
-  """Turns what Orbax and TensorStore raise where a file cannot be written into an OSError with the path.
+  """Turns an error of Orbax or TensorStore about a file that cannot be written into an OSError with the path.
 
-  The threads of both print tracebacks of their own while the error is on its way to the caller: they are left out.
+  Meanwhile the threads of both would print tracebacks of their own: these are suppressed.
   """
   with ONE_SAVE:  # the hooks are those of the whole process
     hooks, verbosity = (sys.excepthook, sys.unraisablehook, threading.excepthook), logging.get_verbosity()
