@@ -1,4 +1,4 @@
-"""Checks of the fields of a config: each names the field, what was expected and what came."""
+"""Checks the fields of a config; each error names the field, the expected values and the value given."""
 
 import dataclasses
 import difflib
@@ -7,22 +7,22 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-LARGEST_INT = 2**31 - 1  # that an int32 holds
-LARGEST_SEED = 2**32 - 1  # JAX's keys ignore higher bits of a seed, so that two seeds would be one run
-LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # that a float32 holds, the latter without a loss of digits
+LARGEST_INT = 2**31 - 1  # of an int32
+LARGEST_SEED = 2**32 - 1  # JAX's keys ignore higher bits, so two larger seeds could give the same run
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # of a float32, the smallest with all digits
 _KINDS = {int: 'a whole number', float: 'a real number', bool: 'True or False', str: 'text'}
 
 
 def convert_fields(config: Any, **most: int) -> None:
-  """Converts a frozen config's values to the types of their fields: scalars of NumPy and JAX, and paths.
+  """Converts the values of a frozen config, such as NumPy and JAX scalars and paths, to the types of their fields.
 
   Args:
-    config: while it is made.
-    **most: field -> the greatest whole number that it takes; `LARGEST_INT` where not given.
+    config: to convert in place, in its `__post_init__`.
+    **most: the greatest whole number of a field, by its name; `LARGEST_INT` for the other fields.
 
   Raises:
-    ValueError: if a value is of another kind (a bool or a float is no whole number), not finite, or beyond int32 or
-      float32.
+    ValueError: if a value has another type (a bool or a float is no whole number), is not finite, or does not fit
+      int32 or float32.
   """
   for field in dataclasses.fields(config):
     value = _convert(field.name, field.type, getattr(config, field.name), most.get(field.name, LARGEST_INT))
@@ -43,7 +43,7 @@ def _convert(name, kind, value, most):
   if kind is float and not (found == 0 or SMALLEST_FLOAT <= abs(found) <= LARGEST_FLOAT):
     raise ValueError(f'{name}: expected a finite number that float32 holds (0, or {SMALLEST_FLOAT:g} to '
                      f'{LARGEST_FLOAT:g} in size), got {_shown(found)}.')
-  return kind.__str__(found) if kind is str else kind(found)  # of a subclass, an enumeration for example, its value
+  return kind.__str__(found) if kind is str else kind(found)  # the value of a subclass, such as an enumeration
 
 
 def _as_python(value):
@@ -85,7 +85,7 @@ def positive(config: Any, *names: str) -> None:
 
 
 def other_than(config: Any, name: str, refused: float, reason: str) -> None:
-  """Raises ValueError if a field has one certain value, and says why it may not."""
+  """Raises ValueError if a field has the value `refused`; the message gives the reason."""
   if getattr(config, name) == refused:
     raise ValueError(f'{name}: expected another number than {refused}: {reason}.')
 
@@ -98,8 +98,7 @@ def between(config: Any, least: float, most: float, *names: str) -> None:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """Returns the name that is most like another one: the one of which it is the initials (`lr`: `learning_rate`), else
-  the one with most letters in common."""
+  """Returns the most similar of some names: the one with these initials (`lr` for `learning_rate`), else by letters."""
   names = list(names)
   initials = [other for other in names if '_' in other and name == ''.join(word[:1] for word in other.split('_'))]
   return (initials or difflib.get_close_matches(name, names, 1, 0.0))[0]

@@ -1,4 +1,4 @@
-"""Checksums of arrays: TensorStore keeps none of them."""
+"""Computes checksums of arrays, which TensorStore does not store."""
 
 from typing import Any
 
@@ -9,10 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def checksums(tree: Any) -> dict[str, int]:
-  """Returns a checksum of each array of a PyTree, by its path, wherever the arrays lie.
+  """Returns a checksum of each array of a PyTree, by its path; the same on the host, one device or several.
 
-  It is the sum of the elements' bits, each times an odd number of its own, modulo 2^32, so that no single changed
-  element goes unseen.
+  `sum_i (2 i + 1) bits_i mod 2^32` over the elements' bits: a change of any single element changes the checksum.
   """
   return {jax.tree_util.keystr(key, simple=True, separator='/'): _checksum(x)
           for key, x in jax.tree_util.tree_leaves_with_path(tree)}

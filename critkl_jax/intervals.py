@@ -1,7 +1,7 @@
-"""Intervals of shares and of their differences, which have a width where all are alike, too.
+"""Confidence intervals of shares and of their differences, which have a width even where all outcomes are alike.
 
-A bootstrap resamples what it has: of 20 right answers out of 20 it makes 100 % without any doubt. Where no formula
-fits, as for means over seeds and problems, the bootstrap stays, and these stand in where it finds no width.
+A bootstrap interval of 20 right answers out of 20 has no width: every resample is all right. Means over seeds and
+problems have no exact formula and keep the bootstrap; where its interval has no width, those of this module stand in.
 """
 
 import statistics
@@ -13,9 +13,10 @@ _NO_WIDTH = 1e-9
 
 
 def share_interval(count: float, number: int, confidence: float = 0.95) -> tuple[float, float, float]:
-  """Returns the share of `count` in `number` and its interval (Clopper and Pearson 1934), which has a width where all
-  are alike, too: four of four leave anything from 0.40 on. It is exact for whole counts; between them, with halves for
-  ties, it interpolates, and covers more.
+  """Returns the share of `count` in `number` with its exact interval (Clopper and Pearson 1934).
+
+  The interval has a width even where all outcomes are alike: for 4 of 4 it is 0.40 to 1. Fractional counts (halves for
+  ties) interpolate between whole ones.
 
   Raises:
     ValueError: if the count is not between 0 and the number, or the number less than 1.
@@ -31,21 +32,21 @@ def share_interval(count: float, number: int, confidence: float = 0.95) -> tuple
 
 def difference_interval(gained: float, lost: float, number: int, confidence: float = 0.95
                         ) -> tuple[float, float, float]:
-  """Returns the difference of two shares of the same problems and its interval, which has a width where no answer
-  changed, too.
+  """Returns the difference of two shares of the same problems with its interval (value, low, high).
 
+  The interval has a width even where no answer changed:
   `p - q +- z sqrt((p + q - (p - q)^2) / (n + 2))` with `p = (gained + 1) / (n + 2)`, `q = (lost + 1) / (n + 2)`
   (Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
   data").
 
   Args:
-    gained: problems that count in the second share alone.
-    lost: problems that count in the first share alone.
-    number: n, all problems.
-    confidence: of the interval; z is the normal quantile that belongs to it.
+    gained: number of problems that count in the second share alone.
+    lost: number of problems that count in the first share alone.
+    number: n, of all problems.
+    confidence: level of the interval; z is its normal quantile.
 
   Raises:
-    ValueError: if they do not fit into the number, or that is less than 1.
+    ValueError: if `gained` or `lost` is negative, their sum exceeds `number`, or `number` is less than 1.
   """
   if not (number >= 1 and gained >= 0 and lost >= 0 and gained + lost <= number * (1 + _NO_WIDTH)):
     raise ValueError(f'gained, lost: expected two parts of number={number}, 1 or more; got {gained} and {lost}.')
@@ -57,22 +58,23 @@ def difference_interval(gained: float, lost: float, number: int, confidence: flo
 
 
 def of_share(value: Sequence[float], number: int, confidence: float = 0.95) -> tuple[float, float, float]:
-  """Returns `(value, low, high)` of a share by a bootstrap within 0 and 1; where it found no width, with the interval
-  of that share in `number` problems or responses.
+  """Clips the bootstrap interval of a share to 0..1, or replaces it by the exact interval if it has no width.
 
   Args:
-    value: the share, and the bounds of its interval; NaN for bounds that there are not.
-    number: of problems or responses that are independent of one another, such as those of a single test, where the
-      share is a mean over several tests of the same problems or over tokens. Without any the bounds stay as they are.
-    confidence: of the interval.
+    value: (share, low, high); NaN where there is no bound.
+    number: of independent problems or responses: for a mean over several tests of the same problems those of one test,
+      for a mean over tokens the responses. 0 to keep the bootstrap's bounds.
+    confidence: level of the interval.
+
+  Returns:
+    (share, low, high).
   """
   value = clip_interval(value, 0.0, 1.0)
   return share_interval(value[0] * number, number, confidence) if number and _has_no_width(value) else value
 
 
 def of_difference(value: Sequence[float], number: int, confidence: float = 0.95) -> tuple[float, float, float]:
-  """Returns what `of_share` does of the difference of two shares, within -1 and 1, with `difference_interval` where the
-  bootstrap found no width; arguments as there."""
+  """Like `of_share`, for the difference of two shares: clips to -1..1, or takes `difference_interval`."""
   value = clip_interval(value, -1.0, 1.0)
   if not (number and _has_no_width(value)):
     return value
@@ -80,7 +82,7 @@ def of_difference(value: Sequence[float], number: int, confidence: float = 0.95)
 
 
 def clip_interval(value: Sequence[float], low: float, high: float) -> tuple[float, float, float]:
-  """Returns `(value, low, high)` within the bounds of what it can be: widened intervals may pass them."""
+  """Clips (value, low, high) to its possible range, which a widened interval may leave."""
   return tuple(float(np.clip(x, low, high)) for x in value)
 
 

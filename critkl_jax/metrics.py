@@ -1,4 +1,4 @@
-"""Metrics of a run: a line of JSON for each step in metrics.jsonl, which every checkpoint holds too."""
+"""Writes, reads and restores the metrics of a run: a JSON line a step in metrics.jsonl and in every checkpoint."""
 
 import base64
 import json
@@ -19,12 +19,11 @@ FILE = 'metrics.jsonl'
 
 
 class MetricsWriter:
-  """Writes metrics as JSON lines and to the trackers that are there (TensorBoard, W&B); of several hosts only the first
-  one writes.
+  """Writes metrics as JSON lines and to the installed trackers (TensorBoard, W&B), on the first host only.
 
-  Lines of steps after `first_step` that an interrupted run left are dropped. To the metrics of a fine-tuning run it
-  adds `signature/NAME` for each signature of failure, 1 where the metrics so far show it, and warns when it first does.
-  Metrics of critical tokens have no entry where there were none.
+  Lines of steps after `first_step`, which an interrupted run left, are dropped. The metrics of a fine-tuning run get
+  `signature/NAME` for each signature of failure: 1 if the metrics so far show it, else 0. The first 1 prints a warning.
+  Metrics of critical tokens have no entry where there were no critical tokens.
   """
 
   def __init__(self, workdir: storage.Path, first_step: int, track: Callable | None = None):
@@ -41,7 +40,7 @@ class MetricsWriter:
     self._trackers = (track or trackers.open_trackers)(workdir, first_step)
 
   def write(self, step: int, metrics: dict[str, Any]) -> None:
-    """Adds the metrics of one step, Python or NumPy numbers."""
+    """Writes the metrics of one step, Python or NumPy numbers."""
     if not hosts.is_first():
       return
     metrics = {name: float(value) for name, value in metrics.items() if not ('critical' in name and np.isnan(value))}
@@ -59,7 +58,7 @@ class MetricsWriter:
     return ''.join(self._lines)
 
   def packed(self) -> dict[str, str]:
-    """Returns all lines compressed, for the checkpoint: what becomes of the file is no loss then."""
+    """Returns all lines compressed, for the checkpoint, from which `mend_metrics` restores the file."""
     return {'zlib_base85': base64.b85encode(zlib.compress(self.text().encode(), 1)).decode()}
 
   def _signatures(self, step):
@@ -70,23 +69,22 @@ class MetricsWriter:
     return {f'signature/{name}': float(seen) for name, seen in found.items()}
 
   def flush(self) -> None:
-    """Writes the lines so far in a bucket, to whose files nothing is appended; to be called before each save."""
+    """Writes all lines to a file in a bucket, which cannot be appended to; call it before each save."""
     if storage.is_remote(self._path):
       storage.write_text(self._path, self.text())
 
   def close(self) -> None:
-    """Finishes the lines, and what the trackers write."""
+    """Flushes the lines and closes the trackers."""
     self.flush()
     for tracker in self._trackers:
       tracker.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-  """Reads the lines of a metrics file, null as NaN; a last line that was not finished is left out, a missing file has
-  none.
+  """Reads the lines of a metrics file, with NaN for null; a missing file has none, an unfinished last line is left out.
 
   Raises:
-    WorkdirError: if another line is not one of metrics; the message names it.
+    WorkdirError: if any other line does not hold metrics; the message names it.
   """
   rows, fault = storage.read_lines(path)
   for number, row in enumerate(rows, start=1):
@@ -104,8 +102,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def saved_lines(path: storage.Path) -> str | None:
-  """Reads the lines of metrics that a step directory holds; None if it has none, as those of older versions, or if they
-  cannot be read, which is said."""
+  """Reads the lines of metrics in a step directory; None if there are none, or with a note if they cannot be read.
+
+  Checkpoints of older versions have none.
+  """
   file = path / 'rows' / 'metadata'
   if not file.is_file():
     return None
@@ -117,16 +117,15 @@ def saved_lines(path: storage.Path) -> str | None:
 
 
 def mend_metrics(workdir: storage.Path, step: int, known: bool) -> None:
-  """Restores the metrics file of a run that goes on from what its checkpoint holds, where lines are missing or damaged,
-  and says so.
+  """Restores missing or damaged lines of a resumed run's metrics file from its checkpoint, and prints a note.
 
   Args:
     workdir: of the run, or of a member.
-    step: number of finished steps, those of the checkpoint from which it goes on.
-    known: whether a file without a checkpoint was written by a run.
+    step: of the checkpoint from which the run resumes; 0 for none.
+    known: whether a run wrote the files of the workdir, by its lock file.
 
   Raises:
-    WorkdirError: if a file that no run wrote is in the way, or is damaged and the checkpoint does not help.
+    WorkdirError: if the file was not written by a run, or is damaged and the checkpoint holds no lines.
   """
   path = workdir / FILE
   found = path.read_bytes() if path.is_file() else b''
@@ -134,7 +133,7 @@ def mend_metrics(workdir: storage.Path, step: int, known: bool) -> None:
   if saved is not None:
     if not found.startswith(saved.encode()):
       hosts.say(f'{path}: lines were missing or had been changed; restored from the checkpoint of step {step}.')
-    if found != saved.encode():  # lines of later steps go: the run makes these steps again
+    if found != saved.encode():  # drops lines of later steps, which the run repeats
       storage.write_text(path, saved)
   elif step:
     number = len({row['step'] for row in read_metrics(path) if row['step'] <= step})

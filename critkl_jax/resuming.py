@@ -1,4 +1,4 @@
-"""From where a run goes on: the newest whole checkpoint of the same settings, found and read."""
+"""Resumes a run: finds and reads the newest whole checkpoint, and checks that its settings are the same."""
 
 import contextlib
 import dataclasses
@@ -12,14 +12,15 @@ from critkl_jax import checkpoint, hosts, population, sharding, storage
 from critkl_jax.records import TrainState
 from critkl_jax.storage import WorkdirError
 
-# Fields that may differ between a run and its continuation: they change no update, or by rounding alone.
+# Config fields that may differ when a run is resumed: they change no update, or change it by rounding alone.
 FREE_FIELDS = frozenset({'num_iterations', 'save_every', 'max_to_keep', 'max_skipped', 'eval_problems'})
 ROUNDING_FIELDS = frozenset({'attention', 'remat', 'rollout', 'scan_layers', 'window'})
 
 
 def check_workdir(workdir: str | os.PathLike, info: checkpoint.CheckpointInfo) -> int:
-  """Returns the number of steps that a workdir's run has finished and saved, 0 for a new workdir. Whether the arrays
-  are whole is left to `resume`.
+  """Returns the step of a workdir's newest checkpoint whose config is whole, 0 if there is none.
+
+  Reads no arrays: `resume` finds out whether they are whole.
 
   Raises:
     CheckpointError: if the workdir holds the run of another config.
@@ -35,11 +36,16 @@ def check_workdir(workdir: str | os.PathLike, info: checkpoint.CheckpointInfo) -
 
 def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | os.PathLike, damaged: str = 'skip'
            ) -> TrainState:
-  """Returns the state of the workdir's newest whole checkpoint, or `state` itself if it has no checkpoint; says so if
-  newer ones are damaged, or refuses, as `damaged` says.
+  """Returns the state of the workdir's newest whole checkpoint, or `state` itself if it has no checkpoint.
+
+  Args:
+    state: the initial state; its arrays say where the read ones are placed.
+    info: settings of the run, with which those of the checkpoint must agree.
+    workdir: of the run.
+    damaged: if newer checkpoints are damaged, `skip` prints a note and takes the newest whole one, `refuse` raises.
 
   Raises:
-    CheckpointError: if no checkpoint is whole, or one was made with another config.
+    CheckpointError: if no checkpoint is whole, one was made with another config, or a damaged one is refused.
   """
   directory = storage.to_path(workdir) / 'checkpoints'
 
@@ -56,12 +62,13 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | os
 
 def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointInfo], workdir: str | os.PathLike,
                       damaged: str = 'skip') -> TrainState:
-  """Returns the state of the latest step that all members under a study's workdir have saved whole, or `state` itself
-  if there is none; as `resume` else.
+  """Like `resume`, for a population: reads the newest step that all members under a study's workdir have saved whole.
+
+  Returns `state` itself if the members have no step in common.
 
   Raises:
-    CheckpointError: if the workdir holds other members, no step that all have is whole, or one was made with another
-      config.
+    CheckpointError: as `resume`, or if the workdir holds other members.
+    WorkdirError: if checkpoints of a member were removed, or the list of members cannot be read.
   """
   directories = {name: storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos}
   hosts.first_does(lambda: _keep_members(storage.to_path(workdir), list(infos)), ValueError)
@@ -88,13 +95,13 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
 
 
 def _agreed(steps: list[int]) -> list[int]:
-  """Returns the steps that the first host sees, on a file system that others may see later."""
+  """Returns the steps that the first host sees; on a shared file system other hosts may see new ones later."""
   number = hosts.as_first_says(len(steps))
   return [hosts.as_first_says(step) for step in [*steps, *[0] * number][:number]]
 
 
 def _newest_whole(start, steps, read, workdir, damaged):
-  """Returns what is read of the newest step that is whole, `start` if there are no steps."""
+  """Reads the newest step that is whole; returns `start` if there are no steps."""
   if not steps:
     return start
   found, damages = checkpoint.newest_whole(steps, read)
@@ -109,10 +116,10 @@ def _newest_whole(start, steps, read, workdir, damaged):
 
 
 def check_members(workdir: storage.Path, names: list[str]) -> None:
-  """Checks that a study's workdir holds these members or has saved nothing, and changes nothing.
+  """Checks that a study's workdir holds these members or no checkpoint yet; changes nothing.
 
   Raises:
-    CheckpointError: if it holds others.
+    CheckpointError: if it holds other members.
     WorkdirError: if its list of members cannot be read.
   """
   file, old = workdir / 'members.json', names
@@ -127,16 +134,18 @@ def check_members(workdir: storage.Path, names: list[str]) -> None:
 
 
 def _keep_members(workdir, names):
-  """Keeps the names of a study's members in its workdir."""
+  """Writes the names of a study's members into its workdir, after `check_members`."""
   check_members(workdir, names)
   workdir.mkdir(parents=True, exist_ok=True)
   storage.write_json(workdir / 'members.json', names, indent=None)
 
 
 def _check_later(directories: dict[str, storage.Path], infos: dict[str, checkpoint.CheckpointInfo], step: int) -> None:
-  """Says what some members have saved beyond the step that all have: it is made again, and replaced then. A stop amid a
-  save leaves one such step at most, and directories of all members; where it is otherwise, and no member went back
-  behind a damaged step, somebody removed a member's checkpoints, and the run is refused."""
+  """Checks the steps that some members have saved beyond the last step that all have; the run repeats them.
+
+  A run that is stopped during a save leaves at most one such step, and directories of all members. Anything else means
+  that a member's checkpoints were removed, and is refused, unless a member went back behind a damaged step.
+  """
   later = {name: [n for n in checkpoint.steps_in(directory) if n > step] for name, directory in directories.items()}
   newest = max((n for steps in later.values() for n in steps), default=step)
   lacking = [name for name, steps in later.items() if newest not in steps]
@@ -162,21 +171,21 @@ def _check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: chec
 
 
 def _say_rounding(saved: checkpoint.CheckpointInfo, info: checkpoint.CheckpointInfo) -> None:
-  """Says which settings of a run that goes on differ from those that it had, where numbers may be rounded otherwise."""
+  """Prints the settings of a resumed run that differ from before and change numbers by rounding."""
   different = [said for name, said in _differences(saved, info).items() if name in ROUNDING_FIELDS]
   if different:
     hosts.say(f'Other settings than before ({"; ".join(different)}): updates are the same up to rounding.')
 
 
 def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo) -> dict[str, str]:
-  """Returns what differs between a checkpoint's settings and others, by the name of the field."""
+  """Describes the differences between the settings of two checkpoints: name of the field -> text."""
   old, new = (flax.traverse_util.flatten_dict(dataclasses.asdict(one), sep='/') for one in (old, new))
   return {name.split('/')[-1]: f'{name}: {old.get(name)!r} then, {new.get(name)!r} now'
           for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
 
 
 def _is_kept(path: storage.Path, reference: str) -> bool:
-  """Returns whether a reference, given by another path than before, is the one that the run of a checkpoint keeps."""
+  """Returns whether a reference at another path than before has the parameters that the run of a checkpoint keeps."""
   kept = checkpoint.latest(path.parent.parent / 'reference')
   given = checkpoint.find_checkpoint(reference or checkpoint.SHIPPED_REFERENCE).path
   return kept is not None and checkpoint.same_params(kept, given)

@@ -1,6 +1,6 @@
-"""Files of a run: paths that a user gives, text and JSON that are written whole or not at all.
+"""Files of a run: resolves a user's paths, and reads and writes text and JSON, each file whole or not at all.
 
-A path on this machine is a `pathlib.Path`, one in a bucket an `epath.Path`, which has the same methods but for links.
+A local path is a `pathlib.Path`; a path in a bucket is an `epath.Path`, which has the same methods except for links.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ class WorkdirError(ValueError):
 
 
 class PathError(ValueError):
-  """A path that leads nowhere; the message is one line that says why and what to do."""
+  """A path that cannot be used; the message is one line that says why."""
 
 
 def to_path(path: str | os.PathLike) -> Path:
-  """Returns a path on this machine, with `~` expanded, or in a bucket: `gs://bucket/run` or `s3://bucket/run`.
+  """Converts text to a local path, with `~` expanded, or to a path in a bucket: `gs://bucket/run`, `s3://bucket/run`.
 
   Raises:
-    PathError: if it is empty or of another scheme, or the package that reads such buckets is not installed.
+    PathError: if it is empty or has another scheme, or the package for such buckets is not installed.
   """
   text = os.fspath(path)
   scheme, rest = re.match(r'(?:([A-Za-z][A-Za-z0-9+.-]+):(?=/))?(.*)', text, re.S).groups()
@@ -63,8 +63,8 @@ def _in_bucket(scheme, rest, text):
   known = ' or '.join(f'{name}://' for name in _BUCKETS)
   if scheme not in _BUCKETS or not rest.startswith('//') or not rest.strip('/'):
     raise PathError(f'{text}: expected a path on this machine, or of a bucket, {known}BUCKET/PATH.')
-  if not importlib.util.find_spec('tensorflow'):  # with which epath reads buckets where it is installed
-    import fsspec  # loads what it needs when asked
+  if not importlib.util.find_spec('tensorflow'):  # if it is installed, epath reads buckets with it
+    import fsspec  # loads the package of each scheme on demand
 
     try:
       fsspec.get_filesystem_class(scheme)
@@ -74,18 +74,18 @@ def _in_bucket(scheme, rest, text):
 
 
 def is_remote(path: os.PathLike) -> bool:
-  """Returns whether a path is in a bucket: files there are not appended to, and there are no links."""
+  """Returns whether a path is in a bucket, where files cannot be appended to and there are no links."""
   return '://' in os.fspath(path)
 
 
 def resolve(path: str | os.PathLike) -> Path:
-  """Returns an absolute path without links; one in a bucket is that already."""
+  """Returns an absolute path without links; a path in a bucket is returned as it is."""
   path = to_path(path)
   return path if is_remote(path) else path.resolve()
 
 
 def remove(path: str | os.PathLike) -> None:
-  """Removes a file or a directory with all in it; a missing one is none."""
+  """Removes a file, or a directory with its content; does nothing if the path does not exist."""
   path = to_path(path)
   if not is_remote(path) and path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
@@ -97,7 +97,7 @@ def remove(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Gives each OSError in the context a number and the name of a file: this path, if it has none."""
+  """Gives each OSError in the context an error number and a file name; the name is `path` if it has none."""
   try:
     yield
   except OSError as error:
@@ -106,12 +106,12 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes text in UTF-8 as `write_bytes` writes."""
+  """Writes text in UTF-8 like `write_bytes`."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-  """Writes a file whole or not at all, whenever the process ends; of several hosts only the first one writes.
+  """Writes a file whole or not at all, even if the process is killed; of several hosts only the first one writes.
 
   Raises:
     OSError: if it cannot be written; the error names the file.
@@ -126,18 +126,17 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-  """Formats nested values as JSON that strict parsers read: null stands for a number that is not finite."""
+  """Formats nested values as strict JSON, with null for each number that is not finite."""
   return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
-  """Writes nested values as `to_json` formats them, as `write_text` writes."""
+  """Writes nested values as strict JSON, whole or not at all; see `to_json` and `write_text`."""
   write_text(path, to_json(value, indent) + '\n')
 
 
 def plain(value: Any) -> Any:
-  """Converts nested values, NumPy and JAX arrays among them, to the types of JSON: None for a number that is not
-  finite."""
+  """Converts nested values, NumPy and JAX arrays too, to JSON types, with None for numbers that are not finite."""
   if isinstance(value, dict):
     return {str(name): plain(x) for name, x in value.items()}
   if isinstance(value, list | tuple):
@@ -148,12 +147,12 @@ def plain(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike, kind: type = dict, advice: str = 'remove it, and it is made again') -> Any:
-  """Reads a file of JSON that a run has written.
+  """Reads a JSON file that a run has written.
 
   Args:
-    path: of the file, which is there.
-    kind: of the value, `dict` or `list`.
-    advice: what to do about a file that cannot be read.
+    path: of the file, which exists.
+    kind: type of the value, `dict` or `list`.
+    advice: ends the message of the error: how to deal with a file that cannot be read.
 
   Raises:
     WorkdirError: if it cannot be read, is not JSON, or holds a value of another kind; the message names the line.
@@ -167,14 +166,14 @@ def read_json(path: str | os.PathLike, kind: type = dict, advice: str = 'remove 
 
 
 def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], str]:
-  """Reads a file with an object of JSON on each line.
+  """Reads a file that has one JSON object a line, up to the first damaged line.
 
   Args:
-    path: of the file; one that is missing has no lines.
+    path: of the file; a missing file has no lines.
 
   Returns:
-    The objects up to the first line that cannot be read, and what is wrong with that line, empty if nothing is. A last
-    line that was not finished, as a killed process leaves it, is left out.
+    The objects before the first line that cannot be read, and a description of that line's fault, empty if all lines
+    can be read. An unfinished last line, as a killed process leaves it, is left out.
 
   Raises:
     WorkdirError: if the file cannot be read at all.
@@ -195,10 +194,10 @@ def read_lines(path: str | os.PathLike) -> tuple[list[dict[str, Any]], str]:
 
 
 def replace_directory(new: str | os.PathLike, old: str | os.PathLike) -> None:
-  """Renames a directory that is whole to the name of another one, which goes only then."""
+  """Replaces the directory `old` by `new`, which is whole, and only then removes `old`."""
   new, old = to_path(new), to_path(old)
   former = old.with_name(f'{old.name}.replaced')
-  if former.exists():  # of a process that ended in here
+  if former.exists():  # left by a process that was killed in this function
     remove(former)
   if old.exists():
     old.rename(former)
@@ -208,7 +207,7 @@ def replace_directory(new: str | os.PathLike, old: str | os.PathLike) -> None:
 
 
 def _parse(data: bytes, kind: type, first: int = 1) -> Any:
-  """Returns the value of a text of JSON whose first line has this number; raises a ValueError in a few words."""
+  """Parses JSON whose first line has the number `first`; raises a short ValueError that names the line."""
   try:
     value = json.loads(data.decode())
   except UnicodeDecodeError as error:

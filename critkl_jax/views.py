@@ -1,4 +1,4 @@
-"""Views of configs: their fields by name, those of the configs in them too, and JSON."""
+"""Views of configs: the fields of a config and of its nested configs by name, and JSON."""
 
 import dataclasses
 import json
@@ -8,12 +8,12 @@ ConfigT = TypeVar('ConfigT')
 
 _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
           'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only',
-          'max_to_keep'}  # which older checkpoints lack
-_OLDER = {'hidden_only': False}  # what older versions did, where it is not the default
+          'max_to_keep'}  # fields that older checkpoints lack
+_OLDER = {'hidden_only': False}  # value for older checkpoints, where it is not the default
 
 
 def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
-  """Returns the fields of a config and of the configs in it, by name.
+  """Returns the fields of a config and of its nested configs, by name.
 
   Raises:
     ValueError: if two of them share a name.
@@ -35,7 +35,7 @@ def nested_classes(config_class: type) -> list[type]:
 
 
 def flat_values(config: Any) -> dict[str, Any]:
-  """Returns the values of a config's fields and of those of the configs in it, by name."""
+  """Returns the values of the fields of a config and of its nested configs, by name."""
   values = {}
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
@@ -44,7 +44,7 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 
 def replace(config: ConfigT, **values: Any) -> ConfigT:
-  """Returns the config with fields replaced by name, those of the configs in it too.
+  """Returns the config with fields replaced by name, those of nested configs too.
 
   Raises:
     ValueError: if no config has such a field, or a value is not allowed.
@@ -68,9 +68,9 @@ def to_json(config: Any) -> str:
 
 
 def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
-  """Returns the config that `to_json` wrote.
+  """Reads the config that `to_json` wrote.
 
-  Fields that older versions did not write take their defaults, which are what those versions did.
+  Fields that older versions did not write take the values that reproduce those versions.
 
   Raises:
     ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
@@ -83,7 +83,7 @@ def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
 
 
 def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
-  """Returns the config of a nested dict; raises as `from_json` does."""
+  """Makes the config of a nested dict; raises as `from_json` does."""
   name = config_class.__name__
   if not isinstance(values, dict):
     raise ValueError(f'{name}: expected a JSON object, got {type(values).__name__}.')

@@ -1,7 +1,7 @@
-"""Exit codes of all binaries, and how they refuse.
+"""Ends the process with one of the exit codes of all binaries.
 
-0: done. `FAILED`: something went wrong that no other input would have helped. `REFUSED`: the input was wrong, and
-nothing was changed. `STOPPED`: a signal ended the run, what was finished is saved, and the same command goes on.
+0: done. `FAILED`: the run failed (a full disk, a lost host, no finite update). `REFUSED`: the input, a workdir or a
+checkpoint cannot be used. `STOPPED`: a signal ended the run; finished steps are saved, and the same command resumes.
 """
 
 import os
@@ -17,13 +17,15 @@ REFUSED = 2
 
 
 def refuse(reason: object) -> NoReturn:
-  """Ends the process with one line on the standard error, as wrong input does."""
+  """Ends the process with `REFUSED` and one line on the standard error."""
   end(REFUSED, 'error: ' + ' '.join(str(reason).splitlines()))
 
 
 def end_now(text: object) -> NoReturn:
-  """Ends the process with a text on the standard error and `FAILED`, not orderly: files cannot be written, and
-  each thread that tries would say so at length."""
+  """Ends the process at once with `FAILED` and a text on the standard error, for files that cannot be written.
+
+  At an orderly exit, each thread that tries to write would print the error again.
+  """
   sys.stdout.flush()
   print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
   os._exit(FAILED)
@@ -36,7 +38,7 @@ def end(code: int, text: object) -> NoReturn:
 
 
 def place_of(error: BaseException) -> str:
-  """Returns from which line of the project an error came, ` (at FILE:LINE, in FUNCTION)`; empty if none is known."""
+  """Returns the place in the project where an error arose, ` (at FILE:LINE, in FUNCTION)`; empty if unknown."""
   root = pathlib.Path(__file__).resolve().parents[1]
   own = [frame for frame in traceback.extract_tb(error.__traceback__)
          if pathlib.Path(frame.filename).is_relative_to(root / 'critkl_jax')]

@@ -1,4 +1,4 @@
-"""Command-line flags out of config dataclasses, and what all binaries share."""
+"""Defines command-line flags from config dataclasses, and runs binaries with the flags and errors that all share."""
 
 import errno
 import inspect
@@ -33,7 +33,7 @@ _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEF
 
 
 def define_config(config_class: type, presets: dict[str, Any], default_preset: str) -> None:
-  """Defines `--preset` and a flag for each field of the config and of the configs in it.
+  """Defines `--preset`, and a flag for each field of the config and of its nested configs.
 
   A flag that is not given leaves the preset's value, so each default stands in the presets alone.
   """
@@ -50,7 +50,7 @@ def keep_no_programs() -> None:
 
 
 def define_training() -> None:
-  """Defines the flags that send metrics to Weights & Biases, look for NaN, and say what to do about damage."""
+  """Defines the flags of training: `--damaged`, `--debug_nans` and `--wandb`."""
   define_damaged()
   flags.DEFINE_boolean('debug_nans', False, 'Stop at the line that gives the first NaN (`jax_debug_nans`); slow.')
   flags.DEFINE_string('wandb', '', 'Project of Weights & Biases that takes the metrics (extra `wandb`); empty for '
@@ -68,8 +68,8 @@ def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callab
 
 
 def define_damaged() -> None:
-  """Defines the flag that says what a run does about a damaged checkpoint."""
-  flags.DEFINE_enum('damaged', 'skip', ['skip', 'refuse'], 'Where the newest checkpoint is damaged: skip it and go on '
+  """Defines `--damaged`: whether a run skips damaged checkpoints or is refused."""
+  flags.DEFINE_enum('damaged', 'skip', ['skip', 'refuse'], 'If the newest checkpoint is damaged: skip it and resume '
                     'from the newest whole one, or refuse.')
 
 
@@ -88,8 +88,7 @@ def define_devices() -> None:
 
 
 def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh | None:
-  """Returns the mesh for updates of so many episodes, or exits with one line if they cannot be shared out; None for a
-  single device."""
+  """Returns the mesh for updates of `num_episodes`, None for one device; exits with one line if they do not fit."""
   try:
     sharding.mesh_sizes(values.mesh)  # before it asks for devices
     mesh = sharding.make_mesh(values.mesh or most_devices(num_episodes))
@@ -102,27 +101,32 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
 
 
 def most_devices(num_episodes: int) -> str:
-  """Returns the mesh where none is named: as many devices along data as can take equally many of the episodes of an
-  update, and says so if some are left; on several hosts all of them."""
+  """Returns the default mesh: the most devices along data among which the episodes of an update divide evenly.
+
+  Prints a note if devices are left over. On several hosts it is empty, which stands for all devices.
+  """
   total = jax.device_count()
   if jax.process_count() > 1:
     return ''
   number = max(n for n in range(1, total + 1) if num_episodes % n == 0)
   if number < total:
-    print(f'{number} of {total} devices: an update takes {num_episodes} episodes, which no more divide.', flush=True)
+    print(f'{number} of {total} devices: no more of them divide the {num_episodes} episodes of an update evenly.',
+          flush=True)
   return f'data:{number}'
 
 
 def take_cores(most: int) -> None:
-  """Makes each core a device, up to so many, should there be no accelerator: members of a study side by side keep the
-  cores busier than one does. Call it before anything asks for devices."""
+  """Makes each CPU core a device, up to `most`, for members of a study side by side; accelerators are not affected.
+
+  Call it before anything asks for devices.
+  """
   if 'device_count' not in os.environ.get('XLA_FLAGS', ''):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     jax.config.update('jax_num_cpu_devices', min(cores, most))
 
 
 def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
-  """Joins the other hosts where flags ask for it, or exits with one line; returns what to call at an orderly end."""
+  """Joins the other hosts if flags ask for it, or exits with one line; returns a function to call at an orderly end."""
   if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
     return lambda: None
   try:
@@ -135,13 +139,13 @@ def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
 
 
 def check_devices(values: flags.FlagValues = flags.FLAGS) -> None:
-  """Exits with one line if the flags of `define_devices` cannot be, whatever devices there are."""
+  """Exits with one line if the flags of `define_devices` are invalid on any machine."""
   parsing.check_hosts(values)
   check_mesh(values.mesh)
 
 
 def check_mesh(text: str) -> None:
-  """Exits with one line if a mesh is not written as one is."""
+  """Exits with one line if the text of a mesh cannot be parsed."""
   try:
     sharding.mesh_sizes(text)
   except ValueError as error:
@@ -149,7 +153,7 @@ def check_mesh(text: str) -> None:
 
 
 def check_attention(model: config_lib.GPT2Config) -> None:
-  """Exits with one line if the devices here do not have a model's attention, which its checkpoint may have named."""
+  """Exits with one line if the devices here cannot run a model's attention, which its checkpoint may name."""
   try:
     attention.check_implementation(model.attention)
   except ValueError as error:
@@ -157,8 +161,10 @@ def check_attention(model: config_lib.GPT2Config) -> None:
 
 
 def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
-  """Returns the chosen preset with the given flags in it; exits with one line if a value is not allowed, or if a
-  warm-up is longer than the run."""
+  """Returns the chosen preset with the given flags; exits with one line if a value is not allowed.
+
+  A warm-up that is longer than the run is not allowed.
+  """
   preset = presets[values.preset]
   given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset))}
   try:
@@ -173,12 +179,12 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
 
 
 def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -> None:
-  """Runs a binary: what the user can mend is said in one line, without a traceback (exit codes are in `exits`).
+  """Runs a binary; errors that the user can mend end in one line without a traceback (`exits` has the exit codes).
 
   Args:
-    main: called with what `check` returns, once the other hosts are there.
-    check: called with what is given without a flag; it refuses what cannot be, starts no device and writes nothing.
-    *arguments: names of what is given without a flag, all of which must be.
+    main: called with the results of `check`, once the other hosts have joined.
+    check: called with the positional arguments; refuses wrong input, starts no device and writes nothing.
+    *arguments: names of the positional arguments, all of them required.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -193,7 +199,7 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       if flags.FLAGS.compilation_cache:
         compilation.keep_programs(flags.FLAGS.compilation_cache)
       ended = join_hosts()
-      with interruption.watch(), held:  # again: the runtime of several hosts takes SIGTERM for itself
+      with interruption.watch(), held:  # again, since the runtime of several hosts replaces the handler of SIGTERM
         main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
@@ -213,7 +219,7 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       if not hosts.may_be_lost(error):
         raise
       traceback.print_exc()
-      os._exit(1)  # without waiting for the lost host; the last words tell what to do
+      os._exit(1)  # without waiting for the lost host; the last words say how to resume
     finally:
       ended()
 
@@ -227,7 +233,7 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
 
 
 def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequence[str]) -> tuple[Any, ...]:
-  """Returns what a binary's `check` returns for a parsed command line, or exits with one line."""
+  """Calls a binary's `check` for a parsed command line and returns its results, or exits with one line."""
   if len(argv) - 1 != len(arguments):
     refuse(f'expected {" ".join(arguments)} and flags, got {argv[1:]}; see --help.' if arguments else
            f'arguments {argv[1:]} are not flags; flags start with --, see --help.')
@@ -242,7 +248,7 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
 
 
 def sentence_of(error: OSError) -> str:
-  """Describes in one line what could not be read or written, and what to do."""
+  """Describes in one line the file that could not be read or written, the reason, and what to do."""
   reason = f'{error.strerror or error}{f": {error.filename}" if error.filename else ""}'
   space = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
   advice = f'{"free some space" if space else "mend that"} and give the same command again'
@@ -250,7 +256,7 @@ def sentence_of(error: OSError) -> str:
 
 
 def _attribute_help(config_class: type, name: str) -> str:
-  """Returns what the docstrings of a config, or of a config in it, say of a field."""
+  """Returns the description of a field from the docstring of its config or nested config."""
   for owner in config_lib.nested_classes(config_class):
     # `getdoc` strips the indentation; from Python 3.13 on `__doc__` has none either.
     match = re.search(rf'^  {name}: (.*?)(?=\n  \w+: |\n\n|\Z)', inspect.getdoc(owner) or '', re.S | re.M)

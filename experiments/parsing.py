@@ -1,6 +1,6 @@
-"""Reads command lines: what no flag can be is refused in one line, with the nearest name that there is.
+"""Parses command lines, and refuses wrong ones in one line with the nearest known name.
 
-Nothing here, nor what a binary does with its flags before it works, starts a device or writes a file.
+Starts no device and writes no file; nor does the `check` function of a binary.
 """
 
 import math
@@ -16,7 +16,7 @@ from critkl_jax.config import MOST_DIGITS
 
 from .exits import refuse
 
-# What people call a flag elsewhere, the papers' letters among it.
+# Names of a flag in other projects and in papers.
 _OTHER_NAMES = {'alpha': 'kl_coefficient', 'beta': 'certainty_exponent', 'gamma': 'discount', 'lambda': 'gae_lambda',
                 'epsilon': 'clip_ratio', 'output': 'workdir', 'output_dir': 'workdir', 'out': 'workdir',
                 'steps': 'num_iterations', 'iterations': 'num_iterations', 'batch_size': 'episodes'}
@@ -25,12 +25,12 @@ _PORTS = range(1, 2**16)
 
 
 def define_seed(name: str = 'seed', text: str = 'Seed of problems and samples.') -> flags.FlagHolder:
-  """Defines the flag of a seed."""
+  """Defines a flag for a seed, 0 to `LARGEST_SEED`."""
   return flags.DEFINE_integer(name, 0, text, lower_bound=0, upper_bound=LARGEST_SEED)
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Parses a command line into the flags, or exits with one line; returns what is no flag, the program's name first."""
+  """Parses a command line into the flags, or exits with one line; returns the program's name and other arguments."""
   try:
     rest = values(list(argv))
   except flags.UnrecognizedFlagError as error:
@@ -44,14 +44,14 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
 
 
 def nearest_flag(name: str, values: flags.FlagValues = flags.FLAGS) -> str:
-  """Returns the binary's flag that is most like a name."""
+  """Returns the flag of this binary whose name is most similar."""
   own = [flag.name for flag in values.get_key_flags_for_module(sys.argv[0])] + ['compilation_cache']
   other = _OTHER_NAMES.get(name, '')
   return other if other in own else nearest(name, own)
 
 
 def _in_our_words(error, values):
-  """Returns absl's message in one line, without Python's words about numbers, and with an unknown value's nearest."""
+  """Rewrites a message of absl in one line: what was expected, and for an unknown value the nearest known one."""
   said = ' '.join(str(error).split())
   match = re.match(r'flag --(\w+)=(.*?): (.*)', said)
   if not match or match[1] not in values:
@@ -61,12 +61,12 @@ def _in_our_words(error, values):
   if hasattr(flag.parser, 'enum_values'):
     known = list(flag.parser.enum_values)
     return f'--{name}={value}: expected one of {", ".join(known)}; the nearest is {nearest(value, known)}.'
-  beyond = ' is not ' in reason  # its bounds, of which absl says so in plain words
+  beyond = ' is not ' in reason  # outside its bounds, which absl states plainly
   return f'--{name}={value}: ' + (f'{reason}.' if beyond else f'expected {_EXPECTED.get(flag.flag_type(), reason)}.')
 
 
 def _check_number(flag):
-  """Exits with one line for a number that no field holds: infinite, not a number, or beyond an int32."""
+  """Exits with one line for a number that no config field can hold: infinite, NaN, or beyond int32."""
   if not flag.present or flag.value is None:
     return
   if flag.flag_type() == 'float' and not math.isfinite(flag.value):
@@ -75,18 +75,18 @@ def _check_number(flag):
     refuse(f'--{flag.name}: expected a whole number up to {LARGEST_INT}, got {str(flag.value)[:30]}.')
 
 
-# Values of several parts.
+# Flags with lists of values.
 
 
 def read_names(flag: flags.FlagHolder) -> list[str] | None:
-  """Returns the names that a list holds, none of them empty, or exits with one line; None for a flag not given."""
+  """Returns the names in a list, None if the flag is not given; exits with one line if a name is empty."""
   if flag.value is not None and not (flag.value and all(flag.value)):
     refuse(f'--{flag.name}: expected names separated by commas, got {",".join(flag.value)!r}.')
   return flag.value
 
 
 def read_numbers(name: str, given: list[str] | None, kind: Callable[[str], Any] = float) -> list[Any] | None:
-  """Returns the numbers that a list holds, none of them twice, or exits with one line; None for a list not given."""
+  """Returns the numbers in a list, None if it is not given; exits with one line for other text or a number twice."""
   if given is None:
     return None
   found = []
@@ -105,14 +105,14 @@ def read_numbers(name: str, given: list[str] | None, kind: Callable[[str], Any] 
 
 
 def read_sizes(flag: flags.FlagHolder, number: int) -> tuple[int, ...]:
-  """Returns so many whole numbers, each 1 or more, or exits with one line."""
+  """Returns `number` whole numbers, each 1 or more, or exits with one line."""
   if len(flag.value) != number or not all(re.fullmatch(r'[1-9][0-9]{0,8}', text) for text in flag.value):
     refuse(f'--{flag.name}: expected {number} whole numbers separated by commas, got {",".join(flag.value)!r}.')
   return tuple(map(int, flag.value))
 
 
 def read_digits(flag: flags.FlagHolder) -> list[int] | None:
-  """Returns numbers of digits, or exits with one line; None where they are not given."""
+  """Returns numbers of digits, None if they are not given, or exits with one line."""
   found = read_numbers(flag.name, flag.value, int)
   for number in found or []:
     if not 1 <= number <= MOST_DIGITS:
@@ -121,14 +121,14 @@ def read_digits(flag: flags.FlagHolder) -> list[int] | None:
 
 
 def check_known(flag: str, given: Iterable[str], known: Sequence[str]) -> None:
-  """Exits with one line if a name is none of the known ones, and names the nearest."""
+  """Exits with one line, which gives the nearest known name, if a name is not known."""
   for name in given:
     if name not in known:
       refuse(f'--{flag}: there is no {name!r}; the nearest is {nearest(name, known)!r}, of {", ".join(known)}.')
 
 
 def check_hosts(values: flags.FlagValues) -> None:
-  """Exits with one line if the flags that join hosts cannot be."""
+  """Exits with one line if the flags that join hosts are invalid or do not fit together."""
   address = values.coordinator_address
   if not (values.multi_host or address):
     for name in ('num_processes', 'process_id', 'coordinator_address'):

@@ -1,4 +1,4 @@
-"""Paths that a user gives for results: whether they can be written is found out before the work, and leaves nothing."""
+"""Checks, before the work starts, that a user's paths for results can be written; leaves no files behind."""
 
 import errno
 import os
@@ -9,13 +9,12 @@ from critkl_jax import storage
 
 from .exits import refuse
 
-_NAME, _PATH = 255, 4095  # bytes of a name, and of a path, on Linux and macOS at most
-_ROOM = 255  # bytes that the names below a workdir take at most: those of checkpoints under way
+_NAME, _PATH = 255, 4095  # most bytes of a name and of a path on Linux and macOS
+_ROOM = 255  # most bytes of the paths below a workdir, the longest of which are unfinished checkpoints
 
 
 def read_workdir(flag: str, text: str | None) -> storage.Path:
-  """Returns the path of a directory that can be made, or is there and can be written to; exits with one line for any
-  other."""
+  """Returns the path of a directory that exists or can be made, and is writable; exits with one line otherwise."""
   if not text:
     refuse(f'--{flag}: expected a directory, got an empty name.')
   path = _expanded(flag, text)
@@ -42,12 +41,12 @@ def check_file(flag: str, text: str | None) -> None:
 def _expanded(flag, text):
   try:
     return storage.to_path(text)
-  except (ValueError, RuntimeError) as error:  # no such scheme, or no such user
+  except (ValueError, RuntimeError) as error:  # an unknown scheme or user
     refuse(f'--{flag}: {error}')
 
 
 def _refuse_unless_writable(flag, text, directory, longest):
-  """Exits with one line unless files can be made in a directory, which need not be there, up to a longest name."""
+  """Exits with one line unless files up to the path `longest` can be made in a directory, which need not exist."""
   try:
     _try(directory, longest)
   except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The reference at the start of a run: read, kept, tested; for all binaries that fine-tune."""
+"""Reads, keeps and tests the reference at the start of a run, for all binaries that fine-tune."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +14,21 @@ from critkl_jax.tasks.task import Task
 
 from .exits import refuse
 
-MARK = 'kept_by.json'  # in a copy of the reference: the workdir whose run made it, and may replace it
+MARK = 'kept_by.json'  # in a copy of the reference: names the workdir whose run made it and may replace it
 
 
 def find_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoint.Checkpoint:
-  """Returns the reference that `load_reference` would read, without its parameters, and starts no device."""
+  """Finds the reference that `load_reference` would read, without its parameters; starts no device."""
   return checkpoint.find_checkpoint(
       workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
 
 
 def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
-  """Reads the reference: the workdir's own copy if its run has saved anything, else the config's. Changes nothing.
+  """Reads the reference: the workdir's copy if its run has saved a checkpoint, else the config's. Writes nothing.
 
   Raises:
-    CheckpointError: if there is no reference to be read.
-    WorkdirError: if the workdir holds another one that no run of this workdir left there.
+    CheckpointError: if the reference is missing or cannot be read.
+    WorkdirError: if the workdir holds another `reference/` that no run of this workdir made.
   """
   kept = workdir / 'reference'
   if hosts.as_first_says(has_started(workdir)):
@@ -45,8 +45,10 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
 
 
 def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> None:
-  """Keeps a copy of the reference under the workdir, from which the run goes on and is analysed later, unless it is
-  there: a copy for another run that saved nothing is replaced once this one is whole."""
+  """Copies the reference into the workdir, for resuming and for analysis, unless the copy exists.
+
+  The copy of an earlier run that saved no checkpoint is replaced once the new copy is whole.
+  """
   kept, unfinished = workdir / 'reference', workdir / 'reference.unfinished'
   if hosts.as_first_says(has_started(workdir) or _holds(kept, reference)):
     return
@@ -71,17 +73,19 @@ def has_started(workdir: storage.Path) -> bool:
 
 
 def _holds(kept, reference):
-  """Returns whether a directory holds the reference already, as its newest step."""
+  """Returns whether the newest step of a directory is the reference."""
   path = checkpoint.latest(kept)
   try:
     return path is not None and checkpoint.same_params(path, reference.path)
-  except checkpoint.CheckpointError:  # a damaged one is another
+  except checkpoint.CheckpointError:  # a damaged copy is not the reference
     return False
 
 
 def _is_own(directory):
-  """Returns whether a directory may be replaced: it is missing, empty, or has the mark of this workdir and holds
-  nothing but a checkpoint."""
+  """Returns whether a directory may be replaced.
+
+  It may if it is missing or empty, or if it has the mark of this workdir and otherwise only a checkpoint.
+  """
   if not directory.exists():
     return True
   names = [path.name for path in directory.iterdir()] if directory.is_dir() else ['a file']
@@ -93,7 +97,7 @@ def _is_own(directory):
 
 
 def check_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> None:
-  """Exits with one line if the model of one of a config's further references is another."""
+  """Exits with one line if a reference of the ensemble has another model than the reference."""
   for path in config.ensemble_paths:
     own = checkpoint.find_checkpoint(path).info.model
     for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
@@ -103,13 +107,15 @@ def check_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
 
 
 def load_ensemble(config: FinetuneConfig, mesh: Mesh | None = None) -> tuple[Any, ...]:
-  """Returns the parameters of a config's further references."""
+  """Reads the parameters of the further references of an ensemble."""
   return tuple(checkpoint.load_checkpoint(path, mesh=mesh).params for path in config.ensemble_paths)
 
 
 def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
-  """Returns the policy and its problems, or exits with one line if the reference does not allow them; its parameters
-  are not needed."""
+  """Returns the policy's model and its task, or exits with one line if the reference does not fit them.
+
+  Reads no parameters of the reference.
+  """
   try:
     model = GPT2(config.model_of(reference.info.model))
     addition.check_vocabulary(model.config.vocab_size)
@@ -125,8 +131,7 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
 
 
 def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: storage.Path) -> dict[str, Any]:
-  """Returns the reference's test; a continued run reads it from the workdir, if it was made in the same way, instead of
-  testing again."""
+  """Tests the reference, or reads the result of the same test from the workdir of a resumed run."""
   file = workdir / 'before.json'
   made_with = {'reference': sum(checkpoint.checksums(ref_params).values()) % 2**32,
                'eval_problems': config.eval_problems, 'extra_digits': config.extra_digits}
@@ -139,7 +144,8 @@ def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workd
 
 
 def _kept_test(file, made_with, started):
-  """Returns the test that a workdir holds; None, which is said, if it cannot be read, or if it is of something else."""
+  """Returns the test that a workdir holds; None if it is of another reference or setting, or, with a note, unreadable.
+  """
   if not file.exists():
     return None
   try:
@@ -147,6 +153,6 @@ def _kept_test(file, made_with, started):
   except WorkdirError as error:
     hosts.say(str(error))
     return None
-  same = found.pop('made_with', made_with if started else None) == made_with  # an older version did not say with what
+  same = found.pop('made_with', made_with if started else None) == made_with  # older versions did not write `made_with`
   whole = all(isinstance(found.get(name), float | int) for name in ('N', f'N+{made_with["extra_digits"]}'))
   return found if same and (whole or not made_with['eval_problems']) else None

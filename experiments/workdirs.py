@@ -1,4 +1,4 @@
-"""Whose results a workdir holds: a binary refuses those of another one, instead of mixing its own with them."""
+"""Finds out which binary's results a workdir holds; each binary refuses those of another."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,28 +17,24 @@ _HOLDS = {
     'compare_checkpoints': 'a comparison of checkpoints (experiments.compare_checkpoints)',
     'analyze': 'an analysis (experiments.analyze)',
 }
-
-
-# What each binary writes into its workdir, beside a reference, which has a mark of its own.
+# Files of each binary in its workdir, without the reference, which has a mark of its own.
 _WRITES = {
     'pretrain': ('checkpoints', 'metrics.jsonl', 'summary.json'),
     'finetune': ('checkpoints', 'metrics.jsonl', 'before.json', 'curves.png', 'summary.json'),
     'sweep': ('members', 'members.json', 'before.json', 'curves.png', 'results.json', 'results.csv'),
     'reproduce': ('studies.json', 'runs', 'references', 'working', 'studies', 'README.md'),
     'compare_checkpoints': ('comparison.json', 'comparison.png'),
-    'analyze': (),  # its record, analysis.json, tells its files from others
+    'analyze': (),  # its record, analysis.json, lists its files
 }
-held = contextlib.ExitStack()  # workdirs of this process, until the binary ends
+held = contextlib.ExitStack()  # locks of this process, until the binary ends
 
 
 def claim(workdir: storage.Path, binary: str) -> None:
-  """Keeps other runs out of a workdir until this binary ends, which `flags.run` sees to.
-
-  Exits with one line if the workdir holds the results of another binary, or files that a run would write over and none
-  has written.
+  """Locks a workdir until the binary ends, when `flags.run` unlocks it.
 
   Raises:
-    WorkdirError: if another run holds the workdir.
+    WorkdirError: if another run holds the workdir, or if it holds the results of another binary or a file that no run
+      wrote and this one would overwrite.
   """
   known = held.enter_context(locks.hold(workdir))
   hosts.first_does(lambda: _check_owner(workdir, binary, known), ValueError)
@@ -55,8 +51,13 @@ def _check_owner(workdir, binary, known):
 
 
 def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
-  """Exits with one line if a file that is to be written is there and is none of this binary's: an object of JSON with
-  these names."""
+  """Exits with one line if a file exists that this binary did not write.
+
+  Args:
+    path: of the file.
+    names: fields of the JSON object that this binary writes.
+    flag: that gives the path.
+  """
   file = storage.to_path(path)
   try:
     own = not file.exists() or set(names) <= storage.read_json(file).keys()
@@ -67,22 +68,24 @@ def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
 
 
 def refuse_fewer_steps(directory: storage.Path, num_steps: int, flag: str) -> None:
-  """Exits with one line if a directory of checkpoints holds a later step than the run is to end with: its results would
-  be those of the later one."""
+  """Exits with one line if a directory of checkpoints has a step after the last one of the run.
+
+  The results would be those of the later step.
+  """
   last = max(checkpoint.steps_in(directory), default=0)
   if last > num_steps:
-    refuse(f'--{flag}: {directory} holds step {last}, which is beyond {num_steps}; ask for {last} or '
-                     'more, or give another --workdir.')
+    refuse(f'--{flag}: {directory} holds step {last}, which is beyond {num_steps}; ask for {last} or more, or give '
+           'another --workdir.')
 
 
 def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
-  """Exits with one line if a file of JSON is there in which a value is not the wanted one."""
+  """Exits with one line if a JSON file exists and one of its values differs from the wanted one."""
   found = storage.read_json(file, advice='remove it, or give another directory') if file.exists() else wanted
   different = [f'{name}: {found.get(name)!r} then, {value!r} now' for name, value in wanted.items()
                if found.get(name) != value]
   if different:
-    refuse(f'--workdir: {file} was made with other settings ({"; ".join(different)}); give the same '
-                     'ones, or another directory.')
+    refuse(f'--workdir: {file} was made with other settings ({"; ".join(different)}); give the same ones, or another '
+           'directory.')
 
 
 def owners(workdir: storage.Path) -> list[str]:
