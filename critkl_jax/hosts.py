@@ -104,20 +104,21 @@ def as_first_says(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def first_does(work: Callable[[], ResultT], error: type[Exception]) -> ResultT | None:
+def first_does(work: Callable[[], ResultT], *errors: type[Exception]) -> ResultT | None:
   """Calls a function on the first host alone, while the others wait, and returns its result there, None elsewhere.
 
   Args:
     work: is called without arguments.
-    error: what it may raise, with a text as its argument; then all hosts raise, so that none waits for another in vain.
+    *errors: what it may raise, each with a text as its argument; then all hosts raise the same one, so that none waits
+      for another in vain, and all end with the same exit code.
   """
-  result, failure = None, None
+  result, failure, number = None, None, 0
   try:
     result = work() if is_first() else None
-  except error as raised:
-    failure = raised
-  if as_first_says(failure is not None):
-    raise failure or error('refused by the first host, which says why.')
+  except errors as raised:
+    failure, number = raised, next(i for i, kind in enumerate(errors, 1) if isinstance(raised, kind))
+  if number := as_first_says(number):
+    raise failure or errors[number - 1]('refused by the first host, which says why.')
   return result
 
 

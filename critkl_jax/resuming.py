@@ -71,10 +71,12 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
     WorkdirError: if checkpoints of a member were removed, or the list of members cannot be read.
   """
   directories = {name: storage.to_path(workdir) / 'members' / name / 'checkpoints' for name in infos}
-  hosts.first_does(lambda: _keep_members(storage.to_path(workdir), list(infos)), ValueError)
+  hosts.first_does(lambda: _keep_members(storage.to_path(workdir), list(infos)),
+                   checkpoint.CheckpointError, WorkdirError, OSError)
   saved = [set(checkpoint.steps_in(directory)) for directory in directories.values()]
   steps = _agreed(sorted(set.intersection(*saved)))
-  hosts.first_does(lambda: _check_later(directories, infos, max(steps, default=-1)), ValueError)
+  hosts.first_does(lambda: _check_later(directories, infos, max(steps, default=-1)),
+                   checkpoint.CheckpointError, WorkdirError)
   target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), jax.eval_shape(lambda: population.member(state, 0)))
 
   def read(step):

@@ -160,7 +160,7 @@ def _mend(homes: list[storage.Path], step: int, known: bool) -> None:
     for home in homes:
       mend_metrics(home, step, known)
 
-  hosts.first_does(mend, WorkdirError)
+  hosts.first_does(mend, WorkdirError, OSError)
 
 
 def _say_where(first: int, num_steps: int, workdir: storage.Path) -> None:

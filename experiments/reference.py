@@ -40,7 +40,7 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
       raise WorkdirError(f'{kept} is there, and this run did not make it: it is kept. Give another --workdir, or '
                          f'--reference={kept} if that is the one to start from.')
 
-  hosts.first_does(check, ValueError)
+  hosts.first_does(check, WorkdirError, OSError)
   return reference
 
 
@@ -61,9 +61,9 @@ def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> N
     unfinished.mkdir(parents=True)
     storage.write_json(unfinished / MARK, {'workdir': str(storage.resolve(workdir)), 'copy_of': str(reference.path)})
 
-  hosts.first_does(begin, ValueError)
+  hosts.first_does(begin, WorkdirError, OSError)
   checkpoint.save_params(unfinished, reference.params, reference.info, reference.step)
-  hosts.first_does(lambda: storage.replace_directory(unfinished, kept), ValueError)
+  hosts.first_does(lambda: storage.replace_directory(unfinished, kept), OSError)
 
 
 def has_started(workdir: storage.Path) -> bool:

@@ -37,7 +37,7 @@ def claim(workdir: storage.Path, binary: str) -> None:
       wrote and this one would overwrite.
   """
   known = held.enter_context(locks.hold(workdir))
-  hosts.first_does(lambda: _check_owner(workdir, binary, known), ValueError)
+  hosts.first_does(lambda: _check_owner(workdir, binary, known), checkpoint.CheckpointError, WorkdirError, OSError)
 
 
 def _check_owner(workdir, binary, known):

@@ -24,3 +24,19 @@ def test_an_error_ends_the_waiting(capsys):
   capsys.readouterr()
   time.sleep(0.1)
   assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('kind', [LookupError, OSError])
+def test_what_the_first_host_refuses_ends_the_others_with_the_same_kind(monkeypatch, kind):
+  kinds, told = (LookupError, OSError), []
+
+  def work():
+    raise kind('no')
+
+  monkeypatch.setattr(hosts, 'as_first_says', lambda number: told.append(number) or number)
+  with pytest.raises(kind, match='no'):
+    hosts.first_does(work, *kinds)
+  monkeypatch.setattr(hosts, 'is_first', lambda: False)
+  monkeypatch.setattr(hosts, 'as_first_says', lambda number: told[0])
+  with pytest.raises(kind, match='refused by the first host'):
+    hosts.first_does(work, *kinds)
