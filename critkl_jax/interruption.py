@@ -34,8 +34,8 @@ class Watch:
     self._lock, self._answered = threading.Lock(), threading.Event()
 
   def listen(self, pipe: int) -> None:
-    """Answers the signals whose numbers it reads from a pipe, until the pipe is closed."""
-    while number := os.read(pipe, 1):
+    """Answers the signals whose numbers it reads from a pipe, until a zero byte."""
+    while any(number := os.read(pipe, 1)):
       if number[0] in _SIGNALS:
         self._answer(signal.Signals(number[0]))
 
@@ -117,11 +117,26 @@ def _listen(own: Watch) -> Callable[[], None]:
     for number, handler in handlers.items():
       signal.signal(number, handler)
     signal.set_wakeup_fd(before)
-    os.close(writing)
+    os.write(writing, bytes(1))  # to close it would not do: a forked child holds the pipe, too
     thread.join()
+    os.close(writing)
     os.close(reading)
 
   return stop
+
+
+def _forget():
+  """Gives a forked child the usual answers to signals: those of its parent would end the parent in its place."""
+  global _current
+  if _current:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _current = None
+
+
+if hasattr(os, 'register_at_fork'):  # not on Windows
+  os.register_at_fork(after_in_child=_forget)
 
 
 def _say(text: str) -> None:

@@ -96,3 +96,22 @@ def test_handlers_that_a_library_put_in_their_place_are_replaced_by_a_watch_with
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as the runtime of several hosts does
     with interruption.watch():
       assert signal.getsignal(signal.SIGTERM) == own.handle
+
+
+FORKS = '''
+import os, signal, time
+from critkl_jax import interruption
+reading, writing = os.pipe()
+with interruption.watch(' in the parent.'):
+  children = [os.fork() or (os.write(writing, b'.'), time.sleep(60)) for _ in range(2)]
+  os.read(reading, 1), os.read(reading, 1)  # both run
+  os.kill(children[0], signal.SIGTERM)
+  print(os.waitpid(children[0], 0)[1])
+print('goes on', flush=True)  # with a child that still has the pipe
+os.kill(children[1], signal.SIGKILL)
+'''
+
+
+def test_a_signal_to_a_forked_child_is_the_child_s_alone():
+  ended = subprocess.run([sys.executable, '-c', FORKS], text=True, capture_output=True, timeout=20, check=False)
+  assert (ended.returncode, ended.stdout, ended.stderr) == (0, f'{int(signal.SIGTERM)}\ngoes on\n', '')
