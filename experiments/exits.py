@@ -4,6 +4,7 @@
 checkpoint cannot be used. `STOPPED`: a signal ended the run; finished steps are saved, and the same command resumes.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -21,13 +22,23 @@ def refuse(reason: object) -> NoReturn:
   end(REFUSED, 'error: ' + ' '.join(str(reason).splitlines()))
 
 
+def show(text: str) -> None:
+  """Prints a text of which a reader, such as `head`, may take the first lines alone."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os._exit(0)  # at once: Python would try again at its end
+
+
 def end_now(text: object) -> NoReturn:
   """Ends the process at once with `FAILED` and a text on the standard error, for files that cannot be written.
 
   At an orderly exit, each thread that tries to write would print the error again.
   """
-  sys.stdout.flush()
-  print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
+  with contextlib.suppress(OSError):  # a pipe that nobody reads any more, or a file on the disk that is full
+    sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
   os._exit(FAILED)
 
 

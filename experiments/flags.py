@@ -226,7 +226,7 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
   logging.set_verbosity(logging.WARNING)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   if {'-h', '-help', '--help'} & set(sys.argv[1:]):
-    print(help_lib.text(sys.modules['__main__'].__doc__))
+    exits.show(help_lib.text(sys.modules['__main__'].__doc__))
     return
   with interruption.watch():
     app.run(guarded, flags_parser=parsing.parse)

@@ -31,6 +31,13 @@ def said(err):
   return lines[0]
 
 
+def test_the_sentence_needs_no_standard_output():
+  code = ('import os, sys; from experiments import exits; reading, writing = os.pipe(); os.close(reading); '
+          'sys.stdout = os.fdopen(writing, "w"); print("a line"); exits.end_now("error: Broken pipe.")')
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (1, '\nerror: Broken pipe.\n')
+
+
 def test_what_cannot_be_written_is_one_sentence():
   error = OSError(errno.ENOSPC, 'No space left on device', 'a/b')
   error.add_note('the last whole checkpoint in a is step 3')
