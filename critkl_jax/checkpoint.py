@@ -235,17 +235,17 @@ def read_info(path: str | os.PathLike) -> CheckpointInfo:
   """
   values = _read_config(storage.to_path(path))
   try:
-    if values['format'] != FORMAT:
-      raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
     if values.get('checksums', {}).get('config', _config_checksum(values)) != _config_checksum(values):
       raise DamagedError(f'{path}: its config is damaged: it is not what was saved.')
+    if values['format'] != FORMAT:
+      raise CheckpointError(f'{path}: format {values["format"]}, but this version reads format {FORMAT}.')
     return CheckpointInfo(model=from_dict(GPT2Config, values['model']), known_digits=int(values['known_digits']),
                           training=from_dict(_TRAINING[values['kind']], values['training']))
   except CheckpointError:
     raise
   except KeyError as error:
     raise CheckpointError(f'{path}: its config lacks the field or has an unknown kind {error}.') from error
-  except (TypeError, ValueError) as error:
+  except (AttributeError, TypeError, ValueError) as error:
     raise CheckpointError(f'{path}: its config cannot be read: {error}') from error
 
 
@@ -366,7 +366,8 @@ def _read(path: storage.Path, item: str, target: Any) -> Any:
   except CheckpointError as found:
     error = found
   _raise_together(path, error)
-  _raise_together(path, _compare_sums(path, item, restored) or _not_finite(path, item, restored))
+  errors = _compare_sums(path, item, restored), _not_finite(path, item, restored)  # both, as on the other hosts
+  _raise_together(path, errors[0] or errors[1])
   return restored
 
 

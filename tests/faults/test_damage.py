@@ -117,6 +117,16 @@ def test_a_changed_digit_of_the_config_is_refused(saved, state):
   assert not is_refused(saved, state)
 
 
+def test_a_config_without_its_format_is_damaged_and_of_no_other_version(saved):
+  file = saved / 'config' / 'metadata'
+  for old, new in (('"format"', '"formaT"'), ('"format": 1', '"format": 3')):
+    text = file.read_text()
+    file.write_text(text.replace(old, new))
+    with pytest.raises(checkpoint.DamagedError, match='not what was saved'):  # a run goes on from the one before
+      checkpoint.read_info(saved)
+    file.write_text(text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('damage', ['truncated', 'flipped', 'emptied', 'removed', 'directory'])
 def test_damage_to_any_file_gives_no_wrong_array(saved, state, damage):
