@@ -18,7 +18,7 @@ def read_workdir(flag: str, text: str | None) -> storage.Path:
   if not text:
     refuse(f'--{flag}: expected a directory, got an empty name.')
   path = _expanded(flag, text)
-  if '://' in text:
+  if storage.is_remote(path):
     return path
   _refuse_unless_writable(flag, text, path.absolute(), path.absolute() / ('x' * _ROOM))
   return path

@@ -93,7 +93,8 @@ def main(base: FinetuneConfig, configs: tuple[FinetuneConfig, ...], workdir: sto
   check_attention(model.config)
   hosts.say(f'{len(configs)} members: {", ".join(names[:4])}{", ..." if len(names) > 4 else ""}; in {workdir}.')
   claim(workdir, 'sweep')
-  hosts.first_does(lambda: resuming.check_members(workdir, list(names)), ValueError)
+  hosts.first_does(lambda: resuming.check_members(workdir, list(names)),
+                   checkpoint.CheckpointError, storage.WorkdirError)
   reference = load_reference(base, workdir, sharding.without_members(mesh))
   known = reference.info.known_digits
   infos = {name: checkpoint.CheckpointInfo(model=model.config, known_digits=known, training=member)
@@ -240,7 +241,7 @@ def report(base, configs, known, before, tests, memory, workdir, seconds) -> Non
 def refuse_idle(names: Sequence[str], curves: list[list[dict[str, float]]], num_updates: int) -> None:
   """Exits with one line if members made no update in the last iteration, because something was not finite: their
   results are not those of a whole training."""
-  idle = [name for name, rows in zip(names, curves) if rows[-1].get('skipped_updates', 0) >= num_updates]
+  idle = [name for name, rows in zip(names, curves) if rows and rows[-1].get('skipped_updates', 0) >= num_updates]
   if idle:
     end(FAILED, f'error: {", ".join(idle)}: no update in the last iteration, because something was not finite; the '
                 'results of these members are not those of a whole training.')
