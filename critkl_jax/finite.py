@@ -83,6 +83,8 @@ def term_of(number: chex.Numeric, params: Any) -> str:
     number: the metric.
     params: parameters, or their shapes, of the model.
   """
+  if not number:  # as almost always, for each member at each step
+    return ''
   paths = [jax.tree_util.keystr(path, simple=True, separator='/')
            for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   names = ['', *TERMS.values(), *(f'gradient of {path}' for path in paths), *(f'parameter {path}' for path in paths)]

@@ -44,7 +44,8 @@ def end_now(text: object) -> NoReturn:
 
 def end(code: int, text: object) -> NoReturn:
   """Ends the process with a text on the standard error and an exit code."""
-  print(text, file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # as above
+    print(text, file=sys.stderr, flush=True)
   sys.exit(code)
 
 

@@ -113,5 +113,6 @@ os.kill(children[1], signal.SIGKILL)
 
 
 def test_a_signal_to_a_forked_child_is_the_child_s_alone():
-  ended = subprocess.run([sys.executable, '-c', FORKS], text=True, capture_output=True, timeout=20, check=False)
+  ended = subprocess.run([sys.executable, '-W', 'ignore', '-c', FORKS], text=True, capture_output=True, timeout=20,
+                         check=False)  # Python 3.12 warns of forks beside threads
   assert (ended.returncode, ended.stdout, ended.stderr) == (0, f'{int(signal.SIGTERM)}\ngoes on\n', '')
