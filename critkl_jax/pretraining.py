@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from critkl_jax import checkpoint, resuming, runner, sharding, storage
-from critkl_jax.config import PretrainConfig, flat_values
+from critkl_jax.config import PretrainConfig
 from critkl_jax.gpt2 import GPT2
 from critkl_jax.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
 from critkl_jax.records import TrainState
@@ -54,13 +54,6 @@ def check_pretraining(config: PretrainConfig, workdir: str | os.PathLike) -> che
   info = checkpoint.CheckpointInfo(model=config.model, known_digits=config.known_digits, training=config)
   resuming.check_workdir(workdir, info)
   path = checkpoint.latest(storage.to_path(workdir) / 'reference')
-  if path is None:
-    return info
-  # Parameters of another pre-training: they are never overwritten, and would be taken for this one's.
-  old, new = flat_values(checkpoint.read_info(path).training), flat_values(config)
-  different = [f'{name}: {old.get(name)!r} then, {value!r} now' for name, value in new.items()
-               if old.get(name) != value and name not in resuming.FREE_FIELDS | resuming.ROUNDING_FIELDS]
-  if different:
-    raise checkpoint.CheckpointError(f'{path}: made with other settings ({"; ".join(different)}); give the same ones, '
-                                     'or another --workdir.')
+  if path is not None:  # parameters of another pre-training are never overwritten, and would be taken for this one's
+    resuming.check_same(path, info, checkpoint.read_info(path))
   return info

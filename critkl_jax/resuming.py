@@ -28,7 +28,7 @@ def check_workdir(workdir: str | os.PathLike, info: checkpoint.CheckpointInfo) -
   directory = storage.to_path(workdir) / 'checkpoints'
 
   def check(step):
-    _check_same(directory / str(step), info, checkpoint.read_info_together(directory / str(step)))
+    check_same(directory / str(step), info, checkpoint.read_info_together(directory / str(step)))
     return step
 
   return checkpoint.newest_whole(_agreed(checkpoint.steps_in(directory)), check)[0] or 0
@@ -52,7 +52,7 @@ def resume(state: TrainState, info: checkpoint.CheckpointInfo, workdir: str | os
   def read(step):
     path = directory / str(step)
     saved = checkpoint.read_info_together(path)
-    _check_same(path, info, saved)
+    check_same(path, info, saved)
     found = checkpoint.restore(path, state)
     _say_rounding(saved, info)
     return found
@@ -83,7 +83,7 @@ def resume_population(state: TrainState, infos: dict[str, checkpoint.CheckpointI
     paths = [directory / str(step) for directory in directories.values()]
     saved = [checkpoint.read_info_together(path) for path in paths]
     for path, info, own in zip(paths, infos.values(), saved):
-      _check_same(path, info, own)
+      check_same(path, info, own)
     found = population.stack([checkpoint.restore(path, target) for path in paths])
     _say_rounding(saved[0], next(iter(infos.values())))
     return found
@@ -158,15 +158,25 @@ def _check_later(directories: dict[str, storage.Path], infos: dict[str, checkpoi
                        'another --workdir to begin again.')
   for name, path in ((name, directories[name] / str(n)) for name, steps in later.items() for n in steps):
     with contextlib.suppress(checkpoint.DamagedError):  # it is replaced
-      _check_same(path, infos[name], checkpoint.read_info(path))
+      check_same(path, infos[name], checkpoint.read_info(path))
     hosts.say(f'Step {path.name} of {name} is made again: not all members had saved it.')
 
 
-def _check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: checkpoint.CheckpointInfo) -> None:
-  """Refuses a checkpoint of a run with other settings."""
+def check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: checkpoint.CheckpointInfo) -> None:
+  """Checks that a step directory was saved with settings that a run may go on with.
+
+  Args:
+    path: the step directory.
+    info: of the run that goes on.
+    saved: what the step directory says.
+
+  Raises:
+    CheckpointError: if it was saved with others.
+  """
+  reference = getattr(info.training, 'reference', None)  # a pre-training has none
   different = [said for name, said in _differences(saved, info).items()
                if name not in FREE_FIELDS | ROUNDING_FIELDS and not (
-                   name == 'reference' and _is_kept(path, info.training.reference))]
+                   name == 'reference' and reference is not None and _is_kept(path, reference))]
   if different:
     raise checkpoint.CheckpointError(
         f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')

@@ -174,7 +174,7 @@ def all_missing(plan: Plan, studies: Sequence[catalog.Study]) -> list[FinetuneCo
 @functools.cache
 def reference_of(name: str, plan: Plan) -> checkpoint.Checkpoint:
   """Returns a reference of the studies by its name, pre-trained first if it is not there; those of ladders are."""
-  return find_reference(PRESET.value, name, catalog.all_references().get(name, {}), plan.workdir)
+  return find_reference(PRESET.value, name, catalog.all_references().get(name, {}), plan.workdir, flags.FLAGS.damaged)
 
 
 def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> None:

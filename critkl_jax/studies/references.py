@@ -62,7 +62,8 @@ def with_numbers(study: Study, preset: str) -> Study:
   return dataclasses.replace(study, arms=arms, contrasts=tuple((name(a), name(b)) for a, b in study.contrasts))
 
 
-def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: pathlib.Path) -> Checkpoint:
+def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: pathlib.Path, damaged: str = 'skip'
+                   ) -> Checkpoint:
   """Returns a reference, and pre-trains it first if it is not there.
 
   Args:
@@ -70,6 +71,7 @@ def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: 
     name: of the reference, `catalog.reference_name` of its changes; empty for the preset's own.
     changes: field -> value, where its pre-training differs from the preset's.
     workdir: of the studies.
+    damaged: as in `runner.run`.
 
   Raises:
     CheckpointError: as `runner.run`, or if it is the result of a run, which is gone.
@@ -83,5 +85,5 @@ def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: 
       raise CheckpointError(f'{home}: no such reference; it was the result of a run.')
     config = pretrain_config(preset, changes)
     hosts.say(f'Pre-training the reference {name or preset}: {config.num_steps} steps.')
-    pretrain(config, home)
+    pretrain(config, home, damaged=damaged)
   return checkpoint.load_checkpoint(home / 'reference')

@@ -9,7 +9,7 @@ from critkl_jax.config import replace
 from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.pretraining import pretrain
 from critkl_jax.storage import WorkdirError
-from experiments import workdirs
+from experiments import paths, workdirs
 
 
 @pytest.fixture(scope='module')
@@ -67,6 +67,11 @@ def test_the_reference_of_another_pretraining_is_refused(finetuned, tmp_path):
   assert runner.read_metrics(tmp_path / 'metrics.jsonl') == []
 
 
+def test_a_pretraining_does_not_go_on_from_a_fine_tuning(finetuned):
+  with pytest.raises(checkpoint.CheckpointError, match='made with other settings'):
+    pretrain(SMOKE, finetuned)
+
+
 def claim(workdir, binary):
   with workdirs.held:
     workdirs.claim(workdir, binary)
@@ -118,3 +123,9 @@ def test_a_table_is_not_written_over_a_file_of_others(tmp_path, capsys, text):
   assert f'--json: {file} is there, and this command did not write it' in capsys.readouterr().err
   file.write_text('{"checkpoint": "x", "step": 3}')
   workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')
+
+
+def test_a_url_of_this_machine_is_checked_as_its_path_is(capsys):
+  with pytest.raises(SystemExit):
+    paths.read_workdir('workdir', 'file:///proc/none')
+  assert 'file:///proc/none cannot be written' in capsys.readouterr().err
