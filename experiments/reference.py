@@ -56,9 +56,10 @@ def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> N
   def begin():
     if not _is_own(unfinished):
       raise WorkdirError(f'{unfinished} is there, and no run left it; move it away.')
-    if unfinished.exists():
-      storage.remove(unfinished)
-    unfinished.mkdir(parents=True)
+    for path in list(unfinished.iterdir()) if unfinished.exists() else ():
+      if path.name != MARK:  # it stays: a process killed here would leave a copy that nobody may replace
+        storage.remove(path)
+    unfinished.mkdir(parents=True, exist_ok=True)
     storage.write_json(unfinished / MARK, {'workdir': str(storage.resolve(workdir)), 'copy_of': str(reference.path)})
 
   hosts.first_does(begin, WorkdirError, OSError)
@@ -90,7 +91,7 @@ def _is_own(directory):
     return True
   names = [path.name for path in directory.iterdir()] if directory.is_dir() else ['a file']
   if MARK not in names:
-    return not names
+    return names in ([], [f'{MARK}.unfinished'])  # the latter of a full disk, or of a process killed at its first file
   mark = storage.read_json(directory / MARK, advice=f'move {directory} away')
   return mark.get('workdir') == str(storage.resolve(directory.parent)) and all(
       name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them

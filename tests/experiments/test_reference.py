@@ -7,7 +7,7 @@ import jax
 import pytest
 from checkpoints import SMOKE, noisy, write
 
-from critkl_jax import checkpoint
+from critkl_jax import checkpoint, storage
 from critkl_jax.config import replace
 from critkl_jax.gpt2 import GPT2, init_params
 from critkl_jax.presets import FINETUNE_PRESETS
@@ -172,3 +172,18 @@ def test_the_references_test_is_read_again_where_it_was_made_alike(sources, tmp_
   write(tmp_path / 'checkpoints', found.params, 2, config(sources[0]))
   file.write_text(json.dumps(result))
   times(0)
+
+
+def test_a_copy_is_made_where_the_disk_was_full_at_its_first_file(sources, tmp_path, monkeypatch):
+  found = load_reference(config(sources[0]), tmp_path)
+
+  def full(path, *_):
+    path.with_name(f'{path.name}.unfinished').touch()
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space'):
+      keep_reference(tmp_path, found)
+  begin(sources[1], tmp_path)
+  assert same(sources[1], tmp_path)
