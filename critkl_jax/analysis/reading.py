@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 
 from critkl_jax import checkpoint as checkpoint_lib
 from critkl_jax import storage
@@ -290,7 +291,9 @@ def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = No
   critical = np.asarray(oracle(task)(problems[longest], right, None).critical)
   rows, kept = [], []
   for step, params in tqdm.tqdm(list(_states(last, reference, most)), 'steps', unit='step', disable=not progress):
-    params = load_checkpoint(last.path.parent, step).params if params is None else params
+    params = _whole(last.path.parent, step) if params is None else params
+    if params is None:
+      continue
     found = _in_batches(lambda some, p=params: {k: v for k, v in read(p, reference.params, *some).items()
                                                 if k in ('mask', 'right_prob', 'kl')},
                         (problems[longest], right), batch_size)
@@ -322,6 +325,15 @@ def _states(last, reference, most):
     yield 0, {**last.params, **trunk}
   for i in sorted(set(chosen.tolist())):
     yield steps[i], None
+
+
+def _whole(directory, step):
+  """Returns the parameters of a step; None, with a warning, if a process was killed while it removed the step."""
+  try:
+    return load_checkpoint(directory, step).params
+  except checkpoint_lib.DamagedError as error:
+    logging.warning('%s Step %d is left out.', error, step)
+    return None
 
 
 def _is_own(policy, reference):
