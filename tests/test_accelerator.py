@@ -129,7 +129,7 @@ def rows_of(part, begin):
 def test_the_whole_command(tmp_path):
   path = tmp_path / 'accelerator.json'
   done = subprocess.run(
-      [sys.executable, '-m', 'benchmarks.accelerator', '--preset=smoke', '--minutes=8', f'--json={path}'], cwd=ROOT,
+      [sys.executable, '-m', 'benchmarks.accelerator', '--preset=smoke', '--minutes=24', f'--json={path}'], cwd=ROOT,
       text=True, capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK})
   parts = read_strictly(path)['parts']
   assert list(parts) == ['device', 'operation', 'rollouts', 'generate', 'train_step', 'finetune', 'paper']

@@ -56,7 +56,7 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
   assert str(workdir.parent) not in page  # names, no absolute paths
   assert len(list(tmp_path.glob('*.png'))) == 6
   record = json.loads((tmp_path / 'analysis.json').read_text())
-  assert sorted([*record['files'], 'analysis.json']) == sorted(file.name for file in tmp_path.iterdir())
+  assert sorted([*record['files'], 'analysis.json', 'run.lock']) == sorted(file.name for file in tmp_path.iterdir())
   assert 'holds another analysis (checkpoints, problems, responses, counterfactual, samples, steps differ)' in refused(
       'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}')
   assert (tmp_path / 'report.html').read_text() == page
