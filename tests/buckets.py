@@ -54,6 +54,7 @@ def open_buckets(root):
     yield
   finally:
     server.shutdown()
+    server.server_close()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -45,7 +45,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert not list((tmp_path / 'working' / 'groups').iterdir())
   page = (tmp_path / 'studies' / 'pretraining_levels' / 'README.md').read_text()  # of the same runs
   assert 'Left out at preset smoke' in page
-  assert '| base | 1 | 0.0 [0.0, 39.0] / 0.0 [0.0, 39.0] |' in page  # of six problems
+  assert '| base | 1 | 0.0 [0.0, 45.9] / 0.0 [0.0, 45.9] |' in page  # of six problems
   kept = json.loads((tmp_path / 'references' / 'base.certainty.json').read_text())
   assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 64)
 

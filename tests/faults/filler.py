@@ -31,4 +31,4 @@ def main(workdir, steps, kilobytes, limit='0'):
 
 
 if __name__ == '__main__':
-  run(main, 'WORKDIR', 'STEPS', 'KILOBYTES', *(['LIMIT'] if len(sys.argv) > 4 else []))
+  run(main, lambda *given: given, 'WORKDIR', 'STEPS', 'KILOBYTES', *(['LIMIT'] if len(sys.argv) > 4 else []))
