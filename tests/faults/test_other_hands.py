@@ -182,4 +182,4 @@ def test_damaged_files_of_a_run_are_named(references, tmp_path):
 def test_where_nothing_can_be_written_is_said_at_once(tmp_path, binary):
   (tmp_path / 'file').write_text('mine')
   for workdir in (tmp_path / 'file', tmp_path / 'file' / 'below', tmp_path / ('x' * 300), '/proc/run'):
-    assert f'{workdir}: nothing can be written there (' in refused(binary, f'--workdir={workdir}')
+    assert f'--workdir: {str(workdir)[:200]} cannot be written: ' in refused(binary, f'--workdir={workdir}')
