@@ -112,8 +112,8 @@ STAGES = {
     'saving the reference': (signal.SIGTERM, ('in', 1, 'critkl_jax.checkpoint:save'), BEFORE),
     'before the step is compiled': (signal.SIGINT, ('in', 1, 'critkl_jax.train_step:make_train_step'), BEFORE),
     'before the first step': (signal.SIGTERM, ('after', 1, 'critkl_jax.runner:resume'), BEFORE),
-    'saving a step': (signal.SIGINT, ('in', 2, 'critkl_jax.checkpoint:save'), 'after step 1 of 2; step 1 is saved in'),
-    'saving the last step': (signal.SIGTERM, ('in', 3, 'critkl_jax.checkpoint:save'), 'after step 2 of 2; step 2 is saved'),
+    'saving a step': (signal.SIGINT, ('in', 2, 'critkl_jax.checkpoint:save'), 'of 2; step 1 is saved in'),
+    'saving the last step': (signal.SIGTERM, ('in', 3, 'critkl_jax.checkpoint:save'), 'of 2; step 2 is saved in'),
     'before the last test': (signal.SIGINT, ('after', 1, 'critkl_jax.runner:run'), '; step 2 is saved in'),
     'drawing': (signal.SIGTERM, ('in', 1, 'critkl_jax.analysis.curves:plot_learning_curves'), '; step 2 is saved in'),
 }
