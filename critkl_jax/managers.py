@@ -47,7 +47,7 @@ def opened(directory: str | os.PathLike, max_to_keep: int = 0) -> Iterator[ocp.C
 
 
 def spread(steps: Sequence[int], most: float) -> list[int]:
-  """Returns the steps to keep: the newest two, the first, and others spread over the run.
+  """Returns the steps to keep: the newest two, then the first, and others spread over the run.
 
   The second newest is there in case the newest is damaged; the others show the course of the run. The step whose
   neighbours are closest together is dropped first.
