@@ -90,7 +90,7 @@ class PretrainConfig:
       the run stops.
     seed: Seed of parameters and problems.
     save_every: Steps between checkpoints.
-    max_to_keep: The number of checkpoints kept: the newest two, then the first and others spread over the run; 0 for all.
+    max_to_keep: Number of checkpoints to keep: the newest two, then the first, others spread over the run; 0 for all.
     eval_problems: Problems in each cell of the final accuracy table.
   """
 
@@ -235,7 +235,7 @@ class FinetuneConfig:
     window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
     seed: Seed of problems and samples.
     save_every: Iterations between checkpoints.
-    max_to_keep: The number of checkpoints kept: the newest two, then the first and others spread over the run; 0 for all.
+    max_to_keep: Number of checkpoints to keep: the newest two, then the first, others spread over the run; 0 for all.
     eval_problems: Problems in each accuracy before and after.
   """
 
