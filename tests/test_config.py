@@ -201,7 +201,7 @@ def is_read_back_or_refused_by_name(config_class, values):
   return True
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(CHANGES)
 def test_any_values_are_read_back_or_refused_by_name(changes):
   is_read_back_or_refused_by_name(*changes)
