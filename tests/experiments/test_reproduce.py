@@ -59,4 +59,5 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   line = next(line for line in run('reproduce', *flags, '--list').splitlines() if line.startswith('ablation'))
   assert line.split()[1:3] == ['8', '6']  # of its runs, two are there
   assert "--problems: the records in" in refused('reproduce', *flags, '--problems=7')
-  assert '--study: expected core, all, or some of certainty_gap' in refused('reproduce', *flags, '--study=drft')
+  assert "--study: there is no 'drft'; the nearest is 'drift', of core, all, certainty_gap" in refused(
+      'reproduce', *flags, '--study=drft')
