@@ -136,9 +136,13 @@ def test_runs_in_threads_side_by_side_are_those_of_the_main_thread(tmp_path):
 
 
 @pytest.mark.slow
-def test_pretraining_in_a_thread(tmp_path, standard_promotion):
+def test_pretraining_in_a_thread(tmp_path):
+  def pretrain():
+    with jax.numpy_dtype_promotion('standard'):  # a setting of the thread
+      return pretraining.pretrain(PRETRAIN_PRESETS['smoke'], tmp_path)
+
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    state = thread.submit(pretraining.pretrain, PRETRAIN_PRESETS['smoke'], tmp_path).result()
+    state = thread.submit(pretrain).result()
   found = checkpoint.load_checkpoint(tmp_path / 'reference')
   jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
 
