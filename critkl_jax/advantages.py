@@ -103,7 +103,7 @@ def whiten(x: chex.Array, mask: chex.Array) -> chex.Array:
 
 
 def _backward(fn, start, *arrays):
-  """Returns what a scan from the last token `[..., T]` to the first gives at each token."""
+  """Scans arrays `[..., T]` from the last token to the first and stacks the outputs as `[..., T]`."""
   found = jax.lax.scan(fn, start, tuple(jnp.moveaxis(x, -1, 0) for x in arrays), reverse=True)[1]
   return jnp.moveaxis(found, 0, -1)
 

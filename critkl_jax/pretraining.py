@@ -46,7 +46,9 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, mesh: Mesh | No
 
 
 def check_pretraining(config: PretrainConfig, workdir: str | os.PathLike) -> checkpoint.CheckpointInfo:
-  """Returns what the checkpoints of a pre-training hold; changes nothing.
+  """Checks that a workdir is new or holds this pre-training, and returns the description of its checkpoints.
+
+  Changes nothing.
 
   Raises:
     CheckpointError: if the workdir holds a run or a reference of other settings.

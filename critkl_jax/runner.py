@@ -89,13 +89,11 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
   Args:
     step: (state, number of finished steps) -> (state, metrics `[P]`).
     state: of P members, see `population.init_population`.
-    num_steps: number of finished steps at which the run ends.
+    num_steps, save_every, damaged: as in `run`.
     infos: of the members in their order, by name.
     workdir: directory of the study.
-    save_every: steps between checkpoints.
     show: metrics whose means over the members the progress bar shows.
     track: as in `run`, called for each member's workdir.
-    damaged: as in `run`.
 
   Returns:
     The last state.
@@ -192,10 +190,7 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save, idl
         stop = signalled.send(watch.caught)
         if stop or idle.tripped() or number % save_every == 0 or number == num_steps:
           log.flush()  # before the save, so that a resumed run has a line for every step
-          if number - idle.steps > saved:
-            with managers.ONE_SAVE:
-              save(state.replace(step=state.step - np.int32(idle.steps)) if idle.steps else state, saved)
-            saved = number - idle.steps
+          saved = _save_last_update(save, state, number, idle.steps, saved)
           watch.text = _last_save(workdir, saved)
           if idle.tripped(last=number == num_steps):
             raise finite.NonFinite(idle.reason(number, num_steps) + _left(workdir, saved))
@@ -209,6 +204,16 @@ def _advance(step, state, num_steps, workdir, save_every, show, write, save, idl
     raise interruption.Interrupted(
         f'stopped by {signal.Signals(stop).name} after step {number} of {num_steps}{_last_save(workdir, saved)}')
   return state
+
+
+def _save_last_update(save, state, number: int, idle: int, saved: int) -> int:
+  """Saves the state of step `number`, of which the last `idle` made no update, under the number of its last update,
+  unless that is saved; returns the step that is saved then."""
+  if number - idle <= saved:
+    return saved
+  with managers.ONE_SAVE:
+    save(state.replace(step=state.step - np.int32(idle)) if idle else state, saved)
+  return number - idle
 
 
 def _left(workdir: storage.Path, saved: int) -> str:

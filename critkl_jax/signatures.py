@@ -53,7 +53,7 @@ class History:
     self._last = row
 
   def signatures(self) -> dict[str, bool]:
-    """Returns what `signatures` returns of all rows."""
+    """Evaluates the signatures of failure over all rows, as the function `signatures` does."""
     if 'kl' not in self._last:  # of a pre-training
       return {}
     kl, errors, probed, right, weight, critical = map(np.array, self._columns.values())

@@ -57,7 +57,7 @@ define_training()
 
 
 def check() -> tuple[Any, ...]:
-  """Returns what the flags ask for, or exits with one line."""
+  """Checks the flags and returns the arguments of `main`, or exits with one line."""
   config = read_config(FINETUNE_PRESETS)
   track = read_trackers(config)
   check_devices()

@@ -42,7 +42,7 @@ define_training()
 
 
 def check() -> tuple[Any, ...]:
-  """Returns what the flags ask for, or exits with one line."""
+  """Checks the flags and returns the arguments of `main`, or exits with one line."""
   config = read_config(PRETRAIN_PRESETS)
   track, longest = read_trackers(config), config.known_digits + 2
   check_devices()

@@ -49,13 +49,14 @@ def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> N
 
   The copy of an earlier run that saved no checkpoint is replaced once the new copy is whole.
   """
-  kept, unfinished = workdir / 'reference', workdir / 'reference.unfinished'
+  kept, unfinished, former = (workdir / name for name in ('reference', 'reference.unfinished', 'reference.replaced'))
   if hosts.as_first_says(has_started(workdir) or _holds(kept, reference)):
     return
 
   def begin():
-    if not _is_own(unfinished):
-      raise WorkdirError(f'{unfinished} is there, and no run left it; move it away.')
+    for path in (unfinished, former):  # the latter is removed by `replace_directory`
+      if not _is_own(path):
+        raise WorkdirError(f'{path} is there, and no run left it; move it away.')
     for path in list(unfinished.iterdir()) if unfinished.exists() else ():
       if path.name != MARK:  # it stays: a process killed here would leave a copy that nobody may replace
         storage.remove(path)

@@ -140,7 +140,7 @@ def next_command(plan: Plan, studies: Sequence[catalog.Study]) -> str:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-  """Returns what the records of a workdir are made with."""
+  """Returns the settings that all records of a workdir share."""
   return {'preset': PRESET.value, 'problems': problems(), 'base': flat_values(plan.base)}
 
 

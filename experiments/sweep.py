@@ -71,7 +71,7 @@ define_training()
 
 
 def check() -> tuple[Any, ...]:
-  """Returns what the flags ask for, or exits with one line."""
+  """Checks the flags and returns the arguments of `main`, or exits with one line."""
   base = read_config(FINETUNE_PRESETS)
   configs = read_members(base)
   tracks = {name: read_trackers(member) for name, member in zip(population.names(configs), configs)}

@@ -40,11 +40,11 @@ def run(binary, *flags, devices=1, quick=None):
   return out
 
 
-def refused(binary, *flags):
-  """Returns the one line that a binary says before it ends with status 2."""
+def refused(binary, *flags, status=2):
+  """Returns the one line that a binary says before it ends with this status."""
   code, out, err = finish(start(binary, *flags))
   lines = [line for line in err.splitlines() if line.startswith('error: ')]
-  assert code == 2, (out, err)
+  assert code == status, (out, err)
   assert len(lines) == 1
   assert 'Traceback' not in err
   return lines[0]

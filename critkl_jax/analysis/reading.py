@@ -59,13 +59,12 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
     path: checkpoint of the policy, or where it lies, as in `load_checkpoint`.
     reference: that of the reference; `find_reference` looks for it if None.
     digits: numbers of digits of the longer operand; N and N + 1 if None.
-    num_problems: problems of each, always the same for the same seed.
+    num_problems: problems of each.
     responses: whose tokens are read: `greedy` ones of the policy, `sampled` ones at the temperature of its training, or
       the right `solution`.
     detectors: of critical tokens, by name; `standard_detectors` if None.
-    seed: of problems and samples.
-    batch_size: responses read at a time; fewer for a large vocabulary.
-    progress: whether to show it.
+    seed: of problems and samples; the same seed gives the same problems.
+    batch_size, progress: responses read at a time, fewer for a large vocabulary; whether to show a bar.
 
   Returns:
     NumPy arrays. `[B]`: `problem` (text), `digits`, `response` (text), `reward` (NaN for solutions). `[B, T]`: `mask`,
@@ -75,12 +74,11 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
     tokens (`kl_gate`) and the certainty of an ensemble; `certainty/KIND` of each kind; `right_prob` and
     `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each
     detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the
-    end of a response. Policy and reference are read as they were in training: with the policy's types, and at the
-    temperature of its loss; certainties at their own temperature.
+    end of a response. Both models are read as in training, in the policy's types and at the temperature of its loss.
 
   Raises:
     CheckpointError: if a checkpoint cannot be read or they do not belong together.
-    ValueError: if the responses are of an unknown kind, there is no problem, or problems do not fit into the context.
+    ValueError: if responses are of an unknown kind, there is no problem, or problems do not fit into the context.
   """
   if responses not in RESPONSES:
     raise ValueError(f'responses: expected one of {RESPONSES}, got {responses!r}.')

@@ -40,7 +40,7 @@ def load(binary):
 
 
 def tried(check, arguments, line, folder):
-  """Returns what becomes of one command line."""
+  """Checks one command line and returns how that ended."""
   flags.FLAGS.unparse_flags()
   for name in flags.FLAGS:
     flags.FLAGS[name].unparse()

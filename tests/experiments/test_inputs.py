@@ -110,7 +110,7 @@ BAD = {
 
 
 def checked(binary, lines, examples=0):
-  """Returns what becomes of command lines in one process; see command_lines.py."""
+  """Checks command lines in one process and returns how each ended; see command_lines.py."""
   done = subprocess.run(
       [sys.executable, ROOT / 'tests' / 'experiments' / 'command_lines.py', binary, str(examples)],
       input=json.dumps(lines), text=True, capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})

@@ -121,12 +121,13 @@ def test_a_process_that_ends_while_it_keeps_loses_nothing(sources, tmp_path, mon
   assert sorted(path.name for path in tmp_path.iterdir()) == ['reference']
 
 
-def test_what_is_called_unfinished_and_is_not_is_kept(sources, tmp_path):
-  (tmp_path / 'reference.unfinished').mkdir()
-  (tmp_path / 'reference.unfinished' / 'novel.txt').write_text('mine')
+@pytest.mark.parametrize('name', ['reference.unfinished', 'reference.replaced'])
+def test_a_folder_of_the_user_with_a_name_of_ours_is_kept(sources, tmp_path, name):
+  (tmp_path / name).mkdir()
+  (tmp_path / name / 'novel.txt').write_text('mine')
   with pytest.raises(WorkdirError, match='no run left it; move it away'):
     begin(sources[0], tmp_path)
-  assert (tmp_path / 'reference.unfinished' / 'novel.txt').read_text() == 'mine'
+  assert (tmp_path / name / 'novel.txt').read_text() == 'mine'
 
 
 def test_a_run_of_an_older_version_goes_on(sources, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from letters import TOKENIZER, letter_task
-from processes import finish, run, start
+from processes import refused, run
 from tiers import slow_except
 
 from critkl_jax import checkpoint, finite, population, runner, sharding, train_step
@@ -325,37 +325,28 @@ def pretrained(tmp_path_factory):
   return workdir / 'reference'
 
 
-def failed(binary, *flags):
-  """Returns the one line that a binary says before it ends with status 1."""
-  code, out, err = finish(start(binary, *flags))
-  lines = [line for line in err.splitlines() if line.startswith('error: ')]
-  assert code == 1, (out, err)
-  assert len(lines) == 1
-  assert 'Traceback' not in err
-  return lines[0]
-
-
 @pytest.mark.slow
 def test_finetune_with_an_absurd_learning_rate(pretrained, tmp_path):
   flags = ('--preset=smoke', f'--reference={pretrained}', *ABSURD, '--num_iterations=4', '--eval_problems=0',
            f'--workdir={tmp_path}')
   for _ in range(2):
-    assert 'not finite' in failed('finetune', *flags)
+    assert 'not finite' in refused('finetune', *flags, status=1)
   for step in checkpoint.steps_in(tmp_path / 'checkpoints'):
     checkpoint.load_checkpoint(tmp_path, step)  # refuses what is not finite
 
 
 @pytest.mark.slow
 def test_pretrain_with_an_absurd_learning_rate(tmp_path):
-  assert 'not finite' in failed('pretrain', '--preset=smoke', '--learning_rate=1e38', '--num_steps=6',
-                                '--optimizer=adamw', f'--workdir={tmp_path}')
+  assert 'not finite' in refused('pretrain', '--preset=smoke', '--learning_rate=1e38', '--num_steps=6',
+                                 '--optimizer=adamw', f'--workdir={tmp_path}', status=1)
   assert not (tmp_path / 'reference').exists()
 
 
 @pytest.mark.slow
 def test_sweep_names_the_members_that_failed(pretrained, tmp_path):
-  line = failed('sweep', '--preset=smoke', f'--reference={pretrained}', '--learning_rates=1e-4,1e30', '--seeds=1',
-                '--entropy_coefficient=0.1', '--num_iterations=4', '--eval_problems=2', f'--workdir={tmp_path}')
+  line = refused('sweep', '--preset=smoke', f'--reference={pretrained}', '--learning_rates=1e-4,1e30', '--seeds=1',
+                 '--entropy_coefficient=0.1', '--num_iterations=4', '--eval_problems=2', f'--workdir={tmp_path}',
+                 status=1)
   assert 'learning_rate=1e+30: no update' in line
   assert 'learning_rate=0.0001' not in line
   assert len(json.loads((tmp_path / 'results.json').read_text())['members']) == 2
@@ -366,6 +357,6 @@ def test_debug_nans_says_where_and_lets_sound_runs_alone(pretrained, tmp_path):
   flags = ('--preset=smoke', f'--reference={pretrained}', '--eval_problems=0', '--debug_nans')
   run('finetune', *flags, f'--workdir={tmp_path / "sound"}')
   run('pretrain', '--preset=smoke', '--eval_problems=0', '--debug_nans', f'--workdir={tmp_path / "pretrain"}')
-  line = failed('finetune', *flags, *ABSURD, f'--workdir={tmp_path / "run"}')
+  line = refused('finetune', *flags, *ABSURD, f'--workdir={tmp_path / "run"}', status=1)
   assert 'nan' in line
   assert 'critkl_jax/' in line
