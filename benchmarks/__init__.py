@@ -1,1 +1,1 @@
-"""Benchmarks; run them from the repository's root, for example `python -m benchmarks.train_step`."""
+"""Benchmarks, to be run from the repository's root, for example `python -m benchmarks.train_step`."""

@@ -1,12 +1,14 @@
-"""What compilers for TPUs and GPUs make of the weighted KL, forward and backward, on a machine that has neither.
+"""Compiles the weighted KL, forward and backward, for TPUs and GPUs on a machine without them, and reports memory.
 
     pip install '.[tpu,h100]'
     python -m benchmarks.deviceless --json=deviceless.json
 
-Memory, not time. Each program is compiled in a process of its own, one at a time, from shapes alone. `--tall` names a
-second size, at which the naive program, which holds all logits, no longer fits into a v5e. FLOPs are those of the
-matrix products of the traced program, with the body of a loop counted as often as it runs and a kernel as it declares;
-the compiler's own count, where there is one, takes a loop's body once.
+Times are not measured. Each program is compiled from shapes in its own process, one at a time. `--tall` gives a second
+size at which the naive program, which holds all logits, no longer fits into a v5e. FLOPs are those of the matrix
+products in the traced program: a loop's body counts as often as it runs, a kernel by its cost estimate. The compiler's
+own count, if there is one, counts a loop's body once.
+
+Letters: R rows (tokens), D width, V vocabulary.
 """
 
 import dataclasses
@@ -32,9 +34,9 @@ from jax.extend import core
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks.losses import EXPONENT, naive_linear_loss, token_loss
-from critkl_jax import storage
 from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss
 from critkl_jax.ops.weighted_kl.chunked import FEWEST_TOKENS
+from critkl_jax.runtime import storage
 from experiments import parsing, paths
 from experiments.flags import keep_no_programs, run
 from experiments.targets import GPU, backend_of, devices_of, environment, missing_compiler
@@ -44,16 +46,16 @@ PROGRAMS = ('naive', 'pallas_tpu', 'pallas_gpu', 'chunked, vocabulary mode', 'ch
 VOCABULARY_MODE_BUDGET = 32 * 2**20
 
 keep_no_programs()
-SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'N, D and V, in bfloat16.')
-TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, of v5e; empty for none.')
+SIZE = flags.DEFINE_list('size', ['8192', '2048', '151936'], 'Tokens, width and vocabulary, in bfloat16.')
+TALL = flags.DEFINE_list('tall', ['16384', '2048', '151936'], 'The same for a second table, on v5e; empty for none.')
 TARGETS = flags.DEFINE_multi_enum('target', [*TPUS, GPU], [*TPUS, GPU], 'What to compile for; may be repeated.')
 CHOSEN = flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'What to compile; may be repeated.')
-ONLY = flags.DEFINE_string('only', None, 'TARGET/PROGRAM: compiles this one and prints a line of JSON.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+ONLY = flags.DEFINE_string('only', None, 'TARGET/PROGRAM: compiles only this and prints a line of JSON.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 
 
 def loss_of(program: str, vocab_size: int) -> Callable:
-  """Returns the loss as a program takes it."""
+  """Returns the loss function of a program."""
   options = {'exponent': EXPONENT, 'implementation': program.split(',')[0]}
   if program == 'naive':
     return naive_linear_loss
@@ -66,19 +68,19 @@ def loss_of(program: str, vocab_size: int) -> Callable:
 
 
 def chip_of(target: str) -> jax.sharding.Sharding:
-  """Returns a chip to compile for."""
+  """Returns the sharding that places arrays on one chip of a target."""
   return jax.sharding.SingleDeviceSharding(devices_of(TPUS.get(target, target))[0])
 
 
 def kind_of(chip: jax.sharding.Sharding) -> AbstractDevice:
-  """Returns the kind of device for which kernels are lowered; without it jax 0.12 asks the devices of this machine."""
+  """Returns the device kind for lowering kernels; without it jax 0.12 asks this machine's devices."""
   (device,) = chip.device_set
-  values = device.device_kind, getattr(device, 'core_count', None), device.platform  # jax 0.10.0 knows two
+  values = device.device_kind, getattr(device, 'core_count', None), device.platform  # jax 0.10.0 has two of the fields
   return AbstractDevice(*values[:len(dataclasses.fields(AbstractDevice))])
 
 
 def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[str, Any]:
-  """Compiles value and gradient of one program for a chip and returns what the compiler says."""
+  """Compiles value and gradient of one program for a chip and returns memory and FLOPs."""
   num_tokens, width, vocab_size = size
   chip = chip_of(target)
 
@@ -87,7 +89,7 @@ def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[s
 
   rows, table = make(jnp.bfloat16, num_tokens, width), make(jnp.bfloat16, vocab_size, width)
   arrays = rows, table, rows, table, make(jnp.int32, num_tokens), make(jnp.float32, num_tokens)
-  with mock.patch('jax.default_backend', return_value='gpu' if target == GPU else 'tpu'):  # which tiles are chosen by
+  with mock.patch('jax.default_backend', return_value='gpu' if target == GPU else 'tpu'):  # decides the tiles
     traced = jax.jit(jax.value_and_grad(loss_of(program, vocab_size), (0, 1))).trace(*arrays)
   with jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=kind_of(chip))):
     compiled = traced.lower().compile()
@@ -102,7 +104,7 @@ def compile_one(target: str, program: str, size: tuple[int, int, int]) -> dict[s
 
 
 def product_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
-  """Returns the operations of all matrix products of a program."""
+  """Counts the floating-point operations of all matrix products of a program."""
   total = 0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -118,7 +120,7 @@ def product_flops(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
 
 
 def in_own_process(target: str, program: str, size: list[str]) -> dict[str, Any]:
-  """Returns what `compile_one` does in a new process, or why it did not; with the kernels of Triton for a GPU."""
+  """Runs `compile_one` in a new process; returns its result, with GPU kernels' statistics, or the failure."""
   with tempfile.TemporaryDirectory() as folder:
     variables = os.environ | {'JAX_PLATFORMS': 'cpu'} | (
         gpu_environment(folder) if target == GPU else environment(target))
@@ -134,27 +136,27 @@ def in_own_process(target: str, program: str, size: list[str]) -> dict[str, Any]
 
 
 def gpu_environment(folder: str) -> dict[str, str]:
-  """Returns flags by which XLA leaves the assembly of its kernels in a folder."""
-  emitted = ('--xla_dump_emitter_re=.*',) * (jax.__version_info__ >= (0, 11))  # older ones write assembly unasked
+  """Returns variables that make XLA write the PTX of its kernels into a folder."""
+  emitted = ('--xla_dump_emitter_re=.*',) * (jax.__version_info__ >= (0, 11))  # older versions always write PTX
   found = os.environ.get('XLA_FLAGS', ''), f'--xla_dump_to={folder}', *emitted, *(
       f'--xla_gpu_cuda_data_dir={root}' for root in cuda_folders()[:1])
   return {'XLA_FLAGS': ' '.join(found)}
 
 
 def cuda_folders() -> list[pathlib.Path]:
-  """Returns where the wheels of the CUDA compiler are."""
+  """Returns the folders of the CUDA compiler's wheels."""
   nvidia = importlib.util.find_spec('nvidia')
   roots = nvidia.submodule_search_locations if nvidia else ()
   return [folder for root in roots for folder in pathlib.Path(root).glob('cu*') if (folder / 'bin' / 'ptxas').exists()]
 
 
 def ptxas() -> str | None:
-  """Returns the assembler of CUDA, that of the wheels before that of the machine."""
+  """Returns the path of CUDA's assembler, from the wheels if they are installed, else from PATH."""
   return shutil.which('ptxas', path=os.pathsep.join([*(f'{x}/bin' for x in cuda_folders()), os.environ['PATH']]))
 
 
 def triton_kernels(folder: pathlib.Path) -> dict[str, dict[str, int]]:
-  """Returns registers a thread and spilled bytes of each kernel written in Pallas, as ptxas counts them."""
+  """Returns registers per thread and spilled bytes of each Pallas kernel, as reported by ptxas."""
   kernels = {}
   for path in sorted(folder.glob('*.ptx')):
     done = subprocess.run([ptxas(), '-v', '-arch=sm_90a', path, '-o', os.devnull],
@@ -167,7 +169,7 @@ def triton_kernels(folder: pathlib.Path) -> dict[str, dict[str, int]]:
 
 
 def reason(stderr: str) -> str:
-  """Returns in one line why a program did not compile; empty if no line tells."""
+  """Extracts the reason of a failed compilation as one line; empty if there is none."""
   lines = [line for line in stderr.splitlines() if 'Error' in line or 'Ran out' in line]
   amounts = re.findall(r'\d[\d.]*[KMG]', lines[-1]) if lines else []
   if len(amounts) > 1 and 'Ran out of memory' in lines[-1]:
@@ -176,7 +178,7 @@ def reason(stderr: str) -> str:
 
 
 def missing_compilers() -> dict[str, str]:
-  """Returns the targets whose compilers are not installed, each with the extra that installs it."""
+  """Returns the targets whose compilers are missing, target -> the extra that installs it."""
   missing = {target: missing_compiler(backend_of(target)) for target in (*TPUS, GPU)}
   if ptxas() is None:
     missing[GPU] = 'h100'
@@ -184,7 +186,7 @@ def missing_compilers() -> dict[str, str]:
 
 
 def present(targets: list[str]) -> list[str]:
-  """Returns those of some targets that can be compiled for, and says how to install the others; exits if none can."""
+  """Returns the targets whose compilers are installed, and prints how to install the others; exits if none is."""
   missing = missing_compilers()
   for target in targets:
     if target in missing:
@@ -196,9 +198,9 @@ def present(targets: list[str]) -> list[str]:
 
 
 def table(targets: list[str], size: list[str]) -> dict[str, dict[str, Any]]:
-  """Compiles all programs for some targets, prints a row of each and returns them."""
-  print('\nN={} D={} V={}, bfloat16'.format(*size))
-  titles = f'{"temporary MiB":>15}{"times less":>12}{"10^12 FLOPs":>13}{"by compiler":>13}{"[N, V] buffer":>15}'
+  """Compiles all programs for the targets, prints a row for each and returns the rows."""
+  print('\nR={} D={} V={}, bfloat16'.format(*size))
+  titles = f'{"temporary MiB":>15}{"times less":>12}{"10^12 FLOPs":>13}{"by compiler":>13}{"[R, V] buffer":>15}'
   print(f'{"":>32}{titles}', flush=True)
   rows = {}
   for target in targets:
@@ -215,7 +217,7 @@ def table(targets: list[str], size: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-  """Returns a row as the table shows it, with a line more for each kernel of Triton."""
+  """Formats a row of the table, with a further line for each GPU kernel."""
   if 'failed' in row:
     return '  ' + row['failed']
   ratio = f'{row["memory_ratio"]:.1f}' if 'memory_ratio' in row else '-'
@@ -228,7 +230,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def check() -> tuple[()]:
-  """Exits with one line if the flags cannot be."""
+  """Exits with one line if the flags are invalid."""
   parsing.read_sizes(SIZE, 3)
   if TALL.value:
     parsing.read_sizes(TALL, 3)

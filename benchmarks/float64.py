@@ -1,4 +1,6 @@
-"""The loss of all benchmarks, its gradients and what is known of each token, in NumPy's float64."""
+"""The loss of all benchmarks, its gradients and the statistics of each token, in NumPy's float64.
+
+Letters: R rows (tokens), D width, V vocabulary."""
 
 import numpy as np
 
@@ -10,15 +12,15 @@ def weighted_kl_truth(hidden: np.ndarray, embedding: np.ndarray, ref_hidden: np.
   """Computes `losses.token_loss` and its gradients for arrays of any float type.
 
   Args:
-    hidden: `[N, D]` of the policy.
-    embedding: `[V, D]`.
-    ref_hidden: `[N, D]` of the reference.
-    ref_embedding: `[V, D]`.
-    actions: int `[N]`.
-    advantages: `[N]`.
+    hidden: `[R, D]` hidden states of the policy.
+    embedding: `[V, D]` output embedding of the policy.
+    ref_hidden: `[R, D]` hidden states of the reference.
+    ref_embedding: `[V, D]` output embedding of the reference.
+    actions: int `[R]`.
+    advantages: `[R]`.
 
   Returns:
-    `log_prob`, `entropy`, `kl`, `certainty`, `weight`, `[N]` each, and the gradients `hidden` `[N, D]` and `embedding`
+    `log_prob`, `entropy`, `kl`, `certainty`, `weight`, `[R]` each, and the gradients `hidden` `[R, D]` and `embedding`
     `[V, D]` of the summed loss.
   """
   hidden, embedding, ref_hidden, ref_embedding, advantages = (
@@ -43,8 +45,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray, unit: float = 1e-12) -> float:
-  """Returns the largest error, relative to the largest entry, or to `unit` where that is larger; inf if an entry is not
-  finite."""
+  """Returns the largest error relative to the largest entry or `unit`, whichever is larger; inf if not finite."""
   found = np.asarray(found).astype(np.float64)
   if not np.all(np.isfinite(found)):
     return float('inf')

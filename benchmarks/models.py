@@ -1,8 +1,8 @@
-"""Models of any size that write as the shipped reference does, to measure with.
+"""Benchmark models of any size whose responses are those of the shipped reference.
 
-What a rollout costs depends on what the policy writes: untrained models write noise that no draft foresees and that
-ends anywhere. So the reference is widened instead: its residual stream becomes a part of a wider one, other
-features are zero, new heads, hidden units and blocks write nothing. The products are as large as the sizes say.
+The cost of a rollout depends on the responses: those of an untrained model are noise that no draft predicts and that
+ends anywhere. So the shipped reference is widened: its residual stream becomes part of a wider one whose other features
+are zero, and new heads, hidden units and blocks write nothing. The matrix products have the full size.
 """
 
 import dataclasses
@@ -11,17 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from critkl_jax import checkpoint
-from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import PRETRAIN_PRESETS
+from critkl_jax.models.gpt2 import GPT2Config, gpt2
+from critkl_jax.runtime import checkpoint
+from critkl_jax.training.presets import PRETRAIN_PRESETS
 
 
 def load(preset: str, **changes: Any) -> tuple[GPT2Config, Any, int]:
-  """Returns config, parameters and N of a model of a preset's size that writes as the shipped reference does.
+  """Returns config, parameters and N of the shipped reference, widened to a preset's size.
 
   Args:
-    preset: of `PRETRAIN_PRESETS`.
+    preset: key of `PRETRAIN_PRESETS`.
     **changes: fields of the config to replace, `dtype` or `context_length` for example.
 
   Raises:
@@ -30,18 +29,18 @@ def load(preset: str, **changes: Any) -> tuple[GPT2Config, Any, int]:
   shipped = checkpoint.load_checkpoint()
   small, config = shipped.info.model, dataclasses.replace(PRETRAIN_PRESETS[preset].model, **changes)
   same = dataclasses.replace(config, dtype=small.dtype) == small
-  return config, shipped.params if same else widen(shipped.params, small, config), shipped.info.known_digits
+  return config, shipped.params if same else widen(shipped.params, small, config), shipped.info.task.known_digits
 
 
 def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
-  """Returns parameters of a larger GPT-2 that says nearly the same (in the manner of Net2Net, arXiv 1511.05641).
+  """Returns parameters of a larger GPT-2 with nearly the same outputs (as in Net2Net, arXiv 1511.05641).
 
-  Every write into the residual stream is centred, which layer norm cannot see, and scaled by sqrt(D' / D), so that mean
-  and variance over the wider stream are those over the narrow one. The output embedding is the input embedding and is
-  centred with it, which moves log-probabilities by some 0.01. The value head starts anew.
+  Every write into the residual stream is centred, which layer norm ignores, and scaled by sqrt(D' / D) for new width
+  D', so that mean and variance over the wider stream are those over the narrow one. The output embedding is the input
+  embedding and is centred too, which changes log-probabilities by about 0.01. The value head is initialised anew.
 
   Args:
-    params: of the smaller model, with a value head of any kind.
+    params: parameters of the smaller model, with any kind of value head.
     small: its config.
     large: the config of the result.
 
@@ -52,7 +51,7 @@ def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
       getattr(small, name) > getattr(large, name) for name in ('width', 'num_layers', 'vocab_size', 'context_length')):
     raise ValueError(f'large: expected heads of equal width and no smaller sizes than {small}, got {large}.')
   scale = (large.width / small.width) ** 0.5
-  shapes = jax.eval_shape(lambda: init_params(GPT2(large), jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: gpt2(large).init(jax.random.key(0)))
   blocks = [f'h_{i}' for i in range(small.num_layers)]
 
   def writes(x):  # an array whose last axis is the residual stream
@@ -64,7 +63,7 @@ def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
   def fit(old, shape):  # zeros behind the old entries of each axis
     return jnp.pad(old, [(0, new - size) for size, new in zip(old.shape, shape.shape)])
 
-  def qkv(x, shape):  # queries, keys and values stand side by side
+  def qkv(x, shape):  # queries, keys and values are concatenated on the last axis
     parts = jnp.split(x, 3, -1)
     part = jax.ShapeDtypeStruct((*shape.shape[:-1], shape.shape[-1] // 3), shape.dtype)
     return jnp.concatenate([fit(p, part) for p in parts], -1)
@@ -80,8 +79,8 @@ def widen(params: Any, small: GPT2Config, large: GPT2Config) -> Any:
                  'c_proj': jax.tree.map(write, block['attn']['c_proj'], shape['attn']['c_proj'])},
         'mlp': {'c_fc': jax.tree.map(fit, block['mlp']['c_fc'], shape['mlp']['c_fc']),
                 'c_proj': jax.tree.map(write, block['mlp']['c_proj'], shape['mlp']['c_proj'])}}
-  new['ln_f'] = _norm(params['ln_f'], shapes['ln_f'], scale, 1 / scale)  # the output embedding is scaled as well
-  new['value_head'] = jax.jit(lambda: init_params(GPT2(large), jax.random.key(0))['value_head'])()
+  new['ln_f'] = _norm(params['ln_f'], shapes['ln_f'], scale, 1 / scale)  # undoes the scale of the output embedding
+  new['value_head'] = jax.jit(lambda: gpt2(large).init(jax.random.key(0))['value_head'])()
   return new
 
 

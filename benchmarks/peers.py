@@ -1,11 +1,12 @@
-"""The same weights, prompts and reward in what people would use instead: Hugging Face `generate` and a TRL GRPO step.
+"""Baselines with the same weights, prompts and reward: Hugging Face `generate`, forward pass, and a TRL GRPO step.
 
     pip install '.[bench]'
     python -m benchmarks.peers --json=peers.json
 
-Everything runs on the CPU in one process, one after another in turns. Of a rollout only tokens of responses count, up
-to the end of the answer; `generate` is given that end as a stopping criterion. A GRPO step and an iteration here are 96
-responses, 8 to each of 12 problems, a reward, a reference pass and one epoch of three updates.
+Everything runs on the CPU in one process, in turns. Only response tokens up to the end of the answer count; `generate`
+gets that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8 to each of 12 problems, a
+reward, a reference pass and one epoch of three updates. The size `qwen3` is a small Qwen3 with random weights, whose
+responses all have the same length.
 """
 
 import statistics
@@ -18,14 +19,19 @@ import numpy as np
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, slices, storage, train_step
-from critkl_jax.config import FinetuneConfig, GPT2Config
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.rollout import respond, score
+from critkl_jax.models.gpt2 import GPT2Config, gpt2
+from critkl_jax.models.language_model import LanguageModel, logits_of
+from critkl_jax.models.llama import LlamaConfig, llama
+from critkl_jax.runtime import storage
+from critkl_jax.sampling.generation import respond
+from critkl_jax.sampling.scoring import score
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.addition.text import END_OF_SCRATCHPAD
+from critkl_jax.tasks.fixed_lengths import fixed_lengths
 from critkl_jax.tasks.task import Task
-from critkl_jax.tasks.text import END_OF_SCRATCHPAD
+from critkl_jax.training import initial_state, slices, train_step
+from critkl_jax.training.config import FinetuneConfig
+from critkl_jax.training.presets import PRETRAIN_PRESETS
 from experiments import parsing, paths
 from experiments.flags import run
 
@@ -36,25 +42,35 @@ try:
   import transformers
   import trl
 
-  from benchmarks.torch_gpt2 import AnswerEnded, torch_generate, torch_gpt2
+  from benchmarks.torch_models import AnswerEnded, torch_generate, torch_model
 except ImportError as error:
   raise SystemExit(f"error: {error.name} is not installed: pip install '.[bench]'") from error
 
-PRESETS = flags.DEFINE_list('presets', ['tiny', 'paper'], 'Sizes of the model.')
-EPISODES = flags.DEFINE_list('episodes', ['64', '16'], 'Episodes in a rollout, for each of the sizes.')
-REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed turns at `tiny`, after a first one; one elsewhere.', lower_bound=1)
-GRPO = flags.DEFINE_bool('grpo', True, 'Time a whole iteration beside TRL too.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+PRESETS = flags.DEFINE_list('presets', ['tiny', 'paper', 'qwen3'], 'Sizes of the model.')
+EPISODES = flags.DEFINE_list('episodes', ['64', '16', '64'], 'Episodes in a rollout, for each of the sizes.')
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed turns after a warm-up; one at `paper`.', lower_bound=1)
+GRPO = flags.DEFINE_bool('grpo', True, 'Also time a whole iteration against TRL.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 
 RESPONSES, PER_PROBLEM, UPDATES = 96, 8, 3
-PAPER_SECONDS = 45.0  # for one episode of the official code at the tiny size, as measured on such a machine
+QWEN3 = LlamaConfig(vocab_size=4096, context_length=512, num_layers=6, num_heads=8, num_kv_heads=4, width=256,
+                    head_width=32, hidden_width=768, rope_base=1e6, qk_norm=True)
+PAPER_SECONDS = 45.0  # one episode of the official code at the tiny size, measured on two CPU cores
+
+
+def model_and_task(preset: str) -> tuple[LanguageModel, Any, Task]:
+  """Returns the model of a size, its parameters and the task."""
+  if preset == 'qwen3':
+    model = llama(QWEN3)
+    return model, model.init(jax.random.key(0)), fixed_lengths(QWEN3.vocab_size, 64, 192)
+  config, params, known_digits = models.load(preset)
+  return gpt2(config), params, plus_task(known_digits, 1, vocab_size=config.vocab_size)
 
 
 def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:
   """Times rollouts and teacher-forced passes of one size, here and in PyTorch."""
-  config, params, known_digits = models.load(preset)
-  model, task = GPT2(config), plus_task(known_digits, 1)
-  peer = torch_gpt2(config, params)
+  model, params, task = model_and_task(preset)
+  peer = torch_model(model, params)
   sample = jax.jit(lambda params, problems, key: respond(model, params, task, problems, key))
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), episodes))
   prompt = jax.vmap(task.prompt)(problems)
@@ -63,7 +79,8 @@ def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:
   text = np.concatenate([rollout.prompt, rollout.actions], 1)[:, :-1]
   with torch.inference_mode():
     said = torch.log_softmax(peer(torch.tensor(text[:1, -60:]).long()).logits, -1).numpy()
-  wanted = jax.nn.log_softmax(model.apply({'params': params}, jnp.asarray(text[:1, -60:])).logits)
+  hidden = model.apply(params, jnp.asarray(text[:1, -60:])).hidden
+  wanted = jax.nn.log_softmax(logits_of(hidden, model.output_head(params)))
   np.testing.assert_allclose(said, wanted, atol=0.01)  # the same model
 
   size = slices.pick_size(episodes, text.shape[1])
@@ -87,11 +104,11 @@ def rollouts(preset: str, episodes: int, repeats: int) -> dict[str, Any]:
 
 
 def iterations(preset: str, repeats: int) -> dict[str, float]:
-  """Times whole iterations of reinforcement, here and in TRL."""
+  """Times whole iterations of fine-tuning, here and in TRL."""
   model_config, params, known_digits = models.load(preset)
-  task = plus_task(known_digits, 1)
+  task = plus_task(known_digits, 1, vocab_size=model_config.vocab_size)
   config = FinetuneConfig(episodes=RESPONSES, episodes_per_problem=PER_PROBLEM, minibatches=UPDATES, learning_rate=1e-6)
-  model = GPT2(config.model_of(model_config))
+  model = gpt2(config.model_of(model_config))
   state = initial_state.init_finetuning(model, config, params)
   step = train_step.make_train_step(model, task, config)
   _, key = initial_state.finetuning_keys(config)
@@ -113,7 +130,7 @@ def iterations(preset: str, repeats: int) -> dict[str, float]:
 
 
 def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTrainer':
-  """Returns a trainer of the same model on the same prompts with the same reward."""
+  """Makes a TRL trainer with the same model, prompts and reward."""
   alphabet = task.tokenizer.alphabet
   characters = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(alphabet)}, unk_token='%'))
   characters.pre_tokenizer = tokenizers.pre_tokenizers.Split('', 'isolated')
@@ -124,7 +141,7 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
   prompts = [task.tokenizer.decode(t, m) for t, m in zip(*(np.asarray(x) for x in (lambda p: (p.tokens, p.mask))(
       jax.vmap(task.prompt)(problems))))]
   directory = tempfile.mkdtemp()
-  torch_gpt2(config, params).save_pretrained(directory)  # from which the trainer reads its reference
+  torch_model(gpt2(config), params).save_pretrained(directory)  # the trainer loads its reference from there
   peer = transformers.GPT2LMHeadModel.from_pretrained(directory)
   generate = peer.generate
 
@@ -154,8 +171,8 @@ def grpo_trainer(config: GPT2Config, params: Any, task: Task) -> 'trl.GRPOTraine
 
 
 def check() -> tuple[()]:
-  """Exits with one line if the flags cannot be."""
-  parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
+  """Exits with one line if the flags are invalid."""
+  parsing.check_known('presets', parsing.read_names(PRESETS), [*PRETRAIN_PRESETS, 'qwen3'])
   parsing.read_sizes(EPISODES, len(PRESETS.value))
   paths.check_file('json', JSON.value)
   return ()
@@ -167,7 +184,7 @@ def main() -> None:
   results = {'device': jax.devices()[0].device_kind, 'torch': torch.__version__,
              'transformers': transformers.__version__, 'trl': trl.__version__}
   for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True):
-    repeats = REPEATS.value if preset == 'tiny' else 1
+    repeats = 1 if preset == 'paper' else REPEATS.value
     results[preset] = {'rollout': rollouts(preset, int(episodes), repeats)}
     if GRPO.value and preset == 'tiny':
       results[preset]['iteration'] = iterations(preset, repeats)

@@ -1,10 +1,10 @@
-"""Members of a study in one program, for each mapping, beside as many single runs one after another.
+"""Times a population in one program, for each mapping, against as many single runs one after another.
 
     python -m benchmarks.population --json=population.json
 
-Every program is compiled in a process of its own, as a user's runs are, with no cache of compiled programs; a process's
-start and the reading of checkpoints count nowhere. Of single runs only some are made, and the time of all follows from
-their mean. An iteration is one of `experiments.finetune` at the preset `tiny`.
+Every program is compiled in its own process, as for a user, without a cache of compiled programs; starting processes
+and reading checkpoints are not timed. Only a few single runs are made, and their mean is extrapolated. An iteration is
+one of `experiments.finetune` with the preset `tiny`.
 """
 
 import json
@@ -19,25 +19,27 @@ import jax
 from absl import flags
 
 from benchmarks import timing
-from critkl_jax import checkpoint, population, sharding, storage
+from critkl_jax import sharding
 from critkl_jax.config import replace
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.initial_state import Hyperparameters, finetuning_keys, init_finetuning
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime import checkpoint, storage
 from critkl_jax.tasks.addition import plus_task
-from critkl_jax.train_step import make_train_step
+from critkl_jax.training import population
+from critkl_jax.training.initial_state import Hyperparameters, finetuning_keys, init_finetuning
+from critkl_jax.training.presets import FINETUNE_PRESETS
+from critkl_jax.training.train_step import make_train_step
 from experiments import parsing, paths
 from experiments.exits import refuse
 from experiments.flags import keep_no_programs, run
 
 keep_no_programs()
 MEMBERS = flags.DEFINE_integer('members', 16, 'Members of the study.', lower_bound=1)
-SINGLES = flags.DEFINE_integer('singles', 3, 'Single runs that are made.', lower_bound=1)
+SINGLES = flags.DEFINE_integer('singles', 3, 'Single runs to time.', lower_bound=1)
 ITERATIONS = flags.DEFINE_integer('iterations', 2, 'Timed iterations of a run.', lower_bound=1)
 EPISODES = flags.DEFINE_integer('episodes', 96, 'Episodes in an iteration.', lower_bound=3)
 MAPPINGS = flags.DEFINE_multi_enum('mapping', population.MAPPINGS, population.MAPPINGS, 'Mappings to time.')
-ONLY = flags.DEFINE_string('only', None, '`single` or a mapping: times this one here and prints a line of JSON.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+ONLY = flags.DEFINE_string('only', None, '`single` or a mapping: times only this, here, and prints a line of JSON.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 
 
 def time_population(mapping: str) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def time_population(mapping: str) -> dict[str, Any]:
   configs = population.product(base, certainty_exponent=(0.0, 10.0, 150.0, 1000.0), seed=range(-(-MEMBERS.value // 4)))
   configs = configs[:MEMBERS.value]
   reference = checkpoint.load_checkpoint()
-  model, task = GPT2(base.model_of(reference.info.model)), plus_task(reference.info.known_digits, base.extra_digits)
+  model = gpt2(base.model_of(reference.info.model))
+  task = plus_task(reference.info.task.known_digits, base.addition.extra_digits)
   mesh = population.members_mesh(len(configs)) if mapping == 'shard' else sharding.make_mesh('data:1')
   state = population.init_population(model, configs, reference.params, mesh)
   numbers = population.numbers_of(configs, mesh)
@@ -65,8 +68,8 @@ def time_single() -> dict[str, Any]:
   """Times compilation and iterations of one run."""
   config = replace(FINETUNE_PRESETS['tiny'], episodes=EPISODES.value)
   reference = checkpoint.load_checkpoint()
-  model = GPT2(config.model_of(reference.info.model))
-  task = plus_task(reference.info.known_digits, config.extra_digits)
+  model = gpt2(config.model_of(reference.info.model))
+  task = plus_task(reference.info.task.known_digits, config.addition.extra_digits)
   state, numbers = init_finetuning(model, config, reference.params), Hyperparameters.of(config)
   _, key = finetuning_keys(config)
   start = time.perf_counter()
@@ -80,7 +83,7 @@ def time_single() -> dict[str, Any]:
 
 
 def in_own_process(what: str) -> dict[str, Any]:
-  """Returns what a new process measures, with a device of each core for `shard` on a CPU."""
+  """Runs one measurement in a new process; `shard` on a CPU gets one device for each core."""
   devices = min(os.cpu_count() or 1, MEMBERS.value) if what == 'shard' else 1
   environment = os.environ | {
       'JAX_ENABLE_COMPILATION_CACHE': 'false',
@@ -92,7 +95,7 @@ def in_own_process(what: str) -> dict[str, Any]:
 
 
 def check() -> tuple[()]:
-  """Exits with one line if the flags cannot be."""
+  """Exits with one line if the flags are invalid."""
   if ONLY.value:
     parsing.check_known('only', [ONLY.value], ['single', *population.MAPPINGS])
   if EPISODES.value % 3:
@@ -102,7 +105,7 @@ def check() -> tuple[()]:
 
 
 def main() -> None:
-  """Measures one after another and prints a table."""
+  """Measures single runs and each mapping, and prints a table."""
   if ONLY.value:
     print(storage.to_json(time_single() if ONLY.value == 'single' else time_population(ONLY.value)))
     return

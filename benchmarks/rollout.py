@@ -1,9 +1,9 @@
-"""Tokens per second of a rollout, plain and speculative, beside a teacher-forced pass over the same tokens.
+"""Tokens per second of cached and speculative rollouts, against a teacher-forced pass over the same tokens.
 
     python -m benchmarks.rollout --json=rollout.json
 
-64 episodes of N+1 problems at temperature 1. Only tokens of responses count. Models larger than the shipped reference
-write as it does (`benchmarks.models`). Every repeat draws other problems; figures are medians over the repeats.
+64 episodes of N + 1 digits at temperature 1; only response tokens count. Larger models are the shipped reference,
+widened (`benchmarks.models`). Every repeat draws new problems; results are medians over the repeats.
 """
 
 import statistics
@@ -14,14 +14,15 @@ import jax
 from absl import flags
 
 from benchmarks import models, timing
-from critkl_jax import slices, storage
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.losses import action_log_probs
-from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.rollout import pick_method, respond, score
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.rl.losses import action_log_probs
+from critkl_jax.runtime import storage
+from critkl_jax.sampling.generation import pick_method, respond
+from critkl_jax.sampling.scoring import score
 from critkl_jax.tasks.addition import plus_task
 from critkl_jax.tasks.task import Task
-from critkl_jax.train_step import shorter_lengths
+from critkl_jax.training import slices
+from critkl_jax.training.presets import PRETRAIN_PRESETS
 from experiments import parsing, paths
 from experiments.flags import run
 
@@ -30,20 +31,20 @@ EPISODES = flags.DEFINE_integer('episodes', 64, 'Episodes in a rollout.', lower_
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rollouts at `tiny`; a fifth of them elsewhere.', lower_bound=1)
 WINDOW = flags.DEFINE_integer('window', 0, 'Tokens of a speculative window; 0 for the default.', lower_bound=0)
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of activations.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 
 METHODS = ('cached', 'speculative')
 
 
 class Setting(NamedTuple):
-  """What is timed at one size.
+  """The programs to time at one size of the model.
 
   Attributes:
     preset: the model's size.
     episodes: B.
-    task: N+1 problems.
-    params: the policy's.
-    programs: by name, `teacher_forced` or a method, the jitted function and its arguments, arrays or shapes.
+    task: task of N + 1 digits.
+    params: the policy's parameters.
+    programs: `teacher_forced` or a method -> (jitted function, its arguments: arrays or shapes).
   """
 
   preset: str
@@ -54,9 +55,9 @@ class Setting(NamedTuple):
 
 
 def prepare(preset: str, episodes: int, dtype: str = 'float32', window: int = 0, **changes: Any) -> Setting:
-  """Makes the programs of one size; `changes` are those of `models.load`."""
+  """Makes the programs of one size; `changes` as in `models.load`."""
   config, params, known_digits = models.load(preset, dtype=dtype, **changes)
-  model, task = GPT2(config), plus_task(known_digits, 1)
+  model, task = gpt2(config), plus_task(known_digits, 1, vocab_size=config.vocab_size)
   sample = {method: jax.jit(lambda params, problems, key, m=method: respond(
       model, params, task, problems, key, method=m, window=window)) for method in METHODS}
 
@@ -68,7 +69,7 @@ def prepare(preset: str, episodes: int, dtype: str = 'float32', window: int = 0,
       return action_log_probs(logits, part.actions), values
 
     size = slices.pick_size(episodes, rollout.prompt.shape[1] + rollout.actions.shape[1])
-    return slices.read(read, rollout, shorter_lengths(task), size)
+    return slices.read(read, rollout, (task.solution_length,), size)
 
   drawn = params, *draw(task, episodes, 0)
   programs = {method: (sample[method], drawn) for method in METHODS}
@@ -77,13 +78,13 @@ def prepare(preset: str, episodes: int, dtype: str = 'float32', window: int = 0,
 
 
 def draw(task: Task, episodes: int, repeat: int) -> tuple[Any, jax.Array]:
-  """Returns the problems of a repeat, with a leading axis, and the key of their responses."""
+  """Draws the problems of a repeat, with a leading axis, and returns them with the key of their responses."""
   problem_key, key = jax.random.split(jax.random.fold_in(jax.random.key(0), repeat))
   return jax.jit(jax.vmap(task.sample))(jax.random.split(problem_key, episodes)), key
 
 
 def measure(setting: Setting, programs: dict[str, Callable], repeats: int) -> dict[str, Any]:
-  """Returns the figures of one size, from its programs, compiled."""
+  """Times the compiled programs of one size and returns the results."""
   speed, steps, accepted = {name: [] for name in ('teacher_forced', *METHODS)}, {m: [] for m in METHODS}, []
   for repeat in range(repeats + 1):  # the first one warms up
     problems, key = draw(setting.task, setting.episodes, repeat)
@@ -108,7 +109,7 @@ def measure(setting: Setting, programs: dict[str, Callable], repeats: int) -> di
 
 
 def check() -> tuple[()]:
-  """Exits with one line if the flags cannot be."""
+  """Exits with one line if the flags are invalid."""
   parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
   paths.check_file('json', JSON.value)
   return ()

@@ -1,4 +1,4 @@
-"""Compilation side by side, medians of warmed-up calls, and the rate of matrix products to compare with."""
+"""Parallel compilation, medians of warmed-up calls, and the FLOP/s of a matrix product as a baseline."""
 
 import concurrent.futures
 import functools
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 
 def compile_together(programs: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Callable], float]:
-  """Compiles jitted functions in threads side by side.
+  """Compiles jitted functions in parallel threads.
 
   Args:
-    programs: by name, the jitted function and its arguments, arrays or shapes.
+    programs: name -> (jitted function, its arguments: arrays or shapes).
 
   Returns:
-    The compiled programs by name, and the seconds until all of them were there, tracing included.
+    The compiled programs by name, and the seconds for all of them, tracing included.
   """
   start = time.perf_counter()
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -27,19 +27,19 @@ def compile_together(programs: dict[str, tuple[Callable, tuple]]) -> tuple[dict[
 
 
 def compile_one(function: Callable, arguments: tuple) -> Callable:
-  """Compiles a jitted function for arguments, arrays or shapes."""
+  """Compiles a jitted function for its arguments, which may be arrays or shapes."""
   return function.lower(*arguments).compile()
 
 
 def result_and_seconds(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-  """Returns the result of one call, waited for, and its time."""
+  """Returns the finished result of a call, and its seconds."""
   start = time.perf_counter()
   result = jax.block_until_ready(call(*arguments))
   return result, time.perf_counter() - start
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-  """Returns the median time of a call, compiled and warmed up."""
+  """Returns the median seconds of a compiled call, after one call to warm up."""
   jax.block_until_ready(call())
   return statistics.median(result_and_seconds(call)[1] for _ in range(repeats))
 
@@ -48,9 +48,9 @@ def matmul_rate(dtype: str = 'float32', precision: str | None = None, size: int 
   """Returns the FLOP/s of a large matrix product, the fastest of nine.
 
   Args:
-    dtype: of the factors, which are random: zeros and ones would draw less power, and let a GPU clock higher.
+    dtype: type of the factors. They are random, because zeros and ones draw less power and let a GPU clock higher.
     precision: as in `jax.numpy.matmul`; None is the default, which on GPUs rounds float32 to TF32.
-    size: the product is that of matrices `[2 size, size]` and `[size, size]`; 2048 on a CPU and 8192 elsewhere if None.
+    size: the factors are `[2 size, size]` and `[size, size]`; 2048 on a CPU and 8192 elsewhere if None.
   """
   size = size or (2048 if jax.default_backend() == 'cpu' else 8192)
   draw = jax.jit(jax.random.normal, static_argnums=(1, 2))

@@ -1,13 +1,13 @@
-"""Where the time of an iteration goes, and how it compares with the machine's matrix products.
+"""Times the parts of an iteration and compares their FLOP/s with the machine's matrix products.
 
     python -m benchmarks.train_step --json=train_step.json
     python -m benchmarks.train_step --growth --json=growth.json --picture=growth.png
 
 Each part is jitted alone: rollout, reward, reference pass, advantages, update, and a step of pre-training. Fractions
-are of the rate of a large matrix product in the same run. FLOP are those that the mathematics needs, for real tokens:
-nothing for padding, for scores above the diagonal, for rejected drafts; an update is three forward passes. `--growth`
-times the passes over right solutions, over operand length, episodes and model size. Models larger than the shipped
-reference write as it does (`benchmarks.models`).
+are relative to the FLOP/s of a large matrix product in the same run. FLOP are counted for real tokens only, without
+padding, attention scores above the diagonal and rejected drafts; an update counts as three forward passes. `--growth`
+times the passes over right solutions against operand length, episodes and model size. Larger models are the shipped
+reference, widened (`benchmarks.models`).
 """
 
 import functools
@@ -23,39 +23,40 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from benchmarks import models, timing
-from critkl_jax import initial_state, storage, train_step
-from critkl_jax.config import FinetuneConfig, GPT2Config
-from critkl_jax.gpt2 import GPT2, forward_flops
-from critkl_jax.presets import PRETRAIN_PRESETS
-from critkl_jax.pretrain_step import make_optimizer, make_pretrain_step, pretraining_keys
-from critkl_jax.records import TrainState
-from critkl_jax.rollout import as_rollout
+from critkl_jax.models.gpt2 import GPT2Config, forward_flops, gpt2
+from critkl_jax.records import Experience, TrainState
+from critkl_jax.runtime import storage
+from critkl_jax.sampling.scoring import as_rollout
 from critkl_jax.tasks.addition import plus_task, pretraining_task
+from critkl_jax.training import initial_state, train_step
+from critkl_jax.training.config import FinetuneConfig
+from critkl_jax.training.presets import PRETRAIN_PRESETS
+from critkl_jax.training.pretrain_step import make_pretrain_step, pretraining_keys, pretraining_optimizer
 from experiments import parsing, paths
 from experiments.flags import run
 
 PRESETS = flags.DEFINE_list('presets', ['tiny', 'small', 'paper'], 'Sizes of the model.')
 EPISODES = flags.DEFINE_list('episodes', ['96', '96', '8'], 'Episodes in an iteration, for each of the sizes.')
-GROWTH = flags.DEFINE_bool('growth', False, 'Time the passes over length, episodes and size instead.')
+GROWTH = flags.DEFINE_bool('growth', False, 'Time the passes against length, episodes and size instead.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls, after one to warm up; one where an iteration takes minutes.',
                                lower_bound=1)
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Type of activations.')
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
-PICTURE = flags.DEFINE_string('picture', 'growth.png', 'File that takes the picture of --growth.')
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
+PICTURE = flags.DEFINE_string('picture', 'growth.png', 'File for the picture of --growth.')
 
 _LONG = 2048  # a context that holds the solutions of 13 digits
 PARTS = ('rollout', 'reward', 'reference', 'advantages', 'update')
 
 
 class Parts(NamedTuple):
-  """One iteration, taken apart.
+  """The parts of one iteration as separate programs.
 
   Attributes:
-    calls: of each part, compiled alone, by name; of the `whole` iteration and of a step of pre-training (`pretrain`)
-      too, where they are asked for.
-    flops: that a call needs, where it is made of products.
-    num_tokens: in the responses.
-    compile_seconds: until all programs were there.
+    calls: name -> call of a part, compiled alone; may include the `whole` iteration and a step of pre-training
+      (`pretrain`).
+    flops: name -> FLOP of a call, for parts dominated by matrix products.
+    num_tokens: tokens of the responses.
+    compile_seconds: seconds to compile all programs in parallel.
   """
 
   calls: dict[str, Callable[[], Any]]
@@ -66,32 +67,32 @@ class Parts(NamedTuple):
 
 def take_apart(preset: str, episodes: int, digits: int | None = None, names: Sequence[str] = PARTS,
                solutions: bool = False, dtype: str = 'float32', **changes: Any) -> Parts:
-  """Makes the parts of an iteration on problems of `digits` digits (N+1 if None), from a rollout or from solutions.
+  """Compiles the parts of an iteration, on a rollout or on right solutions.
 
   Args:
     preset: the model's size.
     episodes: B.
-    digits: of the longer operand.
-    names: of `PARTS`, `whole` and `pretrain`, the calls to make.
-    solutions: whether right solutions are read instead of a rollout.
+    digits: digits of the longer operand; N + 1 if None.
+    names: the calls to make, from `PARTS`, `whole` and `pretrain`.
+    solutions: whether right solutions replace the rollout.
     dtype: type of activations.
-    **changes: those of `models.load`.
+    **changes: as in `models.load`.
   """
   model_config, params, known_digits = models.load(preset, dtype=dtype, **changes)
   config = FinetuneConfig(episodes=episodes, minibatches=math.gcd(episodes, 3), scan_layers=model_config.scan_layers)
   digits = digits or known_digits + 1
-  task, model = plus_task(min(known_digits, digits), max(digits - known_digits, 0)), GPT2(config.model_of(model_config))
+  model = gpt2(config.model_of(model_config))
+  task = plus_task(min(known_digits, digits), max(digits - known_digits, 0), vocab_size=model.vocab_size)
   state, numbers = initial_state.init_finetuning(model, config, params), initial_state.Hyperparameters.of(config)
   _, key = initial_state.finetuning_keys(config)
-  lengths = train_step.shorter_lengths(task)
-  collect = jax.jit(functools.partial(train_step.collect, model, task, config))
-  reference_pass = jax.jit(functools.partial(train_step.reference_pass, model, config, lengths=lengths))
-  make_batch = jax.jit(functools.partial(train_step.make_batch, model, config))
-  update = jax.jit(functools.partial(train_step.update, model, config, lengths=lengths))
+  setup = train_step.Setup.of(model, task, config)
+  collect, reference_pass, make_batch, update = (
+      jax.jit(functools.partial(part, setup))
+      for part in (train_step.collect, train_step.reference_pass, train_step.make_batch, train_step.update))
   reward = jax.jit(jax.vmap(task.reward))
   problems = jax.jit(jax.vmap(task.sample))(jax.random.split(jax.random.key(1), episodes))
 
-  # Programs are compiled from shapes, all at once; then each gets what the one before it returns.
+  # All programs are compiled in parallel from shapes; then each is called with the results of those before it.
   solved = jax.jit(lambda: as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)))
   rollout = solved() if solutions else jax.eval_shape(collect, state.params, key, 1.0)[1]
   rewards = jax.eval_shape(reward, problems, rollout.actions, rollout.mask)
@@ -101,7 +102,7 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, names: Seq
       'rollout': (collect, (state.params, key, 1.0)), 'reward': (reward, (problems, rollout.actions, rollout.mask)),
       'reference': (reference_pass, (state.ref_params, rollout)),
       'advantages': (make_batch, (state, rollout, rewards, ref_output, numbers)),
-      'update': (update, (state, rollout, ref_output, batch, key, numbers)),
+      'update': (update, (state, Experience(rollout, ref_output, batch), key, numbers)),
       'whole': (train_step.make_train_step(model, task, config), (state, key, numbers))}
   if 'pretrain' in names:
     *programs['pretrain'], pretrain_flops = pretraining(preset, model_config, params, known_digits)
@@ -116,7 +117,7 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, names: Seq
            'reward': lambda: made['reward'](problems, rollout.actions, rollout.mask),
            'reference': lambda: made['reference'](state.ref_params, rollout),
            'advantages': lambda: made['advantages'](state, rollout, rewards, ref_output, numbers),
-           'update': lambda: made['update'](state, rollout, ref_output, batch, key, numbers),
+           'update': lambda: made['update'](state, Experience(rollout, ref_output, batch), key, numbers),
            'whole': lambda: made['whole'](jax.tree.map(jnp.copy, state), key, numbers),
            'pretrain': lambda: made['pretrain'](*programs['pretrain'][1])}
   forward = forward_flops(model_config, np.asarray(rollout.mask.sum(1) + rollout.prompt_mask.sum(1) - 1))
@@ -129,18 +130,19 @@ def take_apart(preset: str, episodes: int, digits: int | None = None, names: Seq
 
 def pretraining(preset: str, model_config: GPT2Config, params: Any, known_digits: int
                 ) -> tuple[Callable, tuple[TrainState, jax.Array], float]:
-  """Returns a step of pre-training at the greatest length, jitted, its arguments, and the FLOP that it needs."""
+  """Returns a jitted step of pre-training at the greatest length, its arguments and its FLOP."""
   config = PRETRAIN_PRESETS[preset]
-  task = pretraining_task(known_digits, known_digits)
-  step = jax.jit(make_pretrain_step(GPT2(model_config), task, config))
-  state = TrainState(params=params, opt_state=jax.jit(make_optimizer(config).init)(params), step=jnp.int32(0))
+  task = pretraining_task(known_digits, known_digits, model_config.vocab_size)
+  step = jax.jit(make_pretrain_step(gpt2(model_config), task, config))
+  opt_state = jax.jit(pretraining_optimizer(gpt2(model_config), config).init)(params)
+  state = TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
   problems = jax.jit(jax.vmap(task.sample))(jax.random.split(jax.random.key(0), config.batch_size))
   lengths = jax.jit(lambda: jax.vmap(task.prompt)(problems).mask.sum(1) + jax.vmap(task.solution)(problems).mask.sum(1))
   return step, (state, pretraining_keys(config)[1]), 3 * forward_flops(model_config, np.asarray(lengths()) - 1)
 
 
 def measure(parts: Parts, repeats: int, rate: float) -> dict[str, Any]:
-  """Times each call and compares it with a rate of matrix products, in FLOP/s."""
+  """Times each call and compares its FLOP/s with `rate`, that of matrix products."""
   seconds = {name: timing.median_seconds(call, repeats) for name, call in parts.calls.items()}
   total = sum(seconds[name] for name in PARTS)
   return {'tokens': parts.num_tokens, 'repeats': repeats, 'compile_seconds': parts.compile_seconds, 'seconds': seconds,
@@ -151,7 +153,7 @@ def measure(parts: Parts, repeats: int, rate: float) -> dict[str, Any]:
 
 
 def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
-  """Times reference pass and update over operand length, episodes and model size."""
+  """Times reference pass and update against operand length, episodes and model size."""
   cases = {'digits': [('tiny', 24, n) for n in (3, 5, 7, 9, 11, 13)],
            'episodes': [('tiny', n, 6) for n in (6, 12, 24, 48, 96)],
            'size': [(preset, 6, 6) for preset in ('tiny', 'small', 'paper')]}
@@ -170,12 +172,12 @@ def growth(repeats: int) -> dict[str, list[dict[str, float]]]:
 
 
 def exponent(rows: list[dict[str, float]], value: str) -> float:
-  """Returns the slope of log(value) over log(FLOP of a pass): 1 is what the arithmetic says."""
+  """Returns the slope of log(value) over log(FLOP of a pass): 1 if time is proportional to FLOP."""
   return float(np.polyfit(np.log([row['reference_flops'] for row in rows]), np.log([row[value] for row in rows]), 1)[0])
 
 
 def draw(rows: dict[str, list[dict[str, float]]], path: str) -> None:
-  """Draws seconds over FLOP for each of the three ways of growing."""
+  """Draws seconds against FLOP, a panel each for digits, episodes and model size."""
   figure = Figure(figsize=(12, 3.8), layout='constrained')
   axes = figure.subplots(1, 3)
   labels = {'digits': '3 to 13 digits', 'episodes': '6 to 96 episodes', 'size': '0.9 to 86 M parameters'}
@@ -190,7 +192,7 @@ def draw(rows: dict[str, list[dict[str, float]]], path: str) -> None:
 
 
 def check() -> tuple[()]:
-  """Exits with one line if the flags cannot be."""
+  """Exits with one line if the flags are invalid."""
   parsing.check_known('presets', parsing.read_names(PRESETS), list(PRETRAIN_PRESETS))
   parsing.read_sizes(EPISODES, len(PRESETS.value))
   paths.check_file('json', JSON.value)
@@ -199,7 +201,7 @@ def check() -> tuple[()]:
 
 
 def main() -> None:
-  """Prints the tables."""
+  """Measures each size, or the growth, and prints the tables."""
   device, rate = jax.devices()[0].device_kind, timing.matmul_rate(DTYPE.value)
   result = {'device': device, 'dtype': DTYPE.value, 'matmul_flops_per_second': rate}
   print(f'{device}, {DTYPE.value}: matrix products at {rate / 1e9:.0f} GFLOP/s', flush=True)

@@ -1,12 +1,15 @@
-"""The fused weighted KL beside what people would use instead, forward and backward, alternating in one run.
+"""Times the fused weighted KL against baselines, forward and backward, alternating in one run.
 
     pip install '.[bench]'
     python -m benchmarks.weighted_kl --json=weighted_kl.json
 
-The naive program holds all logits and leaves the gradient to JAX. Where they are installed PyTorch and tokamax run
-beside it: the same loss over chunks of tokens, its gradient written by hand; a loss over such chunks in the manner of
-Liger-Kernel, with the k3 penalty, which asks for log-probabilities alone; and tokamax's cross-entropy, which has no
-reference. The last two compute less, and are there for scale.
+The naive program holds all logits and is differentiated by JAX. If PyTorch and tokamax are installed, there are further
+baselines: the same loss in PyTorch over chunks of tokens, with a hand-written gradient; a loss over such chunks as in
+Liger-Kernel, with the k3 penalty, which needs log-probabilities alone; and tokamax's cross-entropy, which has no
+reference. The last two compute less and are there for scale. A third table times the statistics of the reference alone,
+and the loss from stored log-probabilities, against the matrix product of hidden states and embedding.
+
+Letters: R rows (tokens), D width, V vocabulary.
 """
 
 import functools
@@ -23,21 +26,32 @@ import numpy as np
 from absl import flags
 
 from benchmarks.losses import ALPHA, BONUS, EXPONENT, naive_linear_loss, naive_loss, token_loss
-from critkl_jax import storage
-from critkl_jax.ops.weighted_kl import linear_weighted_kl, linear_weighted_kl_loss, pick_implementation, weighted_kl
+from critkl_jax.ops.weighted_kl import (
+    linear_reference_statistics,
+    linear_weighted_kl,
+    linear_weighted_kl_loss,
+    pick_implementation,
+    weighted_kl,
+)
 from critkl_jax.ops.weighted_kl.chunked import pick_held
+from critkl_jax.ops.weighted_kl.operands import dot
+from critkl_jax.records import Batch
+from critkl_jax.rl.certainties import kl_weight
+from critkl_jax.rl.losses import ppo_loss_from_log_probs
+from critkl_jax.runtime import storage
 from experiments import parsing, paths
 from experiments.flags import run
 
-SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'N, D and V of the operation on hidden states.')
-SMALL = flags.DEFINE_list('small', ['40000', '40'], 'N and V of the operation on logits.')
+SIZE = flags.DEFINE_list('size', ['2048', '256', '50257'], 'Tokens, width and vocabulary of the operation on hidden '
+                         'states.')
+SMALL = flags.DEFINE_list('small', ['40000', '40'], 'Tokens and vocabulary of the operation on logits.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds, after one to warm up.', lower_bound=1)
-HELD = flags.DEFINE_integer('held', 128, 'Tokens that token mode holds; 256 or more but on a CPU.', lower_bound=32)
-JSON = flags.DEFINE_string('json', None, 'File that takes the figures.')
+HELD = flags.DEFINE_integer('held', 128, 'Tokens in a chunk of token mode; on GPUs and TPUs >= 256.', lower_bound=32)
+JSON = flags.DEFINE_string('json', None, 'File for the results.')
 
 
 def linear_arrays(num_tokens: int, width: int, vocab_size: int) -> tuple[np.ndarray, ...]:
-  """Returns hidden states and embedding of policy and reference, actions and advantages."""
+  """Draws hidden states and embedding of policy and reference, actions and advantages."""
   rng = np.random.default_rng(0)
 
   def make(*shape):
@@ -50,7 +64,7 @@ def linear_arrays(num_tokens: int, width: int, vocab_size: int) -> tuple[np.ndar
 
 
 def linear_programs(arrays: tuple[np.ndarray, ...]) -> tuple[dict[str, Callable], dict[str, int]]:
-  """Returns compiled calls by name, and their temporary memory in bytes."""
+  """Compiles the programs from hidden states; returns calls and temporary bytes by name."""
   num_tokens, vocab_size = len(arrays[0]), len(arrays[1])
 
   def record(hidden, embedding, ref_hidden, ref_embedding, actions, advantages, **options):
@@ -66,7 +80,7 @@ def linear_programs(arrays: tuple[np.ndarray, ...]) -> tuple[dict[str, Callable]
   vocabulary = {'implementation': 'chunked', 'memory_budget': 8 * num_tokens * 256}
   losses = {
       'naive': naive_linear_loss,
-      'reference': functools.partial(record, implementation='reference'),
+      'plain': functools.partial(record, implementation='plain'),
       'token mode': functools.partial(one_pass, **token),
       'vocabulary mode': functools.partial(record, **vocabulary),
       'picked': one_pass,
@@ -75,8 +89,45 @@ def linear_programs(arrays: tuple[np.ndarray, ...]) -> tuple[dict[str, Callable]
   return compiled(losses, arrays[:2], arrays[2:])
 
 
+def stored_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
+  """Compiles what a trainer calls that stores the reference's statistics; returns calls by name."""
+  hidden, embedding, ref_hidden, ref_embedding, actions, advantages = map(jnp.asarray, arrays)
+  episodes = (-1, int(np.gcd(len(actions), 64)))  # episodes of up to 64 tokens
+  mask, by_episode = jnp.ones(actions.shape, bool).reshape(episodes), actions.reshape(episodes)
+
+  def both(hidden, embedding, ref_hidden, ref_embedding, actions):
+    return linear_weighted_kl(hidden, embedding, ref_hidden, ref_embedding, actions, exponent=EXPONENT)
+
+  def loss(log_probs, old, advantages, stored):
+    batch = Batch(actions=by_episode, mask=mask, log_probs=old, advantages=advantages)
+    weight = kl_weight(stored.certainty, EXPONENT)
+    return ppo_loss_from_log_probs(log_probs, batch, ref_log_probs=stored.log_prob, weight=weight)
+
+  programs = {'matrix product': (jax.jit(lambda h, e: dot(h, e, (1, 1))), (ref_hidden, ref_embedding)),
+              'both models, forward': (jax.jit(both), (hidden, embedding, ref_hidden, ref_embedding, actions)),
+              'reference alone': (jax.jit(linear_reference_statistics), (ref_hidden, ref_embedding, actions))}
+  stored = jax.tree.map(lambda x: x.reshape(episodes), programs['reference alone'][0](*programs['reference alone'][1]))
+  together = jax.jit(both)(hidden, embedding, ref_hidden, ref_embedding, actions)
+  check_close((stored.log_prob.ravel(), stored.certainty.ravel()), (together.ref_log_prob, together.certainty))
+  programs['loss from stored arrays, with gradient'] = (
+      jax.jit(jax.value_and_grad(loss, has_aux=True)),
+      (stored.log_prob, stored.log_prob, advantages.reshape(episodes), stored))
+  return {name: functools.partial(program, *given) for name, (program, given) in programs.items()}
+
+
+def report_stored(size: tuple[int, ...], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+  """Prints a table of seconds as multiples of the matrix product and of the pass of both models, and returns it."""
+  product, both = seconds['matrix product'], seconds['both models, forward']
+  print('Stored statistics, R={} D={} V={}, float32'.format(*size))
+  print(f'{"":>40}{"s":>9}{"of the product":>16}{"of both models":>16}')
+  for name, value in seconds.items():
+    print(f'{name:>40}{value:9.4f}{value / product:16.3f}{value / both:16.3f}')
+  return {name: {'seconds': value, 'of_product': value / product, 'of_both': value / both}
+          for name, value in seconds.items()}
+
+
 def logit_programs(num_tokens: int, vocab_size: int) -> tuple[dict[str, Callable], dict[str, int]]:
-  """Returns compiled calls by name, and their temporary memory in bytes."""
+  """Compiles the programs from logits; returns calls and temporary bytes by name."""
   rng = np.random.default_rng(0)
   logits, ref_logits = (jnp.asarray(3 * rng.normal(size=(num_tokens, vocab_size)), jnp.float32) for _ in range(2))
   actions = jnp.asarray(rng.integers(0, vocab_size, num_tokens))
@@ -86,7 +137,7 @@ def logit_programs(num_tokens: int, vocab_size: int) -> tuple[dict[str, Callable
     return jnp.sum(token_loss(weighted_kl(logits, ref_logits, actions, exponent=EXPONENT, **options), advantages))
 
   losses = {'naive': naive_loss} | {
-      name: functools.partial(record, implementation=name) for name in ('reference', 'fused')} | {'picked': record}
+      name: functools.partial(record, implementation=name) for name in ('plain', 'fused')} | {'picked': record}
   return compiled(losses, (logits,), (ref_logits, actions, advantages))
 
 
@@ -104,13 +155,13 @@ def compiled(losses: dict[str, Callable], trained: tuple, fixed: tuple) -> tuple
 
 
 def check_close(value_and_grads: Any, expected: Any) -> None:
-  """Raises an AssertionError if a loss or a gradient is another one than expected."""
+  """Raises an AssertionError if the loss or a gradient differs from the expected one."""
   for one, two in zip(*(map(np.asarray, jax.tree.leaves(x)) for x in (value_and_grads, expected)), strict=True):
     np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3 * np.abs(two).max())
 
 
 def other_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
-  """Returns calls of other libraries, and says which of them are left out."""
+  """Returns the calls of other libraries by name, and prints which libraries are missing."""
   calls = {}
   for library, programs in (('torch', torch_programs), ('tokamax', tokamax_programs)):
     try:
@@ -121,9 +172,9 @@ def other_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
 
 
 def torch_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
-  """Returns losses over chunks of tokens whose gradients are taken with the loss, as Liger-Kernel does.
+  """Makes PyTorch losses over chunks of tokens that compute their gradients in the forward pass, as in Liger-Kernel.
 
-  Unlike Liger-Kernel's they take no product of the size of the embedding but into the sum of its gradients.
+  Unlike Liger-Kernel, a chunk adds to the embedding's gradient in place, without a temporary of the embedding's size.
   """
   import torch
 
@@ -151,7 +202,7 @@ def torch_exact(log_probs, ref_log_probs, actions, advantages):
   import torch
 
   def row_sums(x, y):
-    return torch.einsum('kv,kv->k', x, y)[:, None]
+    return torch.einsum('rv,rv->r', x, y)[:, None]
 
   scratch = torch.exp(ref_log_probs)
   sure = 1 + row_sums(scratch, ref_log_probs) / np.log(log_probs.shape[1])
@@ -171,13 +222,13 @@ def torch_k3(log_probs, ref_log_probs, actions, advantages):
   log_prob = log_probs.gather(1, actions)
   log_ratio = ref_log_probs.gather(1, actions) - log_prob
   loss = torch.sum(-log_prob * advantages + ALPHA * (torch.expm1(log_ratio) - log_ratio))
-  slope = advantages + ALPHA * torch.expm1(log_ratio)  # of the loss by log_prob, with its sign turned
+  slope = advantages + ALPHA * torch.expm1(log_ratio)  # minus the derivative of the loss by log_prob
   gradient = log_probs.exp_().mul_(slope).scatter_add_(1, actions, -slope)
   return loss, gradient
 
 
 def tokamax_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
-  """Returns tokamax's linear cross-entropy, in its chunked form for any backend where the installed version has one."""
+  """Makes a call of tokamax's linear cross-entropy: the chunked implementation if this version has it, else XLA's."""
   import tokamax
 
   hidden, embedding, *_, actions, _ = map(jnp.asarray, arrays)
@@ -196,7 +247,7 @@ def tokamax_programs(arrays: tuple[np.ndarray, ...]) -> dict[str, Callable]:
 
 
 def alternate(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
-  """Returns the median seconds of each call; every round makes each of them once."""
+  """Returns the median seconds of each call; every round makes each call once."""
   times = {name: [] for name in calls}
   for number in range(repeats + 1):
     for name, call in calls.items():
@@ -208,7 +259,7 @@ def alternate(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 
 def report(title: str, seconds: dict[str, float], memory: dict[str, int]) -> dict[str, dict[str, float]]:
-  """Prints a table and returns it; ratios are those of the naive program to the others."""
+  """Prints a table and returns it; ratios are the naive program's numbers over the others'."""
   print(title)
   print(f'{"":>34}{"s":>9}{"times faster":>14}{"temporary MiB":>15}{"times less":>12}')
   rows = {}
@@ -229,20 +280,21 @@ def check() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def main(size: tuple[int, ...], small: tuple[int, ...]) -> None:
-  """Times both operations and prints what is picked."""
+  """Times both operations and prints the default implementations."""
   arrays = linear_arrays(*size)
   calls, memory = linear_programs(arrays)
   calls |= other_programs(arrays)
   if 'torch, token chunks' in calls:
     check_close(calls['torch, token chunks'](), calls['naive']())
-  title = 'From hidden states, N={} D={} V={}, float32, {}'.format(*size, jax.devices()[0].device_kind)
+  title = 'From hidden states, R={} D={} V={}, float32, {}'.format(*size, jax.devices()[0].device_kind)
   result = {'device': jax.devices()[0].device_kind, 'linear': report(title, alternate(calls, REPEATS.value), memory)}
   calls, memory = logit_programs(*small)
-  title = 'From logits, N={} V={}, float32'.format(*small)
+  title = 'From logits, R={} V={}, float32'.format(*small)
   result['logits'] = report(title, alternate(calls, 4 * REPEATS.value), memory)
+  result['stored'] = report_stored(size, alternate(stored_programs(arrays), 2 * REPEATS.value))
   result['picked'] = {'linear': pick_implementation(size[2], from_logits=False),
                       'logits': pick_implementation(small[1], from_logits=True)}
-  print('picked where none is named: {linear} (from hidden states), {logits} (from logits)'.format(**result['picked']))
+  print('default implementation: {linear} (from hidden states), {logits} (from logits)'.format(**result['picked']))
   if JSON.value:
     storage.write_json(JSON.value, result)
 

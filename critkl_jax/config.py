@@ -1,328 +1,326 @@
-"""Configurations: frozen dataclasses that check themselves; settings that belong together are in `presets`.
+"""Checks configs, which are frozen dataclasses, reads their fields by name, and converts them to and from JSON.
 
-Every default stands here and nowhere else; command-line flags are generated from these fields. Values are converted to
-the types of their fields, or refused by name, when a config is made.
+Errors name the field, the expected values and the value given.
+
+The table `COUNTS_WITH` of a config class lists fields that have an effect only with certain values of other fields:
+`{'clip_ratio': {'algorithm': ('ppo',)}}`. Such a field counts if at least one of the other fields has a listed value.
+Otherwise it is switched off: it must have its default, and comparisons of configs ignore it.
 """
 
 import dataclasses
+import difflib
+import json
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from critkl_jax.checks import LARGEST_SEED, at_least, between, convert_fields, one_of, other_than, positive
-from critkl_jax.views import flat_fields as flat_fields
-from critkl_jax.views import flat_values as flat_values
-from critkl_jax.views import from_dict as from_dict
-from critkl_jax.views import from_json as from_json
-from critkl_jax.views import nested_classes as nested_classes
-from critkl_jax.views import replace as replace
-from critkl_jax.views import to_json as to_json
+ConfigT = TypeVar('ConfigT')
 
-MOST_DIGITS = 1000  # of an operand: its solution has some three million characters
-MOST_PROBLEMS = 1_000_000  # of a test
-MOST_POSITIONS = 2**24  # of a text: float32 counts no further
-MOST_LAYERS = 10_000  # nobody waits for the trace of more
-TEMPERATURES = 1e-6, 1e6  # the least and the greatest: beyond, logits over a temperature leave float32
+LARGEST_INT = 2**31 - 1  # the largest int32
+LARGEST_SEED = 2**32 - 1  # JAX's keys ignore higher bits, so two larger seeds could give the same run
+LARGEST_FLOAT, SMALLEST_FLOAT = 3.4e38, 1.2e-38  # float32: largest, and smallest normal number
+_KINDS = {int: 'a whole number', float: 'a real number', bool: 'True or False', str: 'text'}
+
+_LEFT_LOSS = ('kl_placement', 'kl_gate', 'gate_threshold', 'gate_fraction')  # fields of `loss` in older checkpoints
+_ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate_fraction', 'wrong_reward',
+          'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only',
+          'max_to_keep', 'task', 'pad_vocabulary', 'clip_ratio_high', 'dual_clip', 'ratio', 'aggregation',
+          'aggregation_length', 'architecture', 'addition', 'text'}  # fields that older checkpoints lack
+_OLDER = {'hidden_only': False}  # values for older checkpoints that are not today's defaults
+_MOVED = ('known_digits', 'extra_digits', 'wrong_reward')  # fields of older checkpoints that are in `addition` now
 
 
-@dataclasses.dataclass(frozen=True)
-class GPT2Config:
-  """Sizes and numerics of the model.
+# Checks.
 
-  Attributes:
-    vocab_size: V, the number of token ids.
-    context_length: The number of positions that the model knows.
-    num_layers: L, the number of blocks.
-    num_heads: H, the number of attention heads, a divisor of the width.
-    width: D, the width of the residual stream.
-    value_head: The critic: `linear`, or `mlp` with two hidden layers of 128 as in the paper's released code.
-    value_head_detached: Whether the gradient of the critic stops before the trunk.
-    dtype: Type of activations, `float32` or `bfloat16`; parameters, logits and values are always float32.
-    attention: How a whole text attends to itself: `auto` in blocks of queries, or an implementation of
-      `jax.nn.dot_product_attention`, `xla` or `cudnn` (NVIDIA GPUs, bfloat16).
-    remat: Whether the backward pass computes blocks again, to save memory.
-    scan_layers: Whether the blocks are one loop in the program: it compiles as fast as one block, and on several
-      devices a pass gathers the parameters of one block at a time. For deep models.
+
+def convert_fields(config: Any, **most: int) -> None:
+  """Converts the values of a frozen config, such as NumPy and JAX scalars and paths, to the types of their fields.
+
+  Args:
+    config: converted in place; call this in its `__post_init__`.
+    **most: the greatest whole number allowed, by field name; `LARGEST_INT` for the other fields.
+
+  Raises:
+    ValueError: if a value has another type (a bool or a float is no whole number), is not finite, or does not fit
+      int32 or float32.
   """
-
-  vocab_size: int = 41
-  context_length: int = 768
-  num_layers: int = 4
-  num_heads: int = 2
-  width: int = 128
-  value_head: str = 'linear'
-  value_head_detached: bool = True
-  dtype: str = 'float32'
-  attention: str = 'auto'
-  remat: bool = False
-  scan_layers: bool = False
-
-  def __post_init__(self):
-    convert_fields(self)
-    at_least(self, 1, 'vocab_size', 'num_heads', 'width')
-    between(self, 1, MOST_POSITIONS, 'context_length')
-    between(self, 1, MOST_LAYERS, 'num_layers')
-    one_of(self, 'value_head', 'linear', 'mlp')
-    one_of(self, 'dtype', 'float32', 'bfloat16')
-    one_of(self, 'attention', 'auto', 'xla', 'cudnn')
-    if self.width % self.num_heads:
-      raise ValueError(f'num_heads: expected a divisor of width={self.width}, got {self.num_heads}.')
-    if self.attention == 'cudnn' and self.dtype != 'bfloat16':
-      raise ValueError(f"attention: 'cudnn' needs dtype='bfloat16', got {self.dtype!r}.")
+  for field in dataclasses.fields(config):
+    value = _convert(field.name, field.type, getattr(config, field.name), most.get(field.name, LARGEST_INT))
+    object.__setattr__(config, field.name, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-  """Pre-training from scratch on additions of up to N digits.
+def _convert(name, kind, value, most):
+  if dataclasses.is_dataclass(kind):
+    if not isinstance(value, kind):
+      raise ValueError(f'{name}: expected a {kind.__name__}, got {value!r}.')
+    return value
+  found = _as_python(value)
+  wanted = (float, int) if kind is float else kind
+  if not isinstance(found, wanted) or (isinstance(found, bool) and kind is not bool):
+    raise ValueError(f'{name}: expected {_KINDS[kind]}, got {value!r}.')
+  if kind is int and abs(found) > most:
+    raise ValueError(f'{name}: expected a whole number up to {most}, got {_shown(found)}.')
+  if kind is float and not (found == 0 or SMALLEST_FLOAT <= abs(found) <= LARGEST_FLOAT):
+    raise ValueError(f'{name}: expected a finite number that float32 holds (0, or {SMALLEST_FLOAT:g} to '
+                     f'{LARGEST_FLOAT:g} in size), got {_shown(found)}.')
+  return kind.__str__(found) if kind is str else kind(found)  # the value of a subclass, such as an enumeration
 
-  Attributes:
-    model: The model.
-    known_digits: N, the most digits that an operand has.
-    batch_size: B, the number of examples in a step.
-    num_steps: The number of updates.
-    optimizer: The optimizer, `muon` or `adamw`.
-    learning_rate: The peak learning rate.
-    warmup_steps: Steps of linear warm-up; a cosine follows.
-    final_learning_rate: The end of the cosine, as a fraction of the peak.
-    weight_decay: Decoupled weight decay.
-    hidden_only: Whether weight decay and Muon act on the kernels of the blocks alone, as is usual, and not on biases,
-      layer norms, embeddings and value head. False decays all parameters (Muon: all matrices) and orthogonalises the
-      embeddings too, as for the reference that comes with the package.
-    max_grad_norm: Gradients are scaled down to this global norm.
-    max_skipped: Steps in a row without an update, because loss, gradient or parameters were not finite, after which
-      the run stops.
-    seed: Seed of parameters and problems.
-    save_every: Steps between checkpoints.
-    max_to_keep: Number of checkpoints to keep: the newest two, then the first, others spread over the run; 0 for all.
-    eval_problems: Problems in each cell of the final accuracy table.
+
+def _as_python(value):
+  """Converts a NumPy or JAX scalar, or a path, to a Python type; returns anything else unchanged."""
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if getattr(value, 'ndim', None) != 0 or not hasattr(value, 'item'):
+    return value
+  try:
+    found = value.item()
+  except (TypeError, ValueError):  # a key, or an array that is being traced
+    return value
+  return float(found) if isinstance(found, numbers.Real) and not isinstance(found, int) else found
+
+
+def _shown(number):
+  return f'a number of {number.bit_length()} bits' if isinstance(number, int) and number.bit_length() > 128 else number
+
+
+def one_of(config: Any, name: str, *options: str) -> None:
+  """Raises ValueError unless the field's value is in `options`; the message suggests the nearest option."""
+  value = getattr(config, name)
+  if value not in options:
+    raise ValueError(f'{name}: expected one of {options}, got {value!r}; the nearest is {nearest(value, options)!r}.')
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+  """Raises ValueError unless each named field is at least `least`."""
+  for name in names:
+    if not getattr(config, name) >= least:
+      raise ValueError(f'{name}: expected {least} or more, got {getattr(config, name)}.')
+
+
+def positive(config: Any, *names: str) -> None:
+  """Raises ValueError unless each named field is greater than 0."""
+  for name in names:
+    if not getattr(config, name) > 0:
+      raise ValueError(f'{name}: expected a positive number, got {getattr(config, name)}.')
+
+
+def other_than(config: Any, name: str, refused: float, reason: str) -> None:
+  """Raises ValueError if the field equals `refused`; the message gives the reason."""
+  if getattr(config, name) == refused:
+    raise ValueError(f'{name}: expected another number than {refused}: {reason}.')
+
+
+def between(config: Any, least: float, most: float, *names: str) -> None:
+  """Raises ValueError unless each named field lies in `least` to `most`, both included."""
+  for name in names:
+    if not least <= getattr(config, name) <= most:
+      raise ValueError(f'{name}: expected {least} to {most}, got {getattr(config, name)}.')
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """Returns the entry of `names` with the initials `name` (`lr` finds `learning_rate`), else the nearest spelling."""
+  names = list(names)
+  initials = [other for other in names if '_' in other and name == ''.join(word[:1] for word in other.split('_'))]
+  return (initials or difflib.get_close_matches(name, names, 1, 0.0))[0]
+
+
+def refuse_switched_off(config: Any) -> None:
+  """Raises ValueError if a field that another field switches off differs from its default.
+
+  Call it last in `__post_init__`, after the checks of single values.
   """
-
-  model: GPT2Config = GPT2Config()
-  known_digits: int = 5
-  batch_size: int = 32
-  num_steps: int = 2400
-  optimizer: str = 'muon'
-  learning_rate: float = 5e-3
-  warmup_steps: int = 100
-  final_learning_rate: float = 0.02
-  weight_decay: float = 0.0
-  hidden_only: bool = True
-  max_grad_norm: float = 1.0
-  max_skipped: int = 3
-  seed: int = 0
-  save_every: int = 200
-  max_to_keep: int = 20
-  eval_problems: int = 200
-
-  def __post_init__(self):
-    convert_fields(self, seed=LARGEST_SEED)
-    between(self, 1, MOST_DIGITS, 'known_digits')
-    between(self, 0, MOST_PROBLEMS, 'eval_problems')
-    at_least(self, 1, 'batch_size', 'num_steps', 'max_skipped', 'save_every')
-    at_least(self, 0, 'warmup_steps', 'weight_decay', 'seed', 'max_to_keep')
-    other_than(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
-    positive(self, 'learning_rate', 'max_grad_norm')
-    between(self, 0, 1, 'final_learning_rate')
-    one_of(self, 'optimizer', 'muon', 'adamw')
-
-  @property
-  def num_updates(self) -> int:
-    """Number of updates in a step."""
-    return 1
+  fields, values = flat_fields(type(config)), flat_values(config)
+  for name, reason in switched_off(type(config), values).items():
+    if values[name] != fields[name].default:
+      raise ValueError(_not_read(name, values[name], reason))
 
 
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-  """The loss: policy gradient, critic, entropy bonus and weighted KL penalty.
+def _not_read(name, value, reason):
+  return f'{name}: has no effect with {reason[0]}, got {value!r}; leave it out, or set {reason[1]}.'
 
-  Attributes:
-    algorithm: The policy gradient: `ppo`, with clipped importance ratios, or `a2c`, without ratios.
-    clip_ratio: PPO's epsilon: importance ratios are clipped to 1 - epsilon .. 1 + epsilon.
-    value_clip: How far values may move from those of the rollout before they are clipped; 0 does not clip.
-    value_coefficient: Weight of the critic's loss.
-    entropy_coefficient: Weight of the entropy bonus.
-    temperature: The temperature: logits of policy and reference are divided by it.
-    kl: The KL penalty: `prioritized` (weighted by certainty), `standard` (weight 1) or `none`.
-    kl_estimator: The estimator of the KL, `exact`, `k1`, `k2` or `k3`; k1 in the loss has zero expected gradient.
-    kl_placement: Where the penalty enters: `loss`, or `reward` for a penalty taken off the reward of each token.
-    kl_coefficient: The KL coefficient alpha, which multiplies the penalty.
-    certainty: How the reference's certainty J is measured: `negentropy` (paper), `min_entropy` (released code) or
-      `max_prob`.
-    certainty_exponent: The certainty exponent beta: a token's penalty is multiplied by J^beta; 0 is the standard
-      penalty.
-    certainty_intercept: The intercept c of the weight (1 - c) J^beta + c, at most 1; 0 in the paper.
-    certainty_temperature: Temperature at which the reference's certainty is measured.
-    kl_gate: Rule that switches the penalty of single tokens off, on top of its weight, for ablations (see
-      `gates.kl_gate`): `none`, `oracle`, `threshold`, `uncritical`, `random`, `top_entropy`, `response_entropy`,
-      `negative_advantage` or `kl_cov`.
-    gate_threshold: Certainty below which the gates `threshold` and `uncritical` switch the penalty off.
-    gate_fraction: Share of tokens at which the gates `top_entropy` and `response_entropy` switch the penalty off, and
-      `kl_cov` leaves it on.
+
+# Views and JSON.
+
+
+def rules_of(config_class: type) -> dict[str, dict[str, tuple[Any, ...]]]:
+  """Merges the `COUNTS_WITH` tables of a config, its bases and its nested configs; outer rules replace nested ones."""
+  table = {}
+  for field in dataclasses.fields(config_class):
+    table |= rules_of(field.type) if dataclasses.is_dataclass(field.type) else {}
+  for owner in reversed(config_class.__mro__):
+    table |= vars(owner).get('COUNTS_WITH', {})
+  return table
+
+
+def switched_off(config_class: type, values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+  """Finds the fields that other fields switch off.
+
+  Args:
+    config_class: the config class.
+    values: the value of each field, nested fields included; a switched-off field is treated as if it had its default.
+
+  Returns:
+    For each such field, name -> (current settings that switch it off, settings that would switch it on), as text.
   """
+  table, defaults = rules_of(config_class), flat_fields(config_class)
 
-  algorithm: str = 'ppo'
-  clip_ratio: float = 0.2
-  value_clip: float = 0.0
-  value_coefficient: float = 0.1
-  entropy_coefficient: float = 0.0
-  temperature: float = 1.0
-  kl: str = 'prioritized'
-  kl_estimator: str = 'k2'
-  kl_placement: str = 'loss'
-  kl_coefficient: float = 0.5
-  certainty: str = 'negentropy'
-  certainty_exponent: float = 150.0
-  certainty_intercept: float = 0.0
-  certainty_temperature: float = 1.0
-  kl_gate: str = 'none'
-  gate_threshold: float = 0.9
-  gate_fraction: float = 0.2
+  def effective(name):
+    return values[name] if counts(name) else defaults[name].default
 
-  def __post_init__(self):
-    convert_fields(self)
-    one_of(self, 'algorithm', 'ppo', 'a2c')
-    one_of(self, 'kl', 'prioritized', 'standard', 'none')
-    one_of(self, 'kl_estimator', 'exact', 'k1', 'k2', 'k3')
-    one_of(self, 'kl_placement', 'loss', 'reward')
-    one_of(self, 'certainty', 'negentropy', 'min_entropy', 'max_prob')
-    positive(self, 'clip_ratio')
-    between(self, *TEMPERATURES, 'temperature', 'certainty_temperature')
-    at_least(self, 0, 'value_clip', 'value_coefficient', 'entropy_coefficient', 'kl_coefficient',
-              'certainty_exponent')
-    one_of(self, 'kl_gate', 'none', 'oracle', 'threshold', 'uncritical', 'random', 'top_entropy', 'response_entropy',
-            'negative_advantage', 'kl_cov')
-    between(self, 0, 1, 'gate_threshold', 'gate_fraction')
-    if self.kl_gate != 'none' and self.kl_placement != 'loss':
-      raise ValueError(f"kl_gate: {self.kl_gate!r} needs kl_placement='loss', got {self.kl_placement!r}.")
-    if not self.certainty_intercept <= 1:
-      raise ValueError(f'certainty_intercept: expected at most 1, got {self.certainty_intercept}.')
+  def counts(name):
+    return name not in table or any(effective(other) in allowed for other, allowed in table[name].items())
+
+  def reason(name):
+    now = ' and '.join(f'{other}={effective(other)!r}' for other in table[name])
+    wanted = ' or '.join(f'{other}={value!r}' for other, allowed in table[name].items() for value in allowed)
+    return now, wanted
+
+  return {name: reason(name) for name in table if not counts(name)}
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-  """Fine-tuning by reinforcement on additions of N + k digits.
+def counting_values(config: Any) -> dict[str, Any]:
+  """Returns the values of all fields that are not switched off, nested configs included."""
+  values = flat_values(config)
+  off = switched_off(type(config), values)
+  return {name: value for name, value in values.items() if name not in off}
 
-  Attributes:
-    loss: The loss.
-    reference: Checkpoint directory of the pre-trained model; empty for the one that comes with the package.
-    certainty_ensemble: Further references, checkpoint directories separated by commas: the certainty is then that of
-      the mean of all references' distributions (footnote 2 of the paper).
-    extra_digits: k: problems have N + k digits, where N is the most that the reference was pre-trained on.
-    num_iterations: The number of rollouts, each followed by `epochs` x `minibatches` updates.
-    episodes: B, the number of episodes (sampled answers) in a rollout.
-    episodes_per_problem: How many episodes in a row answer the same problem, a divisor of `episodes`.
-    epochs: Passes over a rollout.
-    minibatches: Updates in a pass, a divisor of `episodes`.
-    learning_rate: The learning rate of Adam.
-    max_grad_norm: Gradients are scaled down to this global norm.
-    max_skipped: Iterations in a row without a single update, because loss, gradient or parameters were not finite,
-      after which the run stops.
-    wrong_reward: Reward of a wrong answer, where a right one gets 1: 0 in the paper, -1 in its released code.
-    advantage: The advantage estimator: `group_relative` (return minus the group's mean, over its standard deviation),
-      `leave_one_out` (return minus the mean of the others) or `gae` (generalised advantage estimation with the
-      critic). A group is the episodes of one problem, or the whole rollout where episodes_per_problem is 1.
-    whiten_advantages: Whether GAE's advantages are brought to mean 0 and variance 1 over the tokens of a rollout.
-    discount: The discount gamma of GAE.
-    gae_lambda: The lambda of GAE, between one-step (0) and Monte-Carlo (1) advantages.
-    bootstrap_truncated: Whether GAE takes the critic's value for what an episode cut at the limit might still have
-      earned, instead of 0.
-    critic_warmup: The number of first iterations in which the critic alone learns; only `gae` has a critic to train.
-    value_head: The critic, `linear` or `mlp`.
-    value_head_detached: Whether the gradient of the critic stops before the trunk.
-    dtype: Type of activations, `float32` or `bfloat16`; empty for the reference's.
-    attention: Implementation of attention, `auto`, `xla` or `cudnn`; empty for the reference's.
-    remat: Whether the backward pass computes blocks again, to save memory.
-    scan_layers: Whether the blocks are one loop in the program, for deep models.
-    rollout: How responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
-      time, or `auto` for `speculative` where the task has a draft. The samples are the same up to rounding.
-    window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
-    seed: Seed of problems and samples.
-    save_every: Iterations between checkpoints.
-    max_to_keep: Number of checkpoints to keep: the newest two, then the first, others spread over the run; 0 for all.
-    eval_problems: Problems in each accuracy before and after.
+
+def differences(config: ConfigT, usual: ConfigT) -> dict[str, Any]:
+  """Returns the values in `config` of the fields that are not switched off and differ from `usual`."""
+  others = flat_values(usual)
+  return {name: value for name, value in counting_values(config).items() if value != others[name]}
+
+
+def flat_fields(config_class: type) -> dict[str, dataclasses.Field]:
+  """Returns the fields of a config class and its nested configs, by name.
+
+  Raises:
+    ValueError: if two fields share a name.
   """
+  fields = {}
+  for field in dataclasses.fields(config_class):
+    nested = flat_fields(field.type) if dataclasses.is_dataclass(field.type) else {field.name: field}
+    shared = sorted(fields.keys() & nested.keys())
+    if shared:
+      raise ValueError(f'{config_class.__name__}: fields {shared} are defined in more than one config.')
+    fields |= nested
+  return fields
 
-  loss: LossConfig = LossConfig()
-  reference: str = ''
-  certainty_ensemble: str = ''
-  extra_digits: int = 1
-  num_iterations: int = 12
-  episodes: int = 96
-  episodes_per_problem: int = 1
-  epochs: int = 1
-  minibatches: int = 3
-  learning_rate: float = 4e-5
-  max_grad_norm: float = 1.0
-  max_skipped: int = 3
-  wrong_reward: float = 0.0
-  advantage: str = 'group_relative'
-  whiten_advantages: bool = False
-  discount: float = 1.0
-  gae_lambda: float = 1.0
-  bootstrap_truncated: bool = False
-  critic_warmup: int = 0
-  value_head: str = 'linear'
-  value_head_detached: bool = True
-  dtype: str = ''
-  attention: str = ''
-  remat: bool = False
-  scan_layers: bool = False
-  rollout: str = 'auto'
-  window: int = 0
-  seed: int = 0
-  save_every: int = 4
-  max_to_keep: int = 20
-  eval_problems: int = 128
 
-  def __post_init__(self):
-    convert_fields(self, seed=LARGEST_SEED)
-    at_least(self, 1, 'num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'max_skipped',
-             'save_every')
-    between(self, 0, MOST_DIGITS, 'extra_digits')
-    between(self, 0, MOST_PROBLEMS, 'eval_problems')
-    at_least(self, 0, 'critic_warmup', 'window', 'seed', 'max_to_keep')
-    other_than(self, 'max_to_keep', 1, 'the newest checkpoint and the one before it are always kept')
-    positive(self, 'learning_rate', 'max_grad_norm')
-    if not self.wrong_reward < 1:
-      raise ValueError(f'wrong_reward: expected less than 1, the reward of a right response, got {self.wrong_reward}.')
-    between(self, 0, 1, 'discount', 'gae_lambda')
-    one_of(self, 'advantage', 'group_relative', 'leave_one_out', 'gae')
-    one_of(self, 'value_head', 'linear', 'mlp')
-    one_of(self, 'dtype', '', 'float32', 'bfloat16')
-    one_of(self, 'attention', '', 'auto', 'xla', 'cudnn')
-    one_of(self, 'rollout', 'auto', 'cached', 'speculative')
-    for name in ('episodes_per_problem', 'minibatches'):
-      if self.episodes % getattr(self, name):
-        raise ValueError(f'{name}: expected a divisor of episodes={self.episodes}, got {getattr(self, name)}.')
-    if self.certainty_ensemble and not all(self.certainty_ensemble.split(',')):
-      raise ValueError(f'certainty_ensemble: expected paths separated by commas, got {self.certainty_ensemble!r}.')
-    loss = self.loss
-    if self.certainty_ensemble and (loss.kl, loss.kl_placement, loss.kl_gate) != ('prioritized', 'loss', 'none'):
-      raise ValueError("certainty_ensemble: needs kl='prioritized', kl_placement='loss' and kl_gate='none', got "
-                       f'{(loss.kl, loss.kl_placement, loss.kl_gate)}.')
-    if self.loss.algorithm == 'a2c' and self.epochs > 1:
-      raise ValueError(f'epochs: a2c has no ratio and makes one pass over a rollout, got {self.epochs}.')
-    for name in ('whiten_advantages', 'critic_warmup', 'bootstrap_truncated'):
-      if getattr(self, name) and self.advantage != 'gae':
-        raise ValueError(f"{name}: only advantage='gae' uses it, got {self.advantage!r}.")
-    if self.advantage != 'gae' and self.group_size == 1:
-      raise ValueError(f'advantage: {self.advantage!r} compares episodes and needs 2 or more; got episodes=1.')
+def classes_of(config_class: type) -> list[type]:
+  """Returns a config class, its bases and the config classes of its fields, outermost first."""
+  inner = [classes_of(f.type) for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(f.type)]
+  own = [owner for owner in config_class.__mro__ if dataclasses.is_dataclass(owner)]
+  return [*own, *(c for classes in inner for c in classes)]
 
-  def model_of(self, reference: GPT2Config) -> GPT2Config:
-    """Returns the policy's config: the reference's, with the critic and the numerics of this one."""
-    return dataclasses.replace(
-        reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
-        scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
-        attention=self.attention or reference.attention)
 
-  @property
-  def ensemble_paths(self) -> tuple[str, ...]:
-    """The checkpoint directories of further references."""
-    return tuple(self.certainty_ensemble.split(',')) if self.certainty_ensemble else ()
+def flat_values(config: Any) -> dict[str, Any]:
+  """Returns the field values of a config and its nested configs, by name."""
+  values = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    values |= flat_values(value) if dataclasses.is_dataclass(field.type) else {field.name: value}
+  return values
 
-  @property
-  def num_updates(self) -> int:
-    """Number of updates in an iteration."""
-    return self.epochs * self.minibatches
 
-  @property
-  def group_size(self) -> int:
-    """Number of episodes that are compared with one another."""
-    return self.episodes_per_problem if self.episodes_per_problem > 1 else self.episodes
+def replace(config: ConfigT, **values: Any) -> ConfigT:
+  """Returns the config with fields replaced by name, nested fields included.
+
+  A field that the new values switch off is reset to its default.
+
+  Raises:
+    ValueError: if a field is unknown, a value is not allowed, or a named field is switched off.
+  """
+  fields = flat_fields(type(config))
+  unknown = sorted(values.keys() - fields.keys())
+  if unknown:
+    raise ValueError(f'{type(config).__name__} has no fields {unknown}.')
+  given = {name: _convert(name, fields[name].type, value, LARGEST_SEED) for name, value in values.items()}
+  values = flat_values(config) | given
+  found, off = _made_of(type(config), values)
+  for name, reason in off.items():
+    if name in given:
+      raise ValueError(_not_read(name, values[name], reason))
+  return found
+
+
+def reset(config: ConfigT, *names: str) -> ConfigT:
+  """Returns the config with the named fields, and all fields that are then switched off, reset to their defaults."""
+  fields = flat_fields(type(config))
+  return _made_of(type(config), flat_values(config) | {name: fields[name].default for name in names})[0]
+
+
+def _made_of(config_class, values):
+  """Builds a config from values by name, switched-off fields reset; returns it and the `switched_off` table."""
+  off, fields = switched_off(config_class, values), flat_fields(config_class)
+
+  def make(owner, values):
+    return owner(**{f.name: make(f.type, values) if dataclasses.is_dataclass(f.type) else values[f.name]
+                    for f in dataclasses.fields(owner)})
+
+  return make(config_class, {**values, **{name: fields[name].default for name in off}}), off
+
+
+def to_json(config: Any) -> str:
+  """Serializes the config to JSON text."""
+  return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)
+
+
+def from_json(config_class: type[ConfigT], text: str) -> ConfigT:
+  """Parses the config that `to_json` wrote.
+
+  Fields that an older version did not write get the values that reproduce its behaviour.
+
+  Raises:
+    ValueError: if the text is not JSON, a field is unknown, missing or of another type, or a value is not allowed.
+  """
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{config_class.__name__}: not JSON ({error}).') from error
+  return from_dict(config_class, values)
+
+
+def from_dict(config_class: type[ConfigT], values: Any) -> ConfigT:
+  """Builds a config from a nested dict, resetting fields that are switched off; raises as `from_json` does."""
+  return _made_of(config_class, _flat_dict(config_class, values))[0]
+
+
+def _flat_dict(config_class, values):
+  """Checks the keys of a nested dict and returns all its values by field name."""
+  name = config_class.__name__
+  if not isinstance(values, dict):
+    raise ValueError(f'{name}: expected a JSON object, got {type(values).__name__}.')
+  fields = {field.name: field for field in dataclasses.fields(config_class)}
+  values = _of_today(fields, values)
+  for problem, names in (('unknown', values.keys() - fields.keys()), ('missing', fields.keys() - values.keys())):
+    if names:
+      raise ValueError(f'{name}: {problem} fields {sorted(names)}.')
+  flat = {}
+  for key, value in values.items():
+    kind = fields[key].type
+    flat |= _flat_dict(kind, value) if dataclasses.is_dataclass(kind) else {
+        key: _convert(key, kind, value, LARGEST_SEED)}
+  return flat
+
+
+def _of_today(fields: dict[str, dataclasses.Field], values: dict[str, Any]) -> dict[str, Any]:
+  """Upgrades the values of an older checkpoint to the current fields.
+
+  Moves fields to their current config, and adds missing ones with the value that reproduces the older version.
+  """
+  values = _with_moved(dict(values)) if 'addition' in fields else dict(values)
+  if isinstance(values.get('loss'), dict) and 'kl_gate' in fields:
+    values['loss'] = dict(values['loss'])
+    values |= {name: values['loss'].pop(name) for name in _LEFT_LOSS if name in values['loss']}
+  added = {name: _OLDER.get(name, fields[name].default) for name in _ADDED & fields.keys()}
+  return {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in added.items()} | values
+
+
+def _with_moved(values):
+  """Moves the settings of addition, in older checkpoints at the top or in `task`, into `addition`."""
+  addition = {name: values.pop(name) for name in _MOVED if name in values}
+  if isinstance(values.get('task'), dict):
+    addition |= values.pop('task')
+  return {'addition': addition} | values if addition else values

@@ -1,11 +1,15 @@
-"""Where arrays lie on a mesh of devices, with axes `member`, `data` and `model`.
+"""Sharding of arrays over a mesh of devices with the axes `member`, `data` and `model`.
 
-Members of a population are spread over `member`, episodes over `data`, and the products of the model over `model`:
-heads and hidden units (Megatron-LM, arXiv 1909.08053). At rest parameters and optimizer state are spread over `data`
-and `model` together (ZeRO, arXiv 1910.02054), and gathered over `data` when a pass begins. All of it is annotation: the
-compiler makes the collectives, and on no mesh, or one device, nothing changes.
+Members of a population are spread over `member`, episodes over `data`, and attention heads and hidden units over
+`model` (Megatron-LM, arXiv 1909.08053). Between passes ("at rest") parameters and optimizer state are spread over
+`data` and `model` together (ZeRO, arXiv 1910.02054); a pass begins by gathering them over `data`. The model's
+`Partition` names the axis of each parameter that is spread over `model`. Inside a program, all functions except
+`own_tokens` and `own_tokens_mean` only annotate arrays, and the compiler inserts the collectives. Without a mesh, or on
+one device, nothing changes.
 
-`on_mesh` gives a program the mesh; the functions below find it in the context.
+`on_mesh` traces a program in the context of a mesh; the functions below read the mesh from the context.
+
+Letters: B episodes, T tokens.
 """
 
 import functools
@@ -21,26 +25,24 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('member', 'data', 'model')
-# The axis of a parameter that is spread over `model` in a pass, by the end of its path; others are whole there. So is
-# `c_attn`: queries, keys and values stand side by side in its columns, and the model takes its heads out of each.
-_MODEL_AXIS = {('mlp', 'c_fc', 'kernel'): 1, ('mlp', 'c_fc', 'bias'): 0, ('mlp', 'c_proj', 'kernel'): 0,
-               ('attn', 'c_proj', 'kernel'): 0}
+# (parameter path, shape) -> `model`, `whole` or None for each axis; see `models.language_model.LanguageModel`
+Partition = Callable[[tuple[str, ...], tuple[int, ...]], Sequence[str | None]]
 
 
 # Meshes.
 
 
 def make_mesh(text: str = '', devices: Sequence[Any] | None = None) -> Mesh:
-  """Returns a mesh from text such as `data:4,model:2`.
+  """Builds a mesh from text such as `data:4,model:2`.
 
   Args:
-    text: sizes of axes; those not named have size 1, and `-1` takes what devices are left. Empty for all devices along
-      `data`.
-    devices: the devices; all of all hosts if None. Sizes that multiply to fewer take the first ones.
+    text: sizes of axes. An axis that is not named has size 1; size `-1` takes all remaining devices. Empty: all
+      devices along `data`.
+    devices: the devices; all devices of all hosts if None. A mesh of fewer devices takes the first of them.
 
   Raises:
     ValueError: if an axis is unknown or given twice, the sizes do not fit the number of devices, or a host would have
-      none of them.
+      no device in the mesh.
   """
   sizes = mesh_sizes(text)
   devices = jax.devices() if devices is None else devices
@@ -58,8 +60,11 @@ def make_mesh(text: str = '', devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-  """Returns the size of each axis that text names, `-1` for what devices are left; raises as `make_mesh` does, and asks
-  for no device."""
+  """Parses the size of each axis, `-1` for all remaining devices, without initializing a JAX backend.
+
+  Raises:
+    ValueError: if an axis is unknown or given twice, or a size is not a number.
+  """
   found = re.findall(r'(?:^|,)(\w+):(-1|[0-9]{1,9})(?=,|$)', text or 'data:-1')
   if ','.join(map(':'.join, found)) != (text or 'data:-1') or not dict(found).keys() <= set(AXES) or len(
       dict(found)) < len(found):
@@ -68,14 +73,14 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def without_members(mesh: Mesh) -> Mesh | None:
-  """Returns the mesh on which all devices serve one member, those of `member` along `data`; None for one device."""
+  """Returns the mesh with axis `member` folded into `data`, for programs without a population; None for one device."""
   if mesh.size == 1:
     return None
   return Mesh(mesh.devices.reshape(1, -1, mesh.shape['model']), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def on_mesh(mesh: Mesh | None, fn: Callable) -> Callable:
-  """Returns `fn`, to be jitted, as it is traced with a mesh as its context; `fn` itself if there is none."""
+  """Wraps `fn` so that `jax.jit` traces it in the context of `mesh`; returns `fn` itself if `mesh` is None."""
   if mesh is None:
     return fn
 
@@ -88,15 +93,15 @@ def on_mesh(mesh: Mesh | None, fn: Callable) -> Callable:
 
 
 def axis_size(axis: str) -> int:
-  """Returns the size of an axis of the mesh in whose context a program is traced; 1 on no mesh."""
+  """Returns the size of an axis of the mesh in the tracing context; 1 without a mesh."""
   return _sizes().get(axis, 1)
 
 
 def check_episodes(mesh: Mesh, num_episodes: int) -> None:
-  """Checks that every device along `data` gets equally many of the episodes of an update.
+  """Checks that the episodes of an update divide evenly over the devices along `data`.
 
   Raises:
-    ValueError: if not.
+    ValueError: if they do not.
   """
   size = mesh.shape['data']
   if num_episodes % size:
@@ -108,7 +113,10 @@ def check_episodes(mesh: Mesh, num_episodes: int) -> None:
 
 
 def constrain(x: chex.Array, *axes: str | None) -> chex.Array:
-  """Returns `x` with its leading axes spread over axes of the mesh (None: whole), those that divide its shape."""
+  """Spreads the leading axes of `x` over the named mesh axes.
+
+  An axis is not spread if its name is None, or if the mesh axis does not divide it.
+  """
   if _on_one_device():
     return x
   sizes = _sizes()
@@ -117,94 +125,106 @@ def constrain(x: chex.Array, *axes: str | None) -> chex.Array:
 
 
 def episodes(tree: Any, axis: int = 0) -> Any:
-  """Returns arrays `[B, ...]`, or with B at another axis, with episodes spread over `data`."""
+  """Spreads arrays over `data` along `axis`, their axis of episodes."""
   return jax.tree.map(lambda x: constrain(x, *(None,) * axis, 'data'), tree)
 
 
 def whole(tree: Any) -> Any:
-  """Returns arrays that every device holds all of, so that every host can read them."""
+  """Replicates arrays on every device, so that every host can read them."""
   return jax.tree.map(constrain, tree)
 
 
-def gathered(params: Any, dtype: str = 'float32', blocks: bool = True) -> Any:
-  """Returns parameters as a pass takes them: whole over `data`, spread over `model`.
+def unpartitioned(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[None, ...]:
+  """Spreads no axis over `model`: the `Partition` of a model without tensor parallelism."""
+  del path
+  return (None,) * len(shape)
 
-  Their gradient is summed into the shares that devices hold at rest.
+
+def gathered(params: Any, partition: Partition = unpartitioned, dtype: str = 'float32',
+             in_dtype: Callable[[tuple[str, ...]], bool] = lambda path: False,
+             left: Callable[[tuple[str, ...]], bool] = lambda path: False) -> Any:
+  """Gathers parameters over `data` for a pass; they stay spread over `model`.
+
+  Gradients are reduced and scattered back to the sharding at rest.
 
   Args:
     params: the parameters.
-    dtype: type in which matrices of the blocks will be multiplied; they are brought to it before they travel. Not for
-      parameters whose gradient is taken: its sum over devices would be rounded.
-    blocks: whether those of the blocks (`h_0`, `h_1`, ..., or `h` with a leading axis) are gathered too.
+    partition: the model's `Partition`.
+    dtype: type to which parameters are cast before the transfer. Keep float32 for parameters that are differentiated:
+      the sum of their gradients over devices would be rounded.
+    in_dtype: path -> whether a parameter is cast to `dtype`.
+    left: path -> whether a parameter keeps its sharding at rest.
   """
   if _on_one_device():
     return params
   sizes = _sizes()
 
   def one(path, x):
-    names = _names(path)
-    in_block = names[:1] == ('h',) or ''.join(names[:1]).startswith('h_')
-    x = x.astype(dtype) if in_block and names[-1] == 'kernel' else x
-    return _gather(x, path, sizes) if blocks or not in_block else x
+    names = path_names(path)
+    x = x.astype(dtype) if in_dtype(names) else x
+    return x if left(names) else _spread(x, _spec(names, x.shape, partition, sizes, over_data=False),
+                                         _spec(names, x.shape, partition, sizes, over_data=True))
 
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def gathered_block(params: Any) -> Any:
-  """Returns the parameters of one block as `gathered` does."""
+def at_rest(tree: Any, partition: Partition) -> Any:
+  """Spreads parameters, or a PyTree that contains them such as an optimizer state, over all devices."""
   if _on_one_device():
-    return params
+    return tree
   sizes = _sizes()
-  return jax.tree_util.tree_map_with_path(lambda path, x: _gather(x, path, sizes), params)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: jax.lax.with_sharding_constraint(
+          x, _spec(path_names(path), x.shape, partition, sizes, over_data=True)), tree)
 
 
-def at_rest(tree: Any) -> Any:
-  """Returns parameters, or a PyTree with parameters in it such as an optimizer's state, spread over all devices."""
-  return _placed(tree, over_data=True)
+def path_names(path: Sequence[Any]) -> tuple[str, ...]:
+  """Returns the names along a `jax.tree_util` path: dict keys, record fields and list indices."""
+  return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
-def own_tokens_mean(fn: Callable, spread: Any, shared: Any, mask: chex.Array) -> Any:
-  """Returns `fn(spread, shared)`, means over tokens, computed by each device from its own episodes.
+def own_tokens_mean(fn: Callable, spread: Any, shared: Any, counts: chex.Array) -> Any:
+  """Computes `fn(spread, shared)`, means over episodes, with `shard_map`: each device handles its own episodes.
 
-  For functions that the compiler cannot take apart, such as kernels and loops over tokens.
+  Use it for functions that the compiler cannot partition, such as kernels and loops over tokens.
 
   Args:
-    fn: -> PyTree of float32 means over the tokens where the mask is true.
-    spread: arrays `[B, ...]`.
+    fn: (spread, shared) -> PyTree of float32 means over the episodes.
+    spread: arrays `[B, ...]`, spread over devices by episode.
     shared: arrays that every device needs whole; gradients flow into them.
-    mask: bool `[B, T]`.
+    counts: float32 `[B]` what each episode counts in these means, such as its number of tokens.
   """
   if _on_one_device():
     return fn(spread, shared)
-  axes = _token_axes(mask.shape[0])
+  axes = _token_axes(counts.shape[0])
 
-  def local(spread, shared, mask):
-    num_tokens = jnp.sum(mask, dtype=jnp.float32)
-    share = num_tokens / jnp.maximum(jax.lax.psum(num_tokens, axes), 1.0)
+  def local(spread, shared, counts):
+    count = jnp.sum(counts)
+    share = count / jnp.maximum(jax.lax.psum(count, axes), 1.0)
     return jax.tree.map(lambda x: jax.lax.psum(share * x, axes), fn(spread, shared))
 
   own, whole = PartitionSpec(axes), PartitionSpec()
-  return jax.shard_map(local, in_specs=(own, whole, own), out_specs=whole)(spread, shared, mask)
+  return jax.shard_map(local, in_specs=(own, whole, own), out_specs=whole)(spread, shared, counts)
 
 
 def own_tokens(fn: Callable, spread: Any, shared: Any) -> Any:
-  """Returns `fn(spread, shared)`, arrays `[B, ...]`, computed by each device from its own episodes; see
-  `own_tokens_mean`."""
+  """Like `own_tokens_mean`, for a function that returns arrays `[B, ...]`."""
   if _on_one_device():
     return fn(spread, shared)
   own = PartitionSpec(_token_axes(jax.tree.leaves(spread)[0].shape[0]))
   return jax.shard_map(fn, in_specs=(own, PartitionSpec()), out_specs=own)(spread, shared)
 
 
-# Places outside of programs.
+# Shardings of concrete arrays.
 
 
-def shardings(tree: Any, mesh: Mesh, members: bool = False) -> Any:
-  """Returns where the arrays of a PyTree with parameters in it lie at rest.
+def shardings(tree: Any, mesh: Mesh, partition: Partition, members: bool = False) -> Any:
+  """Returns the sharding at rest of each array of a PyTree that contains parameters.
 
   Args:
     tree: arrays or their shapes.
     mesh: the mesh.
+    partition: the model's `Partition`.
     members: whether each array has a leading axis of members, which is spread over `member`.
 
   Returns:
@@ -214,15 +234,16 @@ def shardings(tree: Any, mesh: Mesh, members: bool = False) -> Any:
   first = ('member',) if members else ()
 
   def of(path, x):
-    return NamedSharding(mesh, _normal((*first, *_spec(path, x.shape[len(first):], sizes, over_data=True)), sizes))
+    own = _spec(path_names(path), x.shape[len(first):], partition, sizes, over_data=True)
+    return NamedSharding(mesh, _normal((*first, *own), sizes))
 
   return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def put(tree: Any, places: Any) -> Any:
-  """Returns arrays where `places` says, one sharding or a PyTree of them; those of one host are the same on all.
+  """Moves arrays to `places`, one sharding or a PyTree of shardings; host arrays must be equal on all hosts.
 
-  `jax.device_put` does the same on one host; on several it refuses typed keys, and arrays that once had a place.
+  Like `jax.device_put`, which on several hosts refuses typed keys and arrays that already have a sharding.
   """
   places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places
 
@@ -238,26 +259,35 @@ def put(tree: Any, places: Any) -> Any:
   return jax.tree.map(one, tree, places)
 
 
-def place(tree: Any, mesh: Mesh | None) -> Any:
-  """Returns parameters of this host, the same on all hosts, spread over a mesh as `shardings` says; on the default
-  device if there is none."""
-  return jax.device_put(tree) if mesh is None else put(tree, shardings(tree, mesh))
+def place(tree: Any, mesh: Mesh | None, partition: Partition) -> Any:
+  """Places host parameters on a mesh by `shardings`, or on the default device without a mesh.
+
+  The parameters must be equal on all hosts.
+  """
+  return jax.device_put(tree) if mesh is None else put(tree, shardings(tree, mesh, partition))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
-  """Returns arrays of this host, the same on all hosts, as arrays that every device of the mesh holds all of; the same
-  arrays if there is no mesh."""
+  """Replicates host arrays on every device of a mesh; returns them unchanged without a mesh.
+
+  The arrays must be equal on all hosts.
+  """
   return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def bound(tree: Any) -> Any:
-  """Binds arrays to the devices on which they lie: a fresh array is free to move, and jit compiles once for free and
-  once for bound arguments. Arrays of a program that is being traced stay as they are."""
+  """Commits arrays to their current devices; leaves tracers unchanged.
+
+  jit compiles once for uncommitted arguments, such as fresh arrays, and once more for committed ones.
+  """
   return jax.tree.map(lambda x: x if isinstance(x, jax.core.Tracer) else jax.device_put(x, x.sharding), tree)
 
 
 def shapes(tree: Any, places: Any) -> Any:
-  """Returns shapes that lie somewhere, to compile for: `places` is one sharding, or a PyTree of them."""
+  """Returns the `ShapeDtypeStruct` of each array with its sharding, for compilation ahead of time.
+
+  `places` is one sharding or a PyTree of shardings.
+  """
   places = jax.tree.map(lambda _: places, tree) if isinstance(places, jax.sharding.Sharding) else places
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
 
@@ -267,12 +297,12 @@ def _sizes() -> dict[str, int]:
 
 
 def _on_one_device() -> bool:
-  """Returns whether there is no mesh in the context, or nothing to spread a model and its episodes over."""
+  """Returns whether the context has no mesh, or a mesh with one device along `data` and `model`."""
   return axis_size('data') == axis_size('model') == 1
 
 
 def _token_axes(num_episodes):
-  """Returns the axes of the mesh over which so many episodes can be spread, `data` before `model`."""
+  """Returns the mesh axes over which episodes are spread: `data`, then `model`, as far as their product divides B."""
   axes: tuple[str, ...] = ()
   for axis in ('data', 'model'):
     if axis_size(axis) > 1 and num_episodes % math.prod(map(axis_size, (*axes, axis))) == 0:
@@ -280,21 +310,9 @@ def _token_axes(num_episodes):
   return axes
 
 
-def _placed(tree, over_data):
-  if _on_one_device():
-    return tree
-  sizes = _sizes()
-  return jax.tree_util.tree_map_with_path(
-      lambda path, x: jax.lax.with_sharding_constraint(x, _spec(path, x.shape, sizes, over_data)), tree)
-
-
-def _gather(x, path, sizes):
-  return _spread(x, _spec(path, x.shape, sizes, over_data=False), _spec(path, x.shape, sizes, over_data=True))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _spread(x, spec, of_gradient):
-  """Returns `x` spread in one way, its gradient in another."""
+  """Constrains `x` to the sharding `spec` and its gradient to `of_gradient`."""
   del of_gradient
   return jax.lax.with_sharding_constraint(x, spec)
 
@@ -303,31 +321,30 @@ _spread.defvjp(lambda x, spec, of_gradient: (jax.lax.with_sharding_constraint(x,
                lambda spec, of_gradient, _, grad: (jax.lax.with_sharding_constraint(grad, of_gradient),))
 
 
-def _spec(path, shape, sizes, over_data) -> PartitionSpec:
-  """Returns the spread of one parameter: an axis over `model` by its name, the largest that is left over `data`, or
-  over both where the name says nothing."""
-  names = _names(path)
-  if names[:1] == ('h',):
-    return PartitionSpec(None, *_spec(path[1:], shape[1:], sizes, over_data))
-  axes: list[Any] = [None] * len(shape)
-  at = _MODEL_AXIS.get(names[-3:])
-  if at is not None and shape[at] % sizes['model'] == 0:
-    axes[at] = 'model'
+def _spec(names, shape, partition, sizes, over_data) -> PartitionSpec:
+  """Returns the sharding of one parameter.
+
+  The partition names the axis that is spread over `model`. With `over_data`, the largest axis that is left and divides
+  evenly is spread over `data`, or over both mesh axes if no axis is spread over `model`. An axis marked `whole` is
+  never spread.
+  """
+  wanted = tuple(partition(names, shape))
+  axes: list[Any] = ['model' if axis == 'model' and size % sizes['model'] == 0 else None
+                     for axis, size in zip(wanted, shape, strict=True)]
   over = ('data',) if 'model' in axes else ('data', 'model')
-  for axis in sorted((i for i in range(len(shape)) if axes[i] is None), key=lambda i: -shape[i]):
+  free = (i for i in range(len(shape)) if axes[i] is None and wanted[i] != 'whole')
+  for axis in sorted(free, key=lambda i: -shape[i]):
     if over_data and shape[axis] % math.prod(sizes[name] for name in over) == 0:
       axes[axis] = over
       break
   return _normal(axes, sizes)
 
 
-def _names(path) -> tuple[str, ...]:
-  return tuple(str(getattr(entry, 'key', '')) for entry in path)
-
-
 def _normal(axes, sizes) -> PartitionSpec:
-  """Returns a spread as a compiled program names it, without axes of size 1, so that its results are taken for arrays
-  placed like its arguments."""
+  """Returns the canonical form of a sharding: without mesh axes of size 1, as compiled programs report it.
+
+  In this form the shardings of a program's arguments and results compare equal.
+  """
   kept = []
   for axis in axes:
     names = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if sizes.get(name, 1) > 1)

@@ -1,8 +1,8 @@
-"""Experiment binaries; run them from the repository's root, for example `python -m experiments.finetune`."""
+"""Experiment binaries, run from the repository's root: for example, `python -m experiments.finetune`."""
 
 import sys
 
-if sys.argv[0] == '-m':  # a binary is about to be imported, which takes seconds; as a library nothing is watched
-  from critkl_jax import interruption
+if sys.argv[0] == '-m':  # a binary, whose imports take seconds; a library must not change signal handlers
+  from critkl_jax.runtime import interruption
 
   interruption.watch_process()

@@ -1,4 +1,4 @@
-"""Starts a program of this folder by its name: `critkl finetune --preset=smoke` once the package is installed.
+"""Starts a program of this folder by its name: `critkl finetune --preset=smoke` if the package is installed.
 
 In a checkout `python -m experiments finetune --preset=smoke` does the same.
 """
@@ -12,10 +12,10 @@ import textwrap
 
 
 def main() -> None:
-  """Runs the program that the first argument names, with the other arguments; exits with status 2 if there is none."""
+  """Runs the program that the first argument names, with the other arguments; exits with status 2 if it is unknown."""
   name, found = (sys.argv[1:] or ['--help'])[0], programs()
   if name in found:
-    from critkl_jax import interruption  # which the list of programs does without
+    from critkl_jax.runtime import interruption  # here, so that the list of programs is printed at once
 
     interruption.watch_process()  # before the imports of the program, which take seconds
     del sys.argv[1]
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def programs() -> dict[str, str]:
-  """Returns the names of the programs and the first sentence of what each says of itself; none is imported."""
+  """Returns each program's name and the first sentence of its docstring, without importing it."""
   found = {}
   for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
     source = path.read_text()

@@ -1,33 +1,33 @@
 """Records the settings and files of an analysis in its workdir, so that files of two analyses are never mixed.
 
-`analysis.json` holds `settings` and the names of the `files` beside it.
+`analysis.json` holds the `settings` and the names of the `files` of the analysis.
 """
 
 import pathlib
 from typing import Any
 
-from critkl_jax import storage
+from critkl_jax.runtime import storage
 
 RECORD = 'analysis.json'
 
 
 def check_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str], overwrite: bool) -> bool:
-  """Returns whether the workdir holds an analysis that will be replaced; changes nothing.
+  """Checks that an analysis may be written, and returns whether it will replace an existing one; writes nothing.
 
   Args:
-    workdir: where an analysis is to be written; need not exist.
-    settings: its settings, as JSON has them.
-    files: names of the files that it will write.
+    workdir: directory of the analysis; it need not exist.
+    settings: settings of the analysis, in JSON types.
+    files: names of the files that the analysis will write.
     overwrite: whether an analysis with other settings may be replaced.
 
   Raises:
-    ValueError: if the workdir holds an analysis with other settings and `overwrite` is false, or a file of anything
-      else that would be overwritten.
+    ValueError: if the workdir holds an analysis with other settings and `overwrite` is false, or a file that no
+      analysis wrote and that would be overwritten.
   """
   earlier_settings, earlier_files = _read(workdir)
   foreign = [name for name in files if name not in earlier_files and (workdir / name).exists()]
   if foreign:
-    raise ValueError(f'{workdir / foreign[0]} exists and is not of an analysis; give another --workdir.')
+    raise ValueError(f'{workdir / foreign[0]} exists and was not written by an analysis; give another --workdir.')
   different = [name for name, value in settings.items() if earlier_settings.get(name) != value]
   if earlier_files and different and not overwrite:
     raise ValueError(f'{workdir} holds another analysis ({", ".join(different)} differ); give another --workdir, or '
@@ -36,14 +36,13 @@ def check_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[s
 
 
 def claim_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
-  """Records an analysis before its files are written, and deletes nothing; arguments as in `check_workdir`."""
+  """Records an analysis before its files are written; takes the arguments of `check_workdir` and deletes nothing."""
   workdir.mkdir(parents=True, exist_ok=True)
   storage.write_json(workdir / RECORD, {'settings': settings, 'files': list(dict.fromkeys(files + _read(workdir)[1]))})
 
 
 def finish_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[str]) -> None:
-  """Deletes what an earlier analysis left beside the files of this one, now that these are written; arguments as in
-  `check_workdir`."""
+  """Deletes leftover files of an earlier analysis after those of the new one are written; see `check_workdir`."""
   names = {pathlib.Path(name).name for name in _read(workdir)[1]} - set(files)
   for name in names:
     (workdir / name).unlink(missing_ok=True)
@@ -51,7 +50,7 @@ def finish_workdir(workdir: pathlib.Path, settings: dict[str, Any], files: list[
 
 
 def _read(workdir):
-  """Returns settings and files of the analysis in a workdir; empty ones if there is none."""
+  """Returns the settings and files of the analysis in a workdir; both are empty if there is none."""
   path = workdir / RECORD
   if not path.exists():
     return {}, []

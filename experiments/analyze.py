@@ -1,9 +1,10 @@
-"""Looks inside checkpoints: what policy and reference say at each token, and what happened at the critical ones.
+"""Analyses checkpoints token by token: policy, reference, KL penalty and critical tokens.
 
     python -m experiments.analyze --workdir=runs/analysis --checkpoints=runs/finetune
+    python -m experiments.analyze --workdir=runs/qwen --model=Qwen3-0.6B --task=questions --prompts=test.jsonl
 
-Writes tokens.csv, summary.json, pictures, and report.html, a page that any browser opens. analysis.json records the
-settings and the names of the files: the same command replaces them, another analysis needs another workdir.
+Writes tokens.csv, summary.json, pictures, and report.html, a page for any browser. analysis.json records the settings
+and the names of the files: the same command replaces them, another analysis needs another workdir.
 """
 
 import csv
@@ -16,86 +17,102 @@ import jax
 import numpy as np
 from absl import flags
 
-from critkl_jax import checkpoint, critical_tokens, hosts, storage
+from critkl_jax.analysis import detectors as detectors_lib
 from critkl_jax.analysis import reading
 from critkl_jax.analysis.page import Run, write_page
 from critkl_jax.analysis.summary import summarize
-from critkl_jax.checkpoint import Checkpoint
-from critkl_jax.config import MOST_PROBLEMS, LossConfig
-from critkl_jax.tasks.addition import TOKENIZER, check_vocabulary
+from critkl_jax.config import differences
+from critkl_jax.rl.certainties import CERTAINTIES
+from critkl_jax.runtime import checkpoint, hosts, storage
+from critkl_jax.runtime.checkpoint import Checkpoint
+from critkl_jax.tasks.addition import Addition
+from critkl_jax.tasks.known_tasks import to_json_object
+from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets, sizes_of_sets
+from critkl_jax.tasks.task import check_vocabulary
+from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
-from .flags import run
+from .flags import define_imported, read_imported, run
+from .reference import check_length, imported, load_imported, refuse_text
 from .tables import summary_tables, text_of
 from .workdirs import claim
 
-WORKDIR = flags.DEFINE_string('workdir', 'runs/analysis', 'Directory that takes what is found.')
+WORKDIR = flags.DEFINE_string('workdir', 'runs/analysis', 'Directory of the results.')
 CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE)],
                                 'Workdirs, checkpoint directories or step directories.')
-REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each one's own if not given.")
+REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each run's own if not given.")
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits.', 1,
-                                MOST_PROBLEMS)
-RESPONSES = flags.DEFINE_enum('responses', 'greedy', list(reading.RESPONSES), 'Whose tokens are read.')
+PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits, or questions of each '
+                                'set.', 1, MOST_PROBLEMS)
+RESPONSES = flags.DEFINE_enum('responses', 'greedy', list(reading.RESPONSES), 'Responses to analyse.')
 THRESHOLD = flags.DEFINE_float(
-    'threshold', critical_tokens.THRESHOLD, 'Certainty below which a token is critical.', 0.0, 1.0)
-QUANTILE = flags.DEFINE_float('quantile', critical_tokens.QUANTILE, 'Share of a response that is critical.', 0.0, 1.0)
+    'threshold', detectors_lib.THRESHOLD, 'Certainty below which a token is critical.', 0.0, 1.0)
+QUANTILE = flags.DEFINE_float('quantile', detectors_lib.QUANTILE, 'Share of a response that is critical.', 0.0, 1.0)
 COUNTERFACTUAL = flags.DEFINE_integer(
-    'counterfactual', 0, 'Tokens of each response that are replaced to see what comes of it, beside the critical ones; '
-    'takes long.', lower_bound=0)
-SAMPLES = flags.DEFINE_integer('samples', critical_tokens.SAMPLES, 'Responses sampled after each replaced token.',
+    'counterfactual', 0, 'Tokens of each response, besides the critical ones, that are replaced to measure their '
+    'effect on the reward; takes long.', lower_bound=0)
+SAMPLES = flags.DEFINE_integer('samples', detectors_lib.SAMPLES, 'Responses sampled after each replaced token.',
                                lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Checkpoints of a directory that are read, at most; 0 for none.',
+STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Most checkpoints of a run to read over training; 0 for none.',
                              lower_bound=0)
 SEED = parsing.define_seed()
 OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
-COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in reading.CERTAINTIES),
+define_imported()
+COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
 
-def check() -> tuple[storage.Path, dict[str, str], dict[str, tuple[Checkpoint, Checkpoint]], list[int]]:
-  """Returns the workdir, the checkpoints by name, found without their parameters, and the numbers of digits, or exits
-  with one line."""
-  names, given = names_of(parsing.read_names(CHECKPOINTS)), parsing.read_digits(DIGITS)
+Pairs = dict[str, tuple[Checkpoint, Checkpoint]]  # name -> policy and reference
+
+
+def check() -> tuple[storage.Path, dict[str, str], Pairs, list[Any], TextFinetuning | None]:
+  """Checks the flags and returns the arguments of `main`, or exits with one line; reads no parameters."""
+  given, text = parsing.read_digits(DIGITS), read_imported()
   if REFERENCE.value == '':
     refuse('--reference: expected a path, got an empty one.')
+  for name in ('checkpoints', 'reference'):
+    if text and flags.FLAGS[name].present:
+      refuse(f'--{name}: give this or --model, not both: a model directory is analysed as its own reference.')
+  names = short_names([text.model] if text else parsing.read_names(CHECKPOINTS))
   workdir = paths.read_workdir('workdir', WORKDIR.value)
-  found = {name: reading.load_pair(path, REFERENCE.value, checkpoint.find_checkpoint) for name, path in names.items()}
-  digits = digits_of(found, given)
-  check_record(workdir, names, found, digits)
-  return workdir, names, found, digits
+  found = {name: (imported(text),) * 2 if text else
+           reading.load_pair(path, REFERENCE.value, checkpoint.find_checkpoint) for name, path in names.items()}
+  sets = check_sets(found, given)
+  check_record(workdir, names, found, sets)
+  return workdir, names, found, sets, text
 
 
-def check_record(workdir: storage.Path, names: dict[str, str], pairs: dict[str, tuple[Checkpoint, Checkpoint]],
-                 digits: list[int]) -> bool:
-  """Returns whether the workdir holds an analysis that will be replaced; exits with one line if it holds another."""
+def check_record(workdir: storage.Path, names: dict[str, str], pairs: Pairs, sets: list[Any]) -> bool:
+  """Returns whether the workdir's analysis will be replaced; exits with one line if it may not be."""
   try:
-    return check_workdir(workdir, settings_of(names, digits), files_of(pairs), OVERWRITE.value)
+    return check_workdir(workdir, settings_of(names, pairs, sets), files_of(pairs), OVERWRITE.value)
   except ValueError as error:
     refuse(f'--workdir: {error}')
 
 
-def main(workdir: storage.Path, names: dict[str, str], found: dict[str, tuple[Checkpoint, Checkpoint]],
-         digits: list[int]) -> None:
+def main(workdir: storage.Path, names: dict[str, str], found: Pairs, sets: list[Any], text: TextFinetuning | None
+         ) -> None:
   """Reads every checkpoint, and writes tables, pictures and the page."""
   start = time.monotonic()
   claim(workdir, 'analyze')
-  hosts.say(f'Loading {_several(len(names), "checkpoint")} and the reference of each')
-  pairs = {name: reading.load_pair(*(one.path for one in pair)) for name, pair in found.items()}
-  settings = settings_of(names, digits)
-  if check_record(workdir, names, pairs, digits):
+  hosts.say(f'Loading {_counted(len(names), "checkpoint")} and the reference of each')
+  pairs = {name: (load_imported(text),) * 2 if text else reading.load_pair(*(one.path for one in pair))
+           for name, pair in found.items()}
+  settings = settings_of(names, pairs, sets)
+  if check_record(workdir, names, pairs, sets):
     hosts.say(f'The analysis that {workdir} holds will be replaced')
-  read = {name: read_one(name, *pair, digits) for name, pair in pairs.items()}
-  steps = {name: read_steps(name, *pair, digits) for name, pair in pairs.items()}
+  read = {name: read_one(name, *pair, sets) for name, pair in pairs.items()}
+  steps = {name: read_steps(name, *pair, sets) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
   summaries = {name: summarize(tokens) for name, tokens in read.items()}
-  tables = summary_tables(summaries)
+  unit, (task, _) = unit_of(pairs), reading.sets_of(next(iter(pairs.values()))[0], sets=sets)
+  tables = summary_tables(summaries, unit)
   claim_workdir(workdir, settings, files_of(pairs))
-  write_tokens(workdir / 'tokens.csv', read)
-  runs = [as_run(name, *pair, read[name], steps[name], workdir) for name, pair in pairs.items()]
-  write_page(workdir / 'report.html', runs, TOKENIZER.alphabet, about(pairs, digits), tables)
+  write_tokens(workdir / 'tokens.csv', read, unit or 'set')
+  runs = [draw_run(name, *pair, read[name], steps[name], workdir) for name, pair in pairs.items()]
+  write_page(workdir / 'report.html', runs, task.tokenizer, describe_analysis(pairs, sets), tables, unit)
   for name, (policy, reference) in pairs.items():
     summaries[name] |= {'path': str(policy.path), 'step': policy.step, 'reference': str(reference.path)}
   storage.write_json(workdir / 'summary.json', summaries)
@@ -105,142 +122,177 @@ def main(workdir: storage.Path, names: dict[str, str], found: dict[str, tuple[Ch
         f'\n{workdir / "report.html"}')
 
 
-def digits_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]], given: list[int] | None) -> list[int]:
-  """Returns the numbers of digits to read, or exits with one line if the checkpoints cannot be read with them."""
-  known = {policy.info.known_digits for policy, _ in pairs.values()}
+def unit_of(pairs: Pairs) -> str:
+  """Returns the word after the names of problem sets; may be empty."""
+  return 'digits' if isinstance(_settings(pairs), Addition) else ''
+
+
+def _settings(pairs: Pairs) -> Any:
+  """Returns the settings of the task, which all checkpoints share."""
+  return next(policy.info.task for policy, _ in pairs.values())
+
+
+def check_sets(pairs: Pairs, given: list[int] | None) -> list[Any]:
+  """Returns the problem sets to analyse, or exits with one line if a checkpoint does not support them."""
+  if not isinstance(_settings(pairs), Questions):
+    return check_digits(pairs, given)
+  if given:
+    refuse("--digits: has no effect on the task 'questions'; leave it out.")
+  if RESPONSES.value == 'solution':
+    refuse("--responses: 'solution' needs one right response, and 'questions' accept several ways to write an answer.")
+  for policy, _ in pairs.values():
+    if policy.info.task != _settings(pairs):
+      refuse('--checkpoints: their tasks or their settings differ; analyse those of one task at a time.')
+  with refuse_text():
+    (task, _), found = question_sets(_settings(pairs)), list(sizes_of_sets(_settings(pairs)))
+  check_length(task, next(iter(pairs.values()))[0].info.model)
+  return found
+
+
+def check_digits(pairs: Pairs, given: list[int] | None) -> list[int]:
+  """Returns the numbers of digits to analyse, or exits with one line if a checkpoint does not support them."""
+  known = {checkpoint.settings_of(policy, Addition).known_digits for policy, _ in pairs.values()}
   if len(known) > 1:
     refuse(f'--checkpoints: pre-trained on {sorted(known)} digits; analyse those of one number at a '
                      'time.')
   digits = given or [*known, *(n + 1 for n in known)]
   for policy, _ in pairs.values():
-    task, context = reading.task_of(policy, digits), policy.info.model.context_length
+    (task, _), context = reading.sets_of(policy, sets=digits), policy.info.model.context_length
     if task.prompt_length + task.response_length > context:
       refuse(f'--digits: problems of {max(digits)} digits take {task.prompt_length + task.response_length} tokens, and '
              f'{policy.path} has a context of {context}.')
     try:
-      check_vocabulary(policy.info.model.vocab_size)
+      check_vocabulary(task, policy.info.model.vocab_size)
     except ValueError as error:
       refuse(f'--checkpoints: {policy.path}: {error}')
   return digits
 
 
-def names_of(paths: list[str]) -> dict[str, str]:
-  """Returns a short name for each path: what it does not share with the others, or its last part."""
+def short_names(paths: list[str]) -> dict[str, str]:
+  """Returns a short name for each path: its part after the common prefix, or its last part."""
   if not paths or len(set(paths)) < len(paths):
     refuse(f'--checkpoints: expected one or more, none of them twice, got {paths}.')
   parts = [storage.resolve(path).parts for path in paths]
   shared = 0 if len(paths) == 1 else next(
-      (i for i, some in enumerate(zip(*parts)) if len(set(some)) > 1), min(map(len, parts)))
+      (i for i, level in enumerate(zip(*parts)) if len(set(level)) > 1), min(map(len, parts)))
   names = ['/'.join(own[shared:] if shared and own[shared:] else own[-1:]) for own in parts]
   return dict(zip(names if len(set(names)) == len(names) else paths, paths))
 
 
-def settings_of(names: dict[str, str], digits: list[int]) -> dict[str, Any]:
-  """Returns all that decides what an analysis finds, as JSON has it."""
+def settings_of(names: dict[str, str], pairs: Pairs, sets: list[Any]) -> dict[str, Any]:
+  """Returns the settings that determine the results of an analysis, in JSON types."""
+  task = _settings(pairs)
+  own_task = {'digits': sets} if isinstance(task, Addition) else {'task': to_json_object(task)}
   own = (PROBLEMS, RESPONSES, THRESHOLD, QUANTILE, COUNTERFACTUAL, SAMPLES, STEPS, SEED)
   return {'checkpoints': {name: _absolute(path) for name, path in names.items()},
-          'reference': REFERENCE.value and _absolute(REFERENCE.value), 'digits': digits,
+          'reference': REFERENCE.value and _absolute(REFERENCE.value), **own_task,
           **{flag.name: flag.value for flag in own}}
 
 
-def files_of(pairs: dict[str, tuple[Checkpoint, Checkpoint]]) -> list[str]:
-  """Returns the names of all files that an analysis writes beside its record."""
-  pictures = [picture_of(name, kind) for name, (policy, _) in pairs.items()
+def files_of(pairs: Pairs) -> list[str]:
+  """Returns the names of all files that an analysis writes, without its record."""
+  pictures = [picture_name(name, kind) for name, (policy, _) in pairs.items()
               for kind in ('certainty', 'positions', *(['steps'] if has_steps(policy) else []))]
   return ['report.html', 'tokens.csv', 'summary.json', *pictures]
 
 
-def picture_of(name: str, kind: str) -> str:
+def picture_name(name: str, kind: str) -> str:
   return f'{quote(name, safe="=")}-{kind}.png'
 
 
 def has_steps(policy: Checkpoint) -> bool:
-  """Returns whether several steps of the directory that a checkpoint lies in are to be read."""
-  return STEPS.value > 0 and len(checkpoint.steps_in(policy.path.parent)) > 1
+  """Returns whether the run of a checkpoint has several steps to analyse over training."""
+  return STEPS.value > 0 and policy.info.kind != 'import' and len(checkpoint.steps_in(policy.path.parent)) > 1
 
 
-def read_one(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[int]) -> dict[str, np.ndarray]:
-  """Reads the tokens of one checkpoint."""
-  hosts.say(f'Reading {len(digits) * PROBLEMS.value} responses of {name} (30 to 60 s on a CPU, compilation included)')
-  task, loss = reading.task_of(policy, digits), reading.loss_of(policy)
+def read_one(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any]) -> dict[str, np.ndarray]:
+  """Analyses the tokens of one checkpoint."""
+  hosts.say(f'Reading up to {len(sets) * PROBLEMS.value} responses of {name} (30 to 60 s on a CPU, with compilation)')
+  (task, _), loss = reading.sets_of(policy, sets=sets), reading.loss_of(policy)
   detectors = reading.standard_detectors(task, loss, THRESHOLD.value, QUANTILE.value)
   if COUNTERFACTUAL.value:
     hosts.say(f'Replacing {COUNTERFACTUAL.value} tokens and the critical ones of each response, with {SAMPLES.value} '
               'samples each (minutes)')
-    detectors['counterfactual'] = critical_tokens.counterfactual(
+    detectors['counterfactual'] = detectors_lib.counterfactual(
         reading.model_of(policy), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
-        num_positions=COUNTERFACTUAL.value, always=critical_tokens.oracle(task), temperature=loss.temperature,
+        num_positions=COUNTERFACTUAL.value, always=detectors.get('oracle'), temperature=loss.temperature,
         progress=True)
-  return reading.read_tokens(policy, reference, digits=digits, num_problems=PROBLEMS.value, responses=RESPONSES.value,
+  return reading.read_tokens(policy, reference, sets=sets, num_problems=PROBLEMS.value, responses=RESPONSES.value,
                              detectors=detectors, seed=SEED.value, progress=True)
 
 
-def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, digits: list[int]) -> dict[str, Any] | None:
-  """Reads the steps of the directory that a checkpoint lies in, if there are several."""
+def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any]) -> dict[str, Any] | None:
+  """Analyses the steps of a checkpoint's run over training; returns None if there are not several."""
   if not has_steps(policy):
     return None
   number = min(STEPS.value, len(checkpoint.steps_in(policy.path.parent)))
-  hosts.say(f'Reading {_several(number, "checkpoint")} of {name} over training (20 s to compile on a CPU, then 5 to '
+  hosts.say(f'Reading {_counted(number, "checkpoint")} of {name} over training (20 s to compile on a CPU, then 5 to '
             '10 s each)')
+  least_and_most = [min(sets), max(sets)] if isinstance(policy.info.task, Addition) else sets
   return reading.read_steps(policy.path.parent, reference.path, most=STEPS.value, num_problems=PROBLEMS.value,
-                            digits=[min(digits), max(digits)], seed=SEED.value, progress=True)
+                            sets=least_and_most, seed=SEED.value, progress=True)
 
 
-def as_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: storage.Path) -> Run:
-  """Draws the pictures of one checkpoint, and returns what the page shows of it."""
-  from critkl_jax.analysis import charts  # draws, for which no wrong flag should wait
+def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: storage.Path) -> Run:
+  """Draws the pictures of one checkpoint, and returns its section of the page."""
+  from critkl_jax.analysis import charts  # slow import, not needed to check flags
 
-  pictures = {'certainty of the reference': workdir / picture_of(name, 'certainty'),
-              'along the response': workdir / picture_of(name, 'positions')}
+  pictures = {'certainty of the reference': workdir / picture_name(name, 'certainty'),
+              'along the response': workdir / picture_name(name, 'positions')}
   charts.plot_certainty(tokens, pictures['certainty of the reference'], name)
   charts.plot_positions(tokens, pictures['along the response'], name)
   if steps:
-    charts.plot_steps(steps, workdir / picture_of(name, 'steps'), name)
+    charts.plot_steps(steps, workdir / picture_name(name, 'steps'), name,
+                      'digits' if isinstance(policy.info.task, Addition) else '')
   own = policy.path == reference.path
-  origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_of(reference)}, step {reference.step}"}. '
-            f'{training_of(policy)}')
-  penalty = '' if policy.info.kind == 'pretrain' else reading.loss_of(policy).kl
+  origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_name(reference)}, step {reference.step}"}. '
+            f'{describe_training(policy)}')
+  penalty = '' if policy.info.kind != 'finetune' else reading.loss_of(policy).kl
   return Run(name=name, origin=origin, tokens=tokens, pictures=pictures, steps=steps, penalty=penalty)
 
 
-def place_of(found: Checkpoint) -> str:
-  """Returns a short name of where a checkpoint lies: the last two directories above its step, or the shipped one."""
+def place_name(found: Checkpoint) -> str:
+  """Describes where a checkpoint lies: the last two directories above its step, or the shipped reference."""
   directory = storage.resolve(found.path).parent
   if directory == checkpoint.SHIPPED_REFERENCE.resolve():
     return 'the one that comes with the package'
   return '/'.join(directory.parts[-2:])
 
 
-def training_of(policy: Checkpoint) -> str:
-  """Returns a sentence that says how the KL penalty of a checkpoint was weighted."""
-  loss, plain = reading.loss_of(policy), LossConfig()
-  if policy.info.kind == 'pretrain':
-    return f'Pre-trained only; weights are those of the default penalty, certainty^{plain.certainty_exponent:g}.'
+def describe_training(policy: Checkpoint) -> str:
+  """Describes the KL penalty of a checkpoint's training in a sentence."""
+  training, loss, apart = policy.info.training, reading.loss_of(policy), ''
+  if policy.info.kind != 'finetune':
+    return f'Pre-trained only; weights are those of the default penalty, certainty^{loss.certainty_exponent:g}.'
   if loss.kl == 'none':
     return 'Fine-tuned without a KL penalty.'
   weight = f'certainty^{loss.certainty_exponent:g}' if loss.kl == 'prioritized' else '1 at all tokens'
   names = ('kl_estimator', 'kl_placement', 'certainty', 'certainty_intercept', 'certainty_temperature', 'kl_gate')
-  special = [f', {name}={getattr(loss, name)}' for name in names if getattr(loss, name) != getattr(plain, name)]
-  training, apart = policy.info.training, ''
+  changed = differences(training, type(training)())
+  special = [f', {name}={changed[name]}' for name in names if name in changed]
   if training.certainty_ensemble:
-    apart = (f' Weights below take the certainty of its own reference; in training it was that of the mean of '
+    apart = (f' Weights below use the certainty of its own reference; training used the certainty of the mean of '
              f'{1 + len(training.ensemble_paths)} references.')
-  elif loss.kl_gate != 'none':
+  elif training.kl_gate != 'none':
     apart = ' Weights below leave the gate out.'
   return (f'Fine-tuned with the {loss.kl} KL penalty: weight {weight}, coefficient {loss.kl_coefficient:g}'
           f'{"".join(special)}.{apart}')
 
 
-def about(pairs: dict[str, tuple[Checkpoint, Checkpoint]], digits: list[int]) -> str:
-  """Returns the sentences below the definitions of the page."""
+def describe_analysis(pairs: Pairs, sets: list[Any]) -> str:
+  """Describes the task, the responses and the detectors, for the page."""
   whose = {'greedy': 'the answers that the policy gives when it takes the most probable token each time',
            'sampled': 'answers of the policy, sampled as in training',
            'solution': 'right solutions, not answers of the policy'}[RESPONSES.value]
-  known = next(policy.info.known_digits for policy, _ in pairs.values())
-  lengths = ' or '.join(map(str, digits))
-  return (f'The task: add two numbers and write the steps down, one character a token; pre-training showed numbers of '
-          f'up to {known} digits. Below: {whose}, to {PROBLEMS.value} problems each whose longer number has {lengths} '
-          f'digits. Two detectors know the certainty only: threshold takes the tokens below {THRESHOLD.value:g}, '
+  settings = _settings(pairs)
+  if isinstance(settings, Addition):
+    task = ('The task: add two numbers and write the steps down, one character a token; pre-training showed numbers of '
+            f'up to {settings.known_digits} digits. Below: {whose}, to {PROBLEMS.value} problems each whose longer '
+            f'number has {" or ".join(map(str, sets))} digits.')
+  else:
+    task = (f'The task: answer the questions of {settings.prompts}. Which tokens are critical is not known. Below: '
+            f'{whose}, to up to {PROBLEMS.value} questions of each set ({", ".join(sets)}).')
+  return (f'{task} Two detectors know the certainty only: threshold takes the tokens below {THRESHOLD.value:g}, '
           f'quantile the lowest {100 * QUANTILE.value:g}% of a response.')
 
 
@@ -248,28 +300,32 @@ def _absolute(path: str) -> str:
   return str(storage.resolve(path))
 
 
-def _several(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
   return f'{number} {noun}{"s" * (number != 1)}'
 
 
-def write_tokens(path: storage.Path, read: dict[str, dict[str, np.ndarray]]) -> None:
-  """Writes a row for each token."""
-  detectors = [name for name in next(iter(read.values())) if name.startswith(('critical/', 'score/'))]
+def write_tokens(path: storage.Path, read: dict[str, dict[str, np.ndarray]], unit: str) -> None:
+  """Writes a CSV file with a row for each token; `unit` heads the column of problem sets."""
+  first = next(iter(read.values()))
+  detectors = [name for name in first if name.startswith(('critical/', 'score/'))]
+  columns = [name for name in COLUMNS if name in first]  # without a right solution there is no right token
   with io.StringIO() as file:
     writer = csv.writer(file, lineterminator='\n')
-    writer.writerow(['checkpoint', 'response', 'problem', 'digits', 'reward', 'position', 'text', 'token', 'right',
-                     *COLUMNS, *detectors])
+    writer.writerow(['checkpoint', 'response', 'problem', unit, 'reward', 'position', 'text', 'token', 'right',
+                     *columns, *detectors])
     for name, tokens in read.items():
       rows, positions = np.nonzero(tokens['mask'])
-      right = np.where(tokens['on_path'], np.where(tokens['right'], 'right', 'wrong'), 'after error')[rows, positions]
-      numbers = [np.char.mod('%.6g', tokens[column][rows, positions].astype(float)) for column in COLUMNS]
-      for column in detectors:  # empty where the detector did not look
+      right = (np.where(tokens['on_path'], np.where(tokens['right'], 'right', 'wrong'), 'after error')[rows, positions]
+               if 'on_path' in tokens else [''] * len(rows))
+      numbers = [np.char.mod('%.6g', tokens[column][rows, positions].astype(float)) for column in columns]
+      for column in detectors:  # empty for tokens that the detector did not examine
         seen = tokens[f'looked_at/{column.split("/")[1]}'][rows, positions] > 0
         numbers.append(np.where(seen, np.char.mod('%.6g', tokens[column][rows, positions].astype(float)), ''))
-      own = [tokens[field][rows] for field in ('problem', 'digits')]
+      own = [tokens[field][rows] for field in ('problem', 'set')]
       reward = np.where(np.isnan(tokens['reward']), '', np.char.mod('%g', tokens['reward']))[rows]
-      writer.writerows(zip([name] * len(rows), rows, *own, reward, positions,
-                           tokens['character'][rows, positions], tokens['token'][rows, positions], right, *numbers))
+      texts = [text.replace('\r', '\\r') for text in tokens['text'][rows, positions]]  # which `csv` does not quote
+      writer.writerows(zip([name] * len(rows), rows, *own, reward, positions, texts, tokens['token'][rows, positions],
+                           right, *numbers))
     storage.write_text(path, file.getvalue())
 
 

@@ -7,11 +7,13 @@ import time
 
 from absl import flags
 
-from critkl_jax import checkpoint, evaluate, hosts, storage
 from critkl_jax.analysis import reading
 from critkl_jax.analysis.comparison import compare
-from critkl_jax.checkpoint import Checkpoint
-from critkl_jax.config import MOST_PROBLEMS
+from critkl_jax.runtime import checkpoint, hosts, storage
+from critkl_jax.runtime.checkpoint import Checkpoint
+from critkl_jax.tasks.addition import Addition, task_of_digits
+from critkl_jax.tasks.task import check_vocabulary
+from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .exits import refuse
@@ -19,24 +21,24 @@ from .flags import run
 from .tables import command
 from .workdirs import claim, refuse_other_results
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'Directory that takes comparison.json and comparison.png; without it '
-                              'nothing is written.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of comparison.json and comparison.png; nothing is written if '
+                              'not given.')
 PROBLEMS = flags.DEFINE_integer('problems', 128, 'Problems of each number of digits.', 1, MOST_PROBLEMS)
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
 SEED = parsing.define_seed(text='Seed of the problems.')
-SHOWN = flags.DEFINE_integer('shown', 10, 'Flipped answers that are printed.', lower_bound=0)
+SHOWN = flags.DEFINE_integer('shown', 10, 'Number of flipped answers to print.', lower_bound=0)
 
 
 def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | None, storage.Path | None]:
-  """Returns the checkpoints, found without their parameters, the numbers of digits and the workdir, or exits with one
-  line."""
+  """Checks the flags and returns the arguments of `main`, or exits with one line; reads no parameters."""
   digits = parsing.read_digits(DIGITS)
   workdir = None if WORKDIR.value is None else paths.read_workdir('workdir', WORKDIR.value)
   two, one = reading.load_pair(second, first, checkpoint.find_checkpoint)
-  known = one.info.known_digits
+  known = checkpoint.settings_of(one, Addition).known_digits
   try:
     for found in (one, two):
-      evaluate.task_of(found.info.model, known, max(digits or [known + 1]))
+      task = task_of_digits(found.info.task, max(digits or [known + 1]), found.info.model.context_length)
+      check_vocabulary(task, found.info.model.vocab_size)
   except ValueError as error:
     refuse(f'--{error}' if 'digits' in str(error) else f'{found.path}: {error}')
   if workdir:
@@ -45,7 +47,7 @@ def check(first: str, second: str) -> tuple[Checkpoint, Checkpoint, list[int] | 
 
 
 def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdir: storage.Path | None) -> None:
-  """Prints the comparison and writes it where asked."""
+  """Prints the comparison, and writes it into the workdir if there is one."""
   start = time.monotonic()
   if workdir:
     claim(workdir, 'compare_checkpoints')
@@ -65,13 +67,13 @@ def main(first: Checkpoint, second: Checkpoint, digits: list[int] | None, workdi
 
 
 def origin(one: Checkpoint, two: Checkpoint) -> dict[str, str | int]:
-  """Describes the comparison and its problems."""
+  """Returns the settings of the comparison, as its JSON file holds them."""
   return {'first': str(one.path), 'second': str(two.path), 'problems': PROBLEMS.value, 'seed': SEED.value,
           'digits_asked': ','.join(DIGITS.value or [])}
 
 
 def print_drift(rows, left_out) -> None:
-  """Prints how far each layer moved, and what could not be compared."""
+  """Prints the distance that each layer moved, and the names of arrays that cannot be compared."""
   print(f'\n{"layer":<14}{"parameters":>12}{"distance":>12}{"relative":>12}')
   for row in rows:
     relative = 'was 0' if row['relative'] is None else f'{row["relative"]:.2e}'
@@ -81,7 +83,7 @@ def print_drift(rows, left_out) -> None:
 
 
 def print_answers(found) -> None:
-  """Prints accuracies, KL, and some of the answers that changed."""
+  """Prints accuracies, KL, and the first answers that changed."""
   print('\nAccuracy of greedy answers with 95% intervals over problems, the same for both; gained and lost: answers '
         f'that changed.\n{"digits":>6}{"problems":>10}{"first":>23}{"second":>23}   {"difference":<30}{"gained":>6}'
         f'{"lost":>7}')
@@ -104,7 +106,7 @@ def print_answers(found) -> None:
 
 def write(found, workdir: storage.Path) -> None:
   """Writes comparison.json and comparison.png."""
-  from critkl_jax.analysis.charts import plot_comparison  # draws, for which no wrong flag should wait
+  from critkl_jax.analysis.charts import plot_comparison  # slow import, not needed to check flags
 
   with storage.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,79 +1,137 @@
-"""Tests a checkpoint by operand length.
+"""Tests the accuracy of a checkpoint, or of a Hugging Face model directory, by problem set.
 
     python -m experiments.evaluate --checkpoint=runs/finetune --digits=5,6,7
+    python -m experiments.evaluate --model=Qwen3-0.6B --task=questions --prompts=test.jsonl --held_out=0
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import tqdm
 from absl import flags
 
-from critkl_jax import attention, checkpoint, evaluate, hosts, storage
+from critkl_jax.analysis import evaluation
 from critkl_jax.analysis.reading import model_of
-from critkl_jax.config import MOST_PROBLEMS, TEMPERATURES
+from critkl_jax.models import attention
+from critkl_jax.rl.loss_config import TEMPERATURES
+from critkl_jax.runtime import checkpoint, hosts, storage
+from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
+from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
+from critkl_jax.tasks.task import ProblemSet, check_vocabulary
+from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .exits import refuse
-from .flags import run
-from .tables import command, print_accuracies
+from .flags import define_imported, read_imported, run
+from .reference import check_length, imported, load_imported, refuse_text
+from .tables import command, percent_of, print_accuracies
 from .workdirs import refuse_other_file
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
-STEP = flags.DEFINE_integer('step', None, 'Which step of a directory; the latest if not given.')
+STEP = flags.DEFINE_integer('step', None, 'Step of a run to test; the latest if not given.')
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N, N+1 and N+2 if not given.')
 DISTRIBUTION = flags.DEFINE_multi_enum(
-    'distribution', list(evaluate.DISTRIBUTIONS), list(evaluate.DISTRIBUTIONS), 'Lengths of the operands.')
-NUM_PROBLEMS = flags.DEFINE_integer('num_problems', 200, 'Problems in a cell of the table.', 1, MOST_PROBLEMS)
+    'distribution', list(DISTRIBUTIONS), list(DISTRIBUTIONS), 'Lengths of the operands.')
+NUM_PROBLEMS = flags.DEFINE_integer('num_problems', 200, 'Problems of each cell of the table.', 1, MOST_PROBLEMS)
 GREEDY = flags.DEFINE_boolean('greedy', True, 'Take the most probable tokens instead of samples.')
-TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'Of the samples, where not greedy.', *TEMPERATURES)
+TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'Temperature of the samples, with --nogreedy.', *TEMPERATURES)
 SEED = parsing.define_seed()
-JSON = flags.DEFINE_string('json', None, 'File that takes the table as JSON.')
+JSON = flags.DEFINE_string('json', None, 'JSON file for the table.')
+define_imported()
 
 
-def check() -> tuple[checkpoint.Checkpoint, list[int]]:
-  """Returns the checkpoint, whose parameters are not read yet, and the numbers of digits, or exits with one line."""
-  given = parsing.read_digits(DIGITS)
+def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
+  """Checks the flags and returns the arguments of `main`, or exits with one line; reads no parameters."""
+  given, text = parsing.read_digits(DIGITS), read_imported()
   if not CHECKPOINT.value:
     refuse('--checkpoint: expected a path, got an empty one.')
+  if text and flags.FLAGS['checkpoint'].present:
+    refuse('--checkpoint: give this or --model, not both.')
   if len(set(DISTRIBUTION.value)) < len(DISTRIBUTION.value):
     refuse(f'--distribution: expected none twice, got {", ".join(DISTRIBUTION.value)}.')
   paths.check_file('json', JSON.value)
+  found = imported(text) if text else checkpoint.find_checkpoint(CHECKPOINT.value, STEP.value)
   if JSON.value:
-    refuse_other_file(JSON.value, ('checkpoint', 'step', 'known_digits', 'accuracy'), 'json')
-  found = checkpoint.find_checkpoint(CHECKPOINT.value, STEP.value)
-  known = found.info.known_digits
+    own = 'task' if isinstance(found.info.task, Questions) else 'known_digits'
+    refuse_other_file(JSON.value, ('checkpoint', 'step', own, 'accuracy'), 'json')
+  if isinstance(found.info.task, Questions):
+    for name in ('digits', 'distribution'):
+      if flags.FLAGS[name].present:
+        refuse(f"--{name}: has no effect on the task 'questions'; leave it out.")
+    with refuse_text():
+      task, _ = question_sets(found.info.task)
+    check_length(task, found.info.model)
+    return found, text, []
+  settings = checkpoint.settings_of(found, Addition)
+  known = settings.known_digits
   digits = given or [known, known + 1, known + 2]
   try:
     for number in digits:
-      evaluate.task_of(found.info.model, known, number)
+      check_vocabulary(task_of_digits(settings, number, found.info.model.context_length), found.info.model.vocab_size)
   except ValueError as error:
     refuse(f'--{error}' if 'digits' in str(error) else f'--checkpoint: {found.path}: {error}')
-  return found, digits
+  return found, text, digits
 
 
-def main(found: checkpoint.Checkpoint, digits: list[int]) -> None:
-  """Prints the table and writes it as JSON where asked."""
-  hosts.say(f'Reading {CHECKPOINT.value}.')
-  loaded, known = checkpoint.load_checkpoint(found.path), found.info.known_digits
+def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list[int]) -> None:
+  """Prints the table, and writes it as JSON if asked."""
+  hosts.say(f'Reading {found.path if text else CHECKPOINT.value}.')
+  loaded = load_imported(text) if text else checkpoint.load_checkpoint(found.path)
   say_attention(loaded.info.model.attention)
-  hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
-            'compiled first, which takes 5 to 20 s on a CPU.')
-  rows = evaluate.accuracies(model_of(loaded), loaded.params, known, digits, DISTRIBUTION.value, NUM_PROBLEMS.value,
-                             SEED.value, GREEDY.value, TEMPERATURE.value)
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
-  table = print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
+  result = {'checkpoint': str(loaded.path), 'step': loaded.step}
+  if isinstance(loaded.info.task, Questions):
+    rows = evaluation.accuracies(model_of(loaded), loaded.params, sets_of_questions(loaded.info.task), GREEDY.value,
+                                 TEMPERATURE.value)
+    result |= {'task': loaded.info.task.name, 'accuracy': print_sets(rows, whose)}
+  else:
+    result |= {'known_digits': loaded.info.task.known_digits, 'accuracy': test_addition(loaded, digits, whose)}
   if JSON.value:
-    result = {'checkpoint': str(loaded.path), 'step': loaded.step, 'known_digits': known, 'accuracy': table}
     storage.write_json(JSON.value, result)
   written = f'In {JSON.value}: the same table. ' if JSON.value else ''
   path = CHECKPOINT.value if STEP.value is None else loaded.path
-  print(f'{written}Next, token by token: {command("analyze", f"--checkpoints={path}")}')
+  following = '' if text else f'Next, token by token: {command("analyze", f"--checkpoints={path}")}'
+  print(f'{written}{following}'.strip())
+
+
+def test_addition(loaded: checkpoint.Checkpoint, digits: list[int], whose: str) -> list[dict[str, Any]]:
+  """Tests a checkpoint by number of digits and distribution; prints the table and returns its rows."""
+  known = loaded.info.task.known_digits
+  hosts.say(f'Testing {loaded.path}, step {loaded.step}, pre-trained on 1..{known} digits. Each line of the table is '
+            'compiled first, which takes 5 to 20 s on a CPU.')
+  sets = by_digits_and_distribution(loaded.info.task, digits, DISTRIBUTION.value, NUM_PROBLEMS.value,
+                                    loaded.info.model.context_length, SEED.value)
+  rows = evaluation.accuracies(model_of(loaded), loaded.params, sets, GREEDY.value, TEMPERATURE.value)
+  return print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
+
+
+def sets_of_questions(settings: Questions) -> Iterator[ProblemSet]:
+  """Yields the problem sets of the task `questions`, labelled `set`."""
+  task, draw = question_sets(settings)
+  problem_key, answer_key = jax.random.split(jax.random.key(SEED.value))
+  for name, problems in draw(problem_key, NUM_PROBLEMS.value).items():
+    yield ProblemSet(task, problems, answer_key, {'set': name})
+
+
+def print_sets(rows: Iterator[dict[str, Any]], whose: str) -> list[dict[str, Any]]:
+  """Prints a line for each problem set as soon as it is tested; returns the rows."""
+  hosts.say(f'Accuracy of {whose} with 95% intervals.\n{"set":>10}{"problems":>10}{"accuracy":>22}')
+  found = []
+  for row in tqdm.tqdm(rows, 'tests', unit='set', leave=False, disable=not hosts.is_first()):
+    found.append(row)
+    if hosts.is_first():
+      tqdm.tqdm.write(f'{row["set"]:>10}{row["num_problems"]:>10}{percent_of(row):>22}')
+  return found
 
 
 def say_attention(name: str) -> None:
-  """Says so if the attention that a model was trained with is not here: it is read in plain JAX."""
+  """Prints a note if the attention of a checkpoint is not available here, so that plain JAX replaces it."""
   try:
     attention.check_implementation(name)
   except ValueError as error:
-    hosts.say(f'The checkpoint names an attention that is not here ({error}) and is read with that.')
+    hosts.say(f'The attention of the checkpoint is not available here ({error}); plain JAX replaces it.')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Ends the process with one of the exit codes of all binaries.
+"""Ends the process with an exit code, which means the same in all binaries.
 
 0: done. `FAILED`: the run failed (a full disk, a lost host, no finite update). `REFUSED`: the input, a workdir or a
 checkpoint cannot be used. `STOPPED`: a signal ended the run; finished steps are saved, and the same command resumes.
@@ -11,7 +11,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from critkl_jax.interruption import STOPPED as STOPPED
+from critkl_jax.runtime.interruption import STOPPED as STOPPED
 
 FAILED = 1
 REFUSED = 2
@@ -23,19 +23,19 @@ def refuse(reason: object) -> NoReturn:
 
 
 def show(text: str) -> None:
-  """Prints a text of which a reader, such as `head`, may take the first lines alone."""
+  """Prints a text, and exits if its reader, such as `head`, has closed the pipe."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
-    os._exit(0)  # at once: Python would try again at its end
+    os._exit(0)  # at once: Python would flush again at its exit
 
 
 def end_now(text: object) -> NoReturn:
-  """Ends the process at once with `FAILED` and a text on the standard error, for files that cannot be written.
+  """Ends the process at once with `FAILED` and a text on the standard error, after a write error.
 
   At an orderly exit, each thread that tries to write would print the error again.
   """
-  with contextlib.suppress(OSError):  # a pipe that nobody reads any more, or a file on the disk that is full
+  with contextlib.suppress(OSError):  # a closed pipe, or a file on the full disk
     sys.stdout.flush()
   with contextlib.suppress(OSError):
     print(f'\n{text}', file=sys.stderr, flush=True)  # below a progress bar
@@ -50,7 +50,7 @@ def end(code: int, text: object) -> NoReturn:
 
 
 def place_of(error: BaseException) -> str:
-  """Returns the place in the project where an error arose, ` (at FILE:LINE, in FUNCTION)`; empty if unknown."""
+  """Returns the place in the package where an error arose, ` (at FILE:LINE, in FUNCTION)`; empty if unknown."""
   root = pathlib.Path(__file__).resolve().parents[1]
   own = [frame for frame in traceback.extract_tb(error.__traceback__)
          if pathlib.Path(frame.filename).is_relative_to(root / 'critkl_jax')]

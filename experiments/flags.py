@@ -1,4 +1,4 @@
-"""Defines command-line flags from config dataclasses, and runs binaries with the flags and errors that all share."""
+"""Defines command-line flags from config dataclasses, and runs binaries with shared flags and error handling."""
 
 import errno
 import inspect
@@ -13,11 +13,15 @@ import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 
-from critkl_jax import attention, compilation, hosts, interruption, sharding, storage, trackers
 from critkl_jax import config as config_lib
-from critkl_jax.checkpoint import CheckpointError
-from critkl_jax.finite import NonFinite
-from critkl_jax.storage import WorkdirError
+from critkl_jax import sharding
+from critkl_jax.models import attention
+from critkl_jax.models.architectures import ModelConfig
+from critkl_jax.runtime import compilation, hosts, interruption, storage, trackers
+from critkl_jax.runtime.checkpoint import CheckpointError
+from critkl_jax.runtime.storage import WorkdirError
+from critkl_jax.tasks.questions import TextFinetuning
+from critkl_jax.training.finite import NonFinite
 
 from . import exits, parsing, paths
 from . import help as help_lib
@@ -35,7 +39,7 @@ _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEF
 def define_config(config_class: type, presets: dict[str, Any], default_preset: str) -> None:
   """Defines `--preset`, and a flag for each field of the config and of its nested configs.
 
-  A flag that is not given leaves the preset's value, so each default stands in the presets alone.
+  A flag that is not given leaves the preset's value, so defaults exist only in the presets.
   """
   flags.DEFINE_enum('preset', default_preset, list(presets), 'Named settings; the other flags change single fields.')
   for name, field in config_lib.flat_fields(config_class).items():
@@ -45,7 +49,7 @@ def define_config(config_class: type, presets: dict[str, Any], default_preset: s
 
 
 def keep_no_programs() -> None:
-  """Makes an empty `--compilation_cache` the default, for binaries that report how long compilation takes."""
+  """Makes an empty `--compilation_cache` the default, for binaries that measure compilation."""
   flags.FLAGS.set_default('compilation_cache', '')
 
 
@@ -58,7 +62,7 @@ def define_training() -> None:
 
 
 def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callable:
-  """Picks the trackers of a run, for `runner.run`; exits with one line if wandb is not installed."""
+  """Returns the function that opens a run's trackers, or exits with one line if wandb is needed and missing."""
   if not values.wandb:
     return trackers.open_trackers
   try:
@@ -68,30 +72,56 @@ def read_trackers(config: Any, values: flags.FlagValues = flags.FLAGS) -> Callab
 
 
 def define_damaged() -> None:
-  """Defines `--damaged`: whether a run skips damaged checkpoints or is refused."""
+  """Defines `--damaged`: whether a run skips damaged checkpoints or refuses to resume."""
   flags.DEFINE_enum('damaged', 'skip', ['skip', 'refuse'], 'If the newest checkpoint is damaged: skip it and resume '
                     'from the newest whole one, or refuse.')
 
 
+def define_imported() -> None:
+  """Defines the flags for a model directory that is not a checkpoint yet, and for the task that it is read with."""
+  flags.DEFINE_enum('task', None, ['addition', 'questions'], 'Task to read --model with; a checkpoint names its own.')
+  for name, field in config_lib.flat_fields(TextFinetuning).items():
+    _DEFINE[field.type](name, None, f'{_attribute_help(TextFinetuning, name)} ({field.default!r})')
+
+
+def read_imported(values: flags.FlagValues = flags.FLAGS) -> TextFinetuning | None:
+  """Returns the settings of the flags of `define_imported`, None without `--model`; exits with one line if they are
+  wrong."""
+  given = {name: values[name].value for name in ('task', *config_lib.flat_fields(TextFinetuning))}
+  given = {name: value for name, value in given.items() if value is not None}
+  if not given:
+    return None
+  if given.get('model') == '':
+    refuse('--model: expected a directory, got an empty name.')
+  if 'model' not in given:
+    refuse(f'--{next(iter(given))}: has no effect without --model: a checkpoint names its task.')
+  if given.pop('task', None) != 'questions' or not given.get('prompts'):
+    refuse('--model: needs --task=questions and --prompts=FILE: a model directory names no task.')
+  try:
+    return TextFinetuning(**given)
+  except ValueError as error:
+    refuse(f'--{error}')
+
+
 def define_devices() -> None:
-  """Defines the flags that say on which devices a binary runs, and how its hosts find each other."""
+  """Defines the flags for the devices of a binary, and for joining its hosts."""
   flags.DEFINE_string('mesh', '', 'Devices along the axes member, data and model, for example data:4,model:2; -1 '
-                      'stands for all that are left. By default all devices are used: for members in a study, for data '
-                      'else.')
-  flags.DEFINE_boolean('multi_host', False, 'Join the processes on other hosts that SLURM, Open MPI, Cloud TPU or '
-                       'Kubernetes announces.')
-  flags.DEFINE_string('coordinator_address', None, 'Host and port of process 0, where the environment does not say.')
+                      'stands for all remaining devices. By default all devices are used: for members in a sweep, for '
+                      'data otherwise.')
+  flags.DEFINE_boolean('multi_host', False, 'Join the processes on other hosts, which SLURM, Open MPI, Cloud TPU or '
+                       'Kubernetes defines.')
+  flags.DEFINE_string('coordinator_address', None, 'Host and port of process 0, if the environment does not define it.')
   flags.DEFINE_integer('num_processes', None, 'Number of processes, with --coordinator_address.')
-  flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0, with --coordinator_address.')
-  flags.DEFINE_integer('host_timeout', 100, 'Seconds without a sign of life after which a host is taken for lost.',
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0, with --coordinator_address.')
+  flags.DEFINE_integer('host_timeout', 100, 'Seconds without a heartbeat after which a host counts as lost.',
                        lower_bound=1)
 
 
 def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh | None:
-  """Returns the mesh for updates of `num_episodes`, None for one device; exits with one line if they do not fit."""
+  """Returns the mesh for updates of `num_episodes`, None for one device; exits with one line if the two do not fit."""
   try:
-    sharding.mesh_sizes(values.mesh)  # before it asks for devices
-    mesh = sharding.make_mesh(values.mesh or most_devices(num_episodes))
+    sharding.mesh_sizes(values.mesh)  # parses the text before devices are started
+    mesh = sharding.make_mesh(values.mesh or default_mesh(num_episodes))
     sharding.check_episodes(mesh, num_episodes)
     if mesh.shape['member'] > 1:
       raise ValueError(f'mesh: only a study has members, got member:{mesh.shape["member"]}.')
@@ -100,10 +130,10 @@ def read_mesh(num_episodes: int, values: flags.FlagValues = flags.FLAGS) -> Mesh
   return mesh if mesh.size > 1 else None
 
 
-def most_devices(num_episodes: int) -> str:
-  """Returns the default mesh: the most devices along data among which the episodes of an update divide evenly.
+def default_mesh(num_episodes: int) -> str:
+  """Returns the default mesh: along data, the most devices that divide the episodes of an update evenly.
 
-  Prints a note if devices are left over. On several hosts it is empty, which stands for all devices.
+  Prints a note if devices are left over. On several hosts it returns an empty text, which means all devices.
   """
   total = jax.device_count()
   if jax.process_count() > 1:
@@ -115,10 +145,10 @@ def most_devices(num_episodes: int) -> str:
   return f'data:{number}'
 
 
-def take_cores(most: int) -> None:
-  """Makes each CPU core a device, up to `most`, for members of a study side by side; accelerators are not affected.
+def use_cores_as_devices(most: int) -> None:
+  """Makes each CPU core a JAX device, up to `most`, so that members of a study run in parallel.
 
-  Call it before anything asks for devices.
+  Does not affect accelerators. Call it before anything asks for devices.
   """
   if 'device_count' not in os.environ.get('XLA_FLAGS', ''):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -126,7 +156,10 @@ def take_cores(most: int) -> None:
 
 
 def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
-  """Joins the other hosts if flags ask for it, or exits with one line; returns a function to call at an orderly end."""
+  """Joins the other hosts if the flags ask for it; returns a function to call at an orderly end.
+
+  Exits with one line if the flags are wrong.
+  """
   if 'multi_host' not in values or not (values.multi_host or values.coordinator_address):
     return lambda: None
   try:
@@ -135,7 +168,7 @@ def join_hosts(values: flags.FlagValues = flags.FLAGS) -> Callable[[], None]:
     refuse(f'--{error}')
   return hosts.last_words(
       f'error: another host was lost, or this process was killed. What was saved in {values.workdir} is whole, and the '
-      'same command on all hosts goes on from there.')
+      'same command on all hosts resumes from there.')
 
 
 def check_devices(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -152,21 +185,27 @@ def check_mesh(text: str) -> None:
     refuse(f'--{error}')
 
 
-def check_attention(model: config_lib.GPT2Config) -> None:
-  """Exits with one line if the devices here cannot run a model's attention, which its checkpoint may name."""
+def check_attention(model: ModelConfig) -> None:
+  """Exits with one line if the devices here cannot run a model's attention."""
   try:
     attention.check_implementation(model.attention)
   except ValueError as error:
     refuse('--' + str(error).replace("take 'auto'", 'give --attention=auto'))
 
 
-def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS) -> ConfigT:
-  """Returns the chosen preset with the given flags; exits with one line if a value is not allowed.
+def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FLAGS, without: Sequence[str] = ()
+                ) -> ConfigT:
+  """Returns the chosen preset, changed by the given flags; exits with one line if a value is not allowed.
 
-  A warm-up that is longer than the run is not allowed.
+  A warm-up must not be longer than the run.
+
+  Args:
+    presets: the presets by name.
+    values: the flags.
+    without: fields whose flags the binary reads itself.
   """
   preset = presets[values.preset]
-  given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset))}
+  given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset)) if name not in without}
   try:
     config = config_lib.replace(preset, **{name: value for name, value in given.items() if value is not None})
   except ValueError as error:
@@ -179,12 +218,12 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
 
 
 def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -> None:
-  """Runs a binary; errors that the user can mend end in one line without a traceback (`exits` has the exit codes).
+  """Runs a binary; errors that the user can fix end it with one line and an exit code of `exits`.
 
   Args:
     main: called with the results of `check`, once the other hosts have joined.
     check: called with the positional arguments; refuses wrong input, starts no device and writes nothing.
-    *arguments: names of the positional arguments, all of them required.
+    *arguments: names of the positional arguments, which are all required.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -199,27 +238,27 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       if flags.FLAGS.compilation_cache:
         compilation.keep_programs(flags.FLAGS.compilation_cache)
       ended = join_hosts()
-      with interruption.watch(), held:  # again, since the runtime of several hosts replaces the handler of SIGTERM
+      with interruption.watch(), held:  # again: JAX's distributed runtime replaces the handler of SIGTERM
         main(*checked)
     except interruption.Interrupted as reason:
       exits.end(exits.STOPPED, reason)
     except (CheckpointError, WorkdirError, storage.PathError) as error:
       refuse(error)
-    except FloatingPointError as error:  # of --debug_nans
+    except FloatingPointError as error:  # from --debug_nans
       exits.end(exits.FAILED, f'error: {error}{exits.place_of(error)}.')
     except OSError as error:
       ended()
       exits.end_now(sentence_of(error))
     except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (MemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
       if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
         exits.end(exits.FAILED, f'error: out of memory ({(str(error).splitlines() or ["of the host"])[0][:200]}); take '
                   'fewer episodes or problems, or a smaller model.')
       if not hosts.may_be_lost(error):
         raise
       traceback.print_exc()
-      os._exit(1)  # without waiting for the lost host; the last words say how to resume
+      os._exit(1)  # without waiting for the lost host; `hosts.last_words` prints how to resume
     finally:
       ended()
 
@@ -248,16 +287,16 @@ def checked_line(check: Callable[..., Any], arguments: Sequence[str], argv: Sequ
 
 
 def sentence_of(error: OSError) -> str:
-  """Describes in one line the file that could not be read or written, the reason, and what to do."""
+  """Formats an error of a file in one line: the reason, the file, and what to do."""
   reason = f'{error.strerror or error}{f": {error.filename}" if error.filename else ""}'
   space = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-  advice = f'{"free some space" if space else "mend that"} and give the same command again'
+  advice = f'{"free some space" if space else "fix that"} and give the same command again'
   return '; '.join([f'error: {reason}', *getattr(error, '__notes__', ()), f'{advice}.'])
 
 
 def _attribute_help(config_class: type, name: str) -> str:
-  """Returns the description of a field from the docstring of its config or nested config."""
-  for owner in config_lib.nested_classes(config_class):
+  """Returns the description of a field, from the docstring of its config, of a base class or of a nested config."""
+  for owner in config_lib.classes_of(config_class):
     # `getdoc` strips the indentation; from Python 3.13 on `__doc__` has none either.
     match = re.search(rf'^  {name}: (.*?)(?=\n  \w+: |\n\n|\Z)', inspect.getdoc(owner) or '', re.S | re.M)
     if match:

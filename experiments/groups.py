@@ -1,24 +1,25 @@
-"""The members of a sweep by groups that differ in the seed alone, and what the groups' tests say."""
+"""Groups the members of a sweep that differ in the seed alone, and compares the accuracies of the groups."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
-from critkl_jax import config, population
+from critkl_jax import config
+from critkl_jax.analysis.intervals import of_difference, of_share
 from critkl_jax.analysis.statistics import paired_difference, seed_statistics
-from critkl_jax.config import FinetuneConfig
-from critkl_jax.intervals import of_difference, of_share
+from critkl_jax.training import population
+from critkl_jax.training.config import FinetuneConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """The members that differ in the seed alone.
+  """Members that differ in the seed alone.
 
   Attributes:
-    label: what is the group's own.
-    config: of its first member.
-    members: their indices.
+    label: the settings that distinguish the group.
+    config: config of its first member.
+    members: indices of its members.
   """
 
   label: str
@@ -27,32 +28,45 @@ class Group:
 
 
 def groups_of(configs: tuple[FinetuneConfig, ...]) -> list[Group]:
-  """Returns the groups in the order of their first members."""
+  """Groups the members of a sweep, in the order of the first member of each group."""
   found: dict[FinetuneConfig, list[int]] = {}
   for i, member in enumerate(configs):
     found.setdefault(config.replace(member, seed=configs[0].seed), []).append(i)
   own = population.differences(configs)
-  return [Group(' '.join(f'{name}={value}' for name, value in own[some[0]].items() if name != 'seed') or 'all',
-                member, tuple(some)) for member, some in found.items()]
+  return [Group(' '.join(f'{name}={value}' for name, value in own[members[0]].items() if name != 'seed') or 'all',
+                group_config, tuple(members)) for group_config, members in found.items()]
 
 
 def is_standard(member: FinetuneConfig) -> bool:
-  """Returns whether a penalty weighs all tokens alike."""
+  """Returns whether the KL penalty has the same weight at all tokens."""
   return member.loss.kl == 'standard' or (member.loss.kl == 'prioritized' and member.loss.certainty_exponent == 0)
 
 
 def baseline_of(group: Group, groups: list[Group]) -> Group | None:
-  """Returns the group that is like another but for a standard penalty; None if there is none, or it is the group."""
-  def key(member):
-    return config.replace(member, kl='standard', certainty_exponent=0.0, certainty_intercept=0.0)
+  """Returns the group with `group`'s settings and a standard penalty; None if there is none or it is `group`."""
+  def with_penalty_of_group(member):
+    own, others = config.counting_values(group.config), config.counting_values(member)
+    penalty = {name: value for name, value in own.items()
+               if name in ('kl', 'certainty_exponent', 'certainty_intercept') or name not in others}
+    return config.replace(member, **penalty)
 
-  like = [other for other in groups if is_standard(other.config) and key(other.config) == key(group.config)]
+  standard = [other for other in groups if is_standard(other.config)]
+  like = [other for other in standard if with_penalty_of_group(other.config) == group.config]
   return like[0] if like and like[0] is not group else None
 
 
 def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
-  """Returns a row for each group: mean accuracy on `name` and its paired difference from the standard penalty, both
-  with their intervals, None for too few seeds, and of each run, or pair of runs, by seed."""
+  """Compares the groups of a sweep with the standard penalty.
+
+  Args:
+    groups: the groups.
+    tests: for each member the pair `(result, right)` that `evaluation.make_test` returns.
+    name: test set.
+
+  Returns:
+    A row for each group: mean accuracy, paired difference from the standard penalty, their intervals (None for too few
+    seeds), and the values of each run, or pair of runs, by seed.
+  """
   rows = []
   for group in groups:
     rewards = {g.label: np.stack([tests[i][1][name] for i in g.members]) for g in groups}
@@ -70,5 +84,5 @@ def compare(groups: list[Group], tests, name: str) -> list[dict[str, Any]]:
 
 
 def without_nan(value: tuple[float, float, float]) -> list[float | None]:
-  """Returns `(value, low, high)` with None for bounds that there are not."""
+  """Replaces NaN in `(value, low, high)` by None."""
   return [None if np.isnan(x) else x for x in value]

@@ -1,4 +1,4 @@
-"""What `--help` prints: a binary's flags in groups, most wanted first."""
+"""Formats the text of `--help`: a binary's flags in groups, the most used ones first."""
 
 import re
 import sys
@@ -7,18 +7,20 @@ from typing import Any
 
 from absl import flags
 
-# Group -> its flags; a flag that stands in none is the binary's own, and comes first.
+# Group -> its flags; a flag in no group is specific to the binary, and comes first.
 GROUPS = {
-    'Task': ('extra_digits', 'known_digits', 'wrong_reward', 'eval_problems'),
+    'Task': ('task', 'extra_digits', 'known_digits', 'wrong_reward', 'pad_vocabulary', 'model', 'prompts', 'chat',
+             'chat_options', 'stop', 'response_length', 'held_out', 'eval_problems'),
     'KL penalty': ('kl', 'kl_coefficient', 'kl_estimator', 'kl_placement', 'certainty', 'certainty_exponent',
                    'certainty_intercept', 'certainty_temperature', 'certainty_ensemble', 'kl_gate', 'gate_threshold',
                    'gate_fraction'),
-    'Algorithm': ('algorithm', 'learning_rate', 'advantage', 'clip_ratio', 'entropy_coefficient', 'temperature',
-                  'max_grad_norm', 'optimizer', 'warmup_steps', 'final_learning_rate', 'weight_decay', 'hidden_only',
+    'Algorithm': ('algorithm', 'learning_rate', 'advantage', 'clip_ratio', 'clip_ratio_high', 'dual_clip', 'ratio',
+                  'aggregation', 'aggregation_length', 'entropy_coefficient', 'temperature', 'max_grad_norm',
+                  'optimizer', 'warmup_steps', 'final_learning_rate', 'weight_decay', 'hidden_only',
                   'value_coefficient', 'value_clip', 'value_head', 'value_head_detached', 'critic_warmup',
                   'whiten_advantages', 'discount', 'gae_lambda', 'bootstrap_truncated'),
     'Sizes': ('num_iterations', 'episodes', 'episodes_per_problem', 'epochs', 'minibatches', 'num_steps', 'batch_size',
-              'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width'),
+              'architecture', 'vocab_size', 'context_length', 'num_layers', 'num_heads', 'width'),
     'Devices': ('mesh', 'dtype', 'attention', 'remat', 'scan_layers', 'rollout', 'window', 'population_map',
                 'multi_host', 'coordinator_address', 'num_processes', 'process_id', 'host_timeout'),
     'Run': ('reference', 'seed', 'save_every', 'max_to_keep', 'damaged', 'max_skipped', 'debug_nans',
@@ -32,7 +34,7 @@ def text(description: str, values: flags.FlagValues = flags.FLAGS) -> str:
 
   Args:
     description: the binary's docstring.
-    values: the flags; those that the binary declares its own are shown.
+    values: the flags, of which the binary's key flags are shown.
   """
   own = {flag.name: flag for flag in values.get_key_flags_for_module(sys.argv[0])}
   own['compilation_cache'] = values['compilation_cache']
@@ -47,7 +49,7 @@ def text(description: str, values: flags.FlagValues = flags.FLAGS) -> str:
 
 
 def _flag(flag: Any) -> str:
-  """Returns the lines of one flag: its name with its values, and its sentence."""
+  """Formats one flag: a line with its name and values, then its description."""
   kind = '|'.join(flag.parser.enum_values) if hasattr(flag.parser, 'enum_values') else {
       'bool': '', 'int': 'N', 'float': 'X', 'string': 'TEXT', 'comma separated list of strings': 'A,B,...',
       'multi string enum': 'NAME'}.get(flag.flag_type(), 'TEXT')

@@ -1,6 +1,6 @@
 """Parses command lines, and refuses wrong ones in one line with the nearest known name.
 
-Starts no device and writes no file; nor does the `check` function of a binary.
+Neither this module nor the `check` function of a binary starts a device or writes a file.
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Any
 
 from absl import flags
 
-from critkl_jax.checks import LARGEST_INT, LARGEST_SEED, nearest
-from critkl_jax.config import MOST_DIGITS
+from critkl_jax.config import LARGEST_INT, LARGEST_SEED, nearest
+from critkl_jax.tasks.addition.config import MOST_DIGITS
 
 from .exits import refuse
 
-# Names of a flag in other projects and in papers.
+# Names of flags in other projects and in papers -> names here.
 _OTHER_NAMES = {'alpha': 'kl_coefficient', 'beta': 'certainty_exponent', 'gamma': 'discount', 'lambda': 'gae_lambda',
                 'epsilon': 'clip_ratio', 'output': 'workdir', 'output_dir': 'workdir', 'out': 'workdir',
                 'steps': 'num_iterations', 'iterations': 'num_iterations', 'batch_size': 'episodes'}
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
     refuse(f'--{error.flagname}: there is no such flag; the nearest is --{nearest_flag(error.flagname, values)}, and '
            '--help lists all.')
   except (flags.Error, ValueError) as error:  # ValueError: a value for --noNAME
-    refuse(_in_our_words(error, values))
+    refuse(_rewritten(error, values))
   for name in values:
     _check_number(values[name])
   return rest
@@ -50,8 +50,8 @@ def nearest_flag(name: str, values: flags.FlagValues = flags.FLAGS) -> str:
   return other if other in own else nearest(name, own)
 
 
-def _in_our_words(error, values):
-  """Rewrites a message of absl in one line: what was expected, and for an unknown value the nearest known one."""
+def _rewritten(error, values):
+  """Rewrites an error message of absl in one line, with the expected values and the nearest known one."""
   said = ' '.join(str(error).split())
   match = re.match(r'flag --(\w+)=(.*?): (.*)', said)
   if not match or match[1] not in values:
@@ -61,12 +61,12 @@ def _in_our_words(error, values):
   if hasattr(flag.parser, 'enum_values'):
     known = list(flag.parser.enum_values)
     return f'--{name}={value}: expected one of {", ".join(known)}; the nearest is {nearest(value, known)}.'
-  beyond = ' is not ' in reason  # outside its bounds, which absl states plainly
+  beyond = ' is not ' in reason  # a value outside its bounds, for which absl's message is clear
   return f'--{name}={value}: ' + (f'{reason}.' if beyond else f'expected {_EXPECTED.get(flag.flag_type(), reason)}.')
 
 
 def _check_number(flag):
-  """Exits with one line for a number that no config field can hold: infinite, NaN, or beyond int32."""
+  """Exits with one line if a number is infinite, NaN or beyond int32, which no config field can hold."""
   if not flag.present or flag.value is None:
     return
   if flag.flag_type() == 'float' and not math.isfinite(flag.value):
@@ -79,14 +79,14 @@ def _check_number(flag):
 
 
 def read_names(flag: flags.FlagHolder) -> list[str] | None:
-  """Returns the names in a list, None if the flag is not given; exits with one line if a name is empty."""
+  """Returns the names in a flag's list, None without the flag; exits with one line if a name is empty."""
   if flag.value is not None and not (flag.value and all(flag.value)):
     refuse(f'--{flag.name}: expected names separated by commas, got {",".join(flag.value)!r}.')
   return flag.value
 
 
 def read_numbers(name: str, given: list[str] | None, kind: Callable[[str], Any] = float) -> list[Any] | None:
-  """Returns the numbers in a list, None if it is not given; exits with one line for other text or a number twice."""
+  """Returns the numbers in a list, None without a list; exits with one line if an item is no number or repeated."""
   if given is None:
     return None
   found = []
@@ -99,20 +99,20 @@ def read_numbers(name: str, given: list[str] | None, kind: Callable[[str], Any] 
       refuse(f'--{name}: expected {"whole " if kind is int else ""}numbers separated by commas, got '
              f'{",".join(given)!r}.')
     if number in found:
-      refuse(f'--{name}: {number:g} stands in it twice; give it once.')
+      refuse(f'--{name}: {number:g} appears twice; give it once.')
     found.append(number)
   return found
 
 
 def read_sizes(flag: flags.FlagHolder, number: int) -> tuple[int, ...]:
-  """Returns `number` whole numbers, each 1 or more, or exits with one line."""
+  """Returns a flag's list of `number` whole numbers, each 1 or more, or exits with one line."""
   if len(flag.value) != number or not all(re.fullmatch(r'[1-9][0-9]{0,8}', text) for text in flag.value):
     refuse(f'--{flag.name}: expected {number} whole numbers separated by commas, got {",".join(flag.value)!r}.')
   return tuple(map(int, flag.value))
 
 
 def read_digits(flag: flags.FlagHolder) -> list[int] | None:
-  """Returns numbers of digits, None if they are not given, or exits with one line."""
+  """Returns a flag's list of numbers of digits, None without the flag, or exits with one line."""
   found = read_numbers(flag.name, flag.value, int)
   for number in found or []:
     if not 1 <= number <= MOST_DIGITS:
@@ -121,14 +121,14 @@ def read_digits(flag: flags.FlagHolder) -> list[int] | None:
 
 
 def check_known(flag: str, given: Iterable[str], known: Sequence[str]) -> None:
-  """Exits with one line, which gives the nearest known name, if a name is not known."""
+  """Exits with one line, which suggests the nearest known name, if a name is unknown."""
   for name in given:
     if name not in known:
       refuse(f'--{flag}: there is no {name!r}; the nearest is {nearest(name, known)!r}, of {", ".join(known)}.')
 
 
 def check_hosts(values: flags.FlagValues) -> None:
-  """Exits with one line if the flags that join hosts are invalid or do not fit together."""
+  """Exits with one line if the flags for several hosts are invalid or contradict each other."""
   address = values.coordinator_address
   if not (values.multi_host or address):
     for name in ('num_processes', 'process_id', 'coordinator_address'):

@@ -1,20 +1,20 @@
-"""Checks, before the work starts, that a user's paths for results can be written; leaves no files behind."""
+"""Checks before the work starts that a user's paths for results are writable; leaves no files behind."""
 
 import errno
 import os
 import pathlib
 import tempfile
 
-from critkl_jax import storage
+from critkl_jax.runtime import storage
 
 from .exits import refuse
 
 _NAME, _PATH = 255, 4095  # most bytes of a name and of a path on Linux and macOS
-_ROOM = 255  # most bytes of the paths below a workdir, the longest of which are unfinished checkpoints
+_ROOM = 255  # bytes reserved for paths below a workdir, of which unfinished checkpoints have the longest
 
 
 def read_workdir(flag: str, text: str | None) -> storage.Path:
-  """Returns the path of a directory that exists or can be made, and is writable; exits with one line otherwise."""
+  """Returns the path of a writable directory, which need not exist yet, or exits with one line."""
   if not text:
     refuse(f'--{flag}: expected a directory, got an empty name.')
   path = _expanded(flag, text)
@@ -25,7 +25,7 @@ def read_workdir(flag: str, text: str | None) -> storage.Path:
 
 
 def check_file(flag: str, text: str | None) -> None:
-  """Exits with one line unless a file can be written at a path, if one is given."""
+  """Exits with one line if a path is given and no file can be written there."""
   if text is None or '://' in text:
     return
   if not text:
@@ -46,22 +46,22 @@ def _expanded(flag, text):
 
 
 def _refuse_unless_writable(flag, text, directory, longest):
-  """Exits with one line unless files up to the path `longest` can be made in a directory, which need not exist."""
+  """Exits with one line unless files with paths up to `longest` can be made in a directory, which need not exist."""
   try:
-    _try(directory, longest)
+    _try_writing(directory, longest)
   except (OSError, ValueError) as error:
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
     refuse(f'--{flag}: {text[:200]} cannot be written: {reason[0].lower()}{reason[1:]}; give another path.')
 
 
-def _try(directory, longest):
+def _try_writing(directory, longest):
   if any(len(os.fsencode(part)) > _NAME for part in longest.parts) or len(os.fsencode(longest)) > _PATH:
     raise OSError(errno.ENAMETOOLONG, 'the name is too long')
   if '\0' in str(longest):
     raise ValueError('a zero byte is no part of a name')
-  there = directory
-  while not os.path.lexists(there) and there != there.parent:
-    there = there.parent
-  if not there.is_dir():
-    raise NotADirectoryError(errno.ENOTDIR, f'{there} is no directory')
-  tempfile.TemporaryDirectory(prefix='.writable-', dir=there).cleanup()
+  existing = directory
+  while not os.path.lexists(existing) and existing != existing.parent:
+    existing = existing.parent
+  if not existing.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, f'{existing} is no directory')
+  tempfile.TemporaryDirectory(prefix='.writable-', dir=existing).cleanup()

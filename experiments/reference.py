@@ -1,64 +1,90 @@
-"""Reads, keeps and tests the reference at the start of a run, for all binaries that fine-tune."""
+"""Loads, copies and tests the reference at the start of a fine-tuning run."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.sharding import Mesh
 
-from critkl_jax import checkpoint, hosts, storage
-from critkl_jax.config import FinetuneConfig
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.storage import WorkdirError
-from critkl_jax.tasks import addition
-from critkl_jax.tasks.task import Task
+from critkl_jax.models.architectures import make_model
+from critkl_jax.models.huggingface import PretrainedError
+from critkl_jax.models.language_model import LanguageModel
+from critkl_jax.runtime import checkpoint, hosts, imports, storage
+from critkl_jax.runtime.checksums import array_checksums
+from critkl_jax.runtime.storage import WorkdirError
+from critkl_jax.sampling.scoring import make_scorer
+from critkl_jax.tasks import known_tasks
+from critkl_jax.tasks.known_tasks import known_task_of, to_json_object
+from critkl_jax.tasks.questions import TextFinetuning
+from critkl_jax.tasks.task import Task, check_vocabulary
+from critkl_jax.tasks.text_tokenizer import TokenizerError
+from critkl_jax.training.config import FinetuneConfig
 
 from .exits import refuse
 
-MARK = 'kept_by.json'  # in a copy of the reference: names the workdir whose run made it and may replace it
+# Fields of a model's config that an ensemble need not share: the critic, and how the same numbers are computed.
+NOT_OF_THE_TRUNK = ('value_head', 'value_head_detached', 'dtype', 'attention', 'remat', 'scan_layers')
+MARK = 'kept_by.json'  # file in a copy of the reference: names the workdir whose run made the copy and may replace it
 
 
-def find_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoint.Checkpoint:
-  """Finds the reference that `load_reference` would read, without its parameters; starts no device."""
+def locate_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoint.Checkpoint:
+  """Finds the reference that `load_reference` would read; reads no parameters and starts no device."""
+  if config.text.model and not has_started(workdir):
+    return imported(config.text)
   return checkpoint.find_checkpoint(
       workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
 
 
+def imported(config: TextFinetuning) -> checkpoint.Checkpoint:
+  """Describes the model directory of `--model` as a checkpoint, or exits with one line."""
+  with refuse_text():
+    return imports.find_imported(config)
+
+
 def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
-  """Reads the reference: the workdir's copy if its run has saved a checkpoint, else the config's. Writes nothing.
+  """Loads the reference: the workdir's copy if its run has saved a checkpoint, else the config's; writes nothing.
 
   Raises:
     CheckpointError: if the reference is missing or cannot be read.
-    WorkdirError: if the workdir holds another `reference/` that no run of this workdir made.
+    WorkdirError: if the workdir has another `reference/`, which was not made by a run of this workdir.
   """
   kept = workdir / 'reference'
-  if hosts.as_first_says(has_started(workdir)):
+  if hosts.broadcast_from_first(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
-  reference = checkpoint.load_checkpoint(config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
+  reference = load_imported(config.text, mesh) if config.text.model else checkpoint.load_checkpoint(
+      config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
 
   def check():
     if not (_holds(kept, reference) or _is_own(kept)):
-      raise WorkdirError(f'{kept} is there, and this run did not make it: it is kept. Give another --workdir, or '
+      raise WorkdirError(f'{kept} exists, and this run did not make it: it is kept. Give another --workdir, or '
                          f'--reference={kept} if that is the one to start from.')
 
   hosts.first_does(check, WorkdirError, OSError)
   return reference
 
 
+def load_imported(config: TextFinetuning, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
+  """Loads the model directory of `--model`, or exits with one line."""
+  with refuse_text():
+    return imports.load_imported(config, mesh)
+
+
 def keep_reference(workdir: storage.Path, reference: checkpoint.Checkpoint) -> None:
   """Copies the reference into the workdir, for resuming and for analysis, unless the copy exists.
 
-  The copy of an earlier run that saved no checkpoint is replaced once the new copy is whole.
+  The copy of an earlier run that saved no checkpoint is replaced once the new copy is complete.
   """
   kept, unfinished, former = (workdir / name for name in ('reference', 'reference.unfinished', 'reference.replaced'))
-  if hosts.as_first_says(has_started(workdir) or _holds(kept, reference)):
+  if hosts.broadcast_from_first(has_started(workdir) or _holds(kept, reference)):
     return
 
   def begin():
-    for path in (unfinished, former):  # the latter is removed by `replace_directory`
+    for path in (unfinished, former):  # `replace_directory` removes the second one
       if not _is_own(path):
-        raise WorkdirError(f'{path} is there, and no run left it; move it away.')
+        raise WorkdirError(f'{path} exists, and no run wrote it; move it away.')
     for path in list(unfinished.iterdir()) if unfinished.exists() else ():
-      if path.name != MARK:  # it stays: a process killed here would leave a copy that nobody may replace
+      if path.name != MARK:  # kept: if the process is killed here, a later run may still replace the copy
         storage.remove(path)
     unfinished.mkdir(parents=True, exist_ok=True)
     storage.write_json(unfinished / MARK, {'workdir': str(storage.resolve(workdir)), 'copy_of': str(reference.path)})
@@ -75,7 +101,7 @@ def has_started(workdir: storage.Path) -> bool:
 
 
 def _holds(kept, reference):
-  """Returns whether the newest step of a directory is the reference."""
+  """Returns whether the newest step of a directory has the parameters of the reference."""
   path = checkpoint.latest(kept)
   try:
     return path is not None and checkpoint.same_params(path, reference.path)
@@ -84,69 +110,121 @@ def _holds(kept, reference):
 
 
 def _is_own(directory):
-  """Returns whether a directory may be replaced.
+  """Returns whether a run of this workdir may replace a directory.
 
-  It may if it is missing or empty, or if it has the mark of this workdir and otherwise only a checkpoint.
+  True if it is missing or empty, or holds only the mark of this workdir and a checkpoint.
   """
   if not directory.exists():
     return True
   names = [path.name for path in directory.iterdir()] if directory.is_dir() else ['a file']
   if MARK not in names:
-    return names in ([], [f'{MARK}.unfinished'])  # the latter of a full disk, or of a process killed at its first file
+    return names in ([], [f'{MARK}.unfinished'])  # the second after a full disk, or a kill while the mark was written
   mark = storage.read_json(directory / MARK, advice=f'move {directory} away')
   return mark.get('workdir') == str(storage.resolve(directory.parent)) and all(
-      name == MARK or name[0].isdigit() for name in names)  # unfinished steps of Orbax among them
+      name == MARK or name[0].isdigit() for name in names)  # digits also begin the names of Orbax's unfinished steps
 
 
 def check_ensemble(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> None:
-  """Exits with one line if a reference of the ensemble has another model than the reference."""
+  """Exits with one line if a model of the ensemble has another kind, size or task than the reference."""
   for path in config.ensemble_paths:
-    own = checkpoint.find_checkpoint(path).info.model
-    for name in ('vocab_size', 'num_layers', 'num_heads', 'width', 'context_length'):
-      if getattr(own, name) != getattr(reference.info.model, name):
-        refuse(f'--certainty_ensemble: {path} has {name}={getattr(own, name)}, and the reference '
-               f'{getattr(reference.info.model, name)}.')
+    own = checkpoint.find_checkpoint(path).info
+    pairs = {'architecture': (own.architecture, reference.info.architecture),
+             **known_tasks.differing_settings(own.task, reference.info.task)}
+    if own.architecture == reference.info.architecture:
+      pairs |= {field.name: tuple(getattr(info.model, field.name) for info in (own, reference.info))
+                for field in dataclasses.fields(own.model) if field.name not in NOT_OF_THE_TRUNK}
+    for name, (one, two) in pairs.items():
+      if one != two and name != 'known_digits':
+        refuse(f'--certainty_ensemble: {path} has {name}={one}, and the reference {two}.')
 
 
 def load_ensemble(config: FinetuneConfig, mesh: Mesh | None = None) -> tuple[Any, ...]:
-  """Reads the parameters of the further references of an ensemble."""
+  """Loads the parameters of an ensemble's further references."""
   return tuple(checkpoint.load_checkpoint(path, mesh=mesh).params for path in config.ensemble_paths)
 
 
-def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[GPT2, Task]:
-  """Returns the policy's model and its task, or exits with one line if the reference does not fit them.
-
-  Reads no parameters of the reference.
-  """
+@contextlib.contextmanager
+def refuse_text() -> Iterator[None]:
+  """Exits with one line where a model directory, its tokenizer or a file of prompts cannot be used."""
   try:
-    model = GPT2(config.model_of(reference.info.model))
-    addition.check_vocabulary(model.config.vocab_size)
+    yield
+  except (TokenizerError, PretrainedError) as error:
+    refuse(f'--model: {error}')
+  except RuntimeError as error:  # the home of an unknown user
+    refuse(f'--model, --prompts: {error}')
   except ValueError as error:
     refuse(f'--{error}')
-  known = reference.info.known_digits
-  task = addition.plus_task(known, config.extra_digits)
+
+
+def check_length(task: Task, model: Any) -> None:
+  """Exits with one line if prompts and responses of the task `questions` do not fit into the model's context."""
   needed = task.prompt_length + task.response_length
-  if needed > model.config.context_length:
-    refuse(f'--extra_digits: {known} + {config.extra_digits} digits need a context of {needed}, and the reference has '
-           f'{model.config.context_length}; take fewer.')
+  if needed > model.context_length:
+    refuse(f'--response_length: prompts of {task.prompt_length} tokens and responses of {task.response_length} need a '
+           f'context of {needed}, and the model has {model.context_length}.')
+
+
+def task_settings(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> Any:
+  """Returns the settings of the task that a run trains on, or exits with one line if its reference has another one."""
+  own = reference.info.task
+  if own.name != config.task:
+    other = '--model=DIR, a Hugging Face model directory' if config.task == 'questions' else 'another --reference'
+    refuse(f'--task: {config.task!r} needs a reference for it, and the task of {reference.path} is {own.name!r}; give '
+           f'{other}.')
+  with refuse_text():
+    return known_task_of(own).finetuned(own, config)
+
+
+def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> tuple[LanguageModel, Task]:
+  """Returns the policy's model and its task, or exits with one line if the reference does not support them.
+
+  Reads no parameters.
+  """
+  settings = task_settings(config, reference)
+  with refuse_text():
+    task = known_task_of(settings).make(settings)
+    model = make_model(config.model_of(reference.info.model))
+    check_vocabulary(task, model.vocab_size)
+  if config.ensemble_paths and not make_scorer(model).holds_logits:
+    refuse(f'--certainty_ensemble: needs the logits of whole episodes, which are not held at a vocabulary of '
+           f'{model.vocab_size}.')
+  if config.task == 'questions':
+    check_length(task, model)
+    return model, task
+  needed = task.prompt_length + task.response_length
+  if needed > model.context_length:
+    refuse(f'--extra_digits: {settings.known_digits} + {config.addition.extra_digits} digits need a context of '
+           f'{needed}, and the reference has {model.context_length}; take fewer.')
   return model, task
 
 
-def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, workdir: storage.Path) -> dict[str, Any]:
-  """Tests the reference, or reads the result of the same test from the workdir of a resumed run."""
+def tested_before(test: Callable, ref_params: Any, config: FinetuneConfig, settings: Any, workdir: storage.Path
+                  ) -> dict[str, Any]:
+  """Tests the reference, or reads the result of an earlier test from the workdir.
+
+  Args:
+    test: from `evaluation.make_test`.
+    ref_params: the reference's parameters.
+    config: the run's config.
+    settings: the settings of its task.
+    workdir: the run's workdir.
+  """
   file = workdir / 'before.json'
-  made_with = {'reference': sum(checkpoint.checksums(ref_params).values()) % 2**32,
-               'eval_problems': config.eval_problems, 'extra_digits': config.extra_digits}
+  made_with = {'reference': sum(array_checksums(ref_params).values()) % 2**32,
+               'eval_problems': config.eval_problems, 'task': to_json_object(settings),
+               'sets': list(known_task_of(settings).named_sets(settings))}
   kept = _kept_test(file, made_with, has_started(workdir)) if hosts.is_first() else None
-  if hosts.as_first_says(kept is not None):
+  if hosts.broadcast_from_first(kept is not None):
     return kept or {}  # the first host alone reports
   result, _ = test(ref_params)
-  storage.write_json(file, {'made_with': made_with} | result, indent=None)
+  storage.write_json(file, {'made_with': made_with} | result)
   return result
 
 
 def _kept_test(file, made_with, started):
-  """Returns the test that a workdir holds; None if it is of another reference or setting, or, with a note, unreadable.
+  """Reads the result of the reference's test from a workdir.
+
+  Returns None if it was made with another reference or setting or, after printing a note, if it cannot be read.
   """
   if not file.exists():
     return None
@@ -156,5 +234,5 @@ def _kept_test(file, made_with, started):
     hosts.say(str(error))
     return None
   same = found.pop('made_with', made_with if started else None) == made_with  # older versions did not write `made_with`
-  whole = all(isinstance(found.get(name), float | int) for name in ('N', f'N+{made_with["extra_digits"]}'))
+  whole = all(isinstance(found.get(name), float | int) for name in made_with['sets'])
   return found if same and (whole or not made_with['eval_problems']) else None

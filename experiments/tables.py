@@ -1,4 +1,4 @@
-"""Tables as the binaries print them."""
+"""Formats and prints the tables of the binaries."""
 
 import math
 import shlex
@@ -8,11 +8,12 @@ from typing import Any
 
 import tqdm
 
-from critkl_jax import hosts
+from critkl_jax.analysis.evaluation import accuracy_interval
 from critkl_jax.analysis.page import Table
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.summary import METRICS
-from critkl_jax.evaluate import accuracy_interval
+from critkl_jax.runtime import hosts
+from critkl_jax.tasks.task import NamedSet
 
 PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
 AGREEMENT = {'precision': 'precision', 'recall': 'recall', 'auroc': 'AUROC', 'average_precision': 'average precision',
@@ -22,21 +23,21 @@ LENGTHS = {'identical': 'as many', 'varying': '1 to as many',
 
 
 def command(binary: str, *flags: str) -> str:
-  """Returns the command that starts another binary, as text to be shown."""
+  """Returns the command line that starts another binary, as text."""
   return shlex.join(['python', '-m', f'{__package__}.{binary}', *flags])
 
 
 def print_accuracies(rows: Iterable[dict[str, Any]], digits: Sequence[int], distributions: Sequence[str],
                      known_digits: int, num_problems: int, whose: str = 'greedy answers') -> list[dict[str, Any]]:
-  """Prints the table of `evaluate.accuracies`, each line as soon as its cells are tested, and a bar meanwhile.
+  """Prints the table of `evaluation.accuracies` line by line while the tests run, with a progress bar.
 
   Args:
-    rows: of `evaluate.accuracies`; all hosts go through them, and the first one prints.
-    digits: of the lines.
-    distributions: of the columns.
+    rows: iterator of `evaluation.accuracies`; all hosts consume it, and the first one prints.
+    digits: numbers of digits, one for each line.
+    distributions: distributions of operands, one for each column.
     known_digits: N.
-    num_problems: in a cell.
-    whose: what the accuracies are of.
+    num_problems: number of problems of each cell.
+    whose: describes the tested answers.
 
   Returns:
     The rows.
@@ -58,7 +59,7 @@ def print_accuracies(rows: Iterable[dict[str, Any]], digits: Sequence[int], dist
 
 
 def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
-  """Formats the rows of `evaluate.accuracies`: a line for each number of digits, a column for each distribution."""
+  """Formats rows of `evaluation.accuracies`: a line for each number of digits, a column for each distribution."""
   cells = {}
   for row in rows:
     cells.setdefault(row['digits'], []).append(
@@ -66,27 +67,32 @@ def accuracy_rows(rows: Sequence[dict[str, Any]]) -> str:
   return '\n'.join(f'{digits:>8}' + ''.join(own) for digits, own in cells.items())
 
 
-def before_after_rows(accuracy: dict[str, dict[str, float]], known: int, extra: int, num_problems: int) -> str:
-  """Formats a fine-tuning run's test: accuracies with 95% intervals, before and after.
+def before_after_rows(accuracy: dict[str, dict[str, float]], sets: dict[str, NamedSet], num_problems: int) -> str:
+  """Formats the accuracies of a fine-tuning run, before and after, with 95% intervals.
 
   Args:
-    accuracy: `before` and `after` -> `N` and `N+k` -> share of right answers.
-    known: N of pre-training.
-    extra: k.
-    num_problems: behind each accuracy.
+    accuracy: `before` and `after` -> name of a problem set -> share of right answers.
+    sets: the problem sets by name.
+    num_problems: number of problems of each set that has as many.
   """
-  lines = [f'Accuracy: right answers to {num_problems} fixed problems each, greedy decoding [95% interval]', '',
+  numbers = {name: size_of(one, num_problems) for name, one in sets.items()}
+  each = f'{num_problems} fixed problems each' if len(set(numbers.values())) == 1 else ' and '.join(
+      f'{number} fixed {sets[name].meaning}' for name, number in numbers.items())
+  lines = [f'Accuracy: right answers to {each}, greedy decoding [95% interval]', '',
            f'{"":<42}{"reference":<22}{"fine-tuned"}']
-  meanings = {'N': f'N = {known} digits (known from pre-training)',
-              f'N+{extra}': f'N + {extra} = {known + extra} digits (trained here)'}
-  for name, meaning in meanings.items():
-    cells = [share_text(accuracy[when][name], num_problems) for when in ('before', 'after')]
-    lines.append(f'{meaning:<42}{cells[0]:<22}{cells[1]}')
+  for name, one in sets.items():
+    cells = [share_text(accuracy[when][name], numbers[name]) for when in ('before', 'after')]
+    lines.append(f'{one.meaning:<42}{cells[0]:<22}{cells[1]}')
   return '\n'.join(lines)
 
 
+def size_of(one: NamedSet, num_problems: int) -> int:
+  """Returns the number of problems of a set, of which a test takes at most `num_problems`."""
+  return num_problems if one.most is None else min(num_problems, one.most)
+
+
 def share_text(share: float | None, num_problems: int) -> str:
-  """Formats a share of problems with its 95% interval; `none` where there is no number, as null in a file."""
+  """Formats a share of problems with its 95% interval; `none` if the share is NaN or None."""
   if share is None or math.isnan(share):
     return 'none'
   low, high = accuracy_interval(share, num_problems)
@@ -94,8 +100,13 @@ def share_text(share: float | None, num_problems: int) -> str:
 
 
 def study_rows(rows: Sequence[dict[str, Any]]) -> str:
-  """Formats the groups of a study: mean accuracy, and the paired difference from the standard penalty where there is
-  one, with their intervals, or where there are none what each run or pair of runs has."""
+  """Formats the groups of a sweep: mean accuracy and paired difference from the standard penalty.
+
+  Both are shown with their interval or, with too few seeds for an interval, with the value of each run or pair of runs.
+
+  Args:
+    rows: from `groups.compare`.
+  """
   texts = []
   for row in rows:
     accuracy = _mean_text(row['accuracy'], row['accuracy_interval'], row['accuracies'], '.1f', '%')
@@ -120,14 +131,16 @@ def _mean_text(mean, interval, each, form, unit):
   return f'{100 * mean:{form}}{unit} ' + (f'({", ".join(texts)})' if few else f'[{", ".join(texts)}]')
 
 
-def summary_tables(summaries: dict[str, dict[str, Any]]) -> list[Table]:
-  """Formats summaries of checkpoints as tables: a column for each checkpoint where there are several.
+def summary_tables(summaries: dict[str, dict[str, Any]], unit: str) -> list[Table]:
+  """Formats summaries of checkpoints as tables, which have a column for each checkpoint if there are several.
 
   Args:
-    summaries: name of a checkpoint -> what `analysis.summary.summarize` returns of it.
+    summaries: name of a checkpoint -> its summary from `analysis.summary.summarize`.
+    unit: word after the names of problem sets, `digits` for example; may be empty.
   """
-  return [*_accuracy_tables(summaries), *_place_tables(summaries), _reference_table(summaries),
-          *_detector_tables(summaries)]
+  known = all('places' in summary for summary in summaries.values())  # critical tokens
+  return [*_accuracy_tables(summaries, unit), *(_place_tables(summaries) if known else ()),
+          *([_reference_table(summaries)] if known else ()), *_detector_tables(summaries)]
 
 
 def text_of(tables: Sequence[Table]) -> str:
@@ -141,11 +154,11 @@ def text_of(tables: Sequence[Table]) -> str:
   return '\n'.join(lines)
 
 
-def _accuracy_tables(summaries):
-  shared = next(iter(summaries.values()))['accuracy']  # all are read with the same problems
-  rows = [[f'{digits} digits, {row["num_problems"]} problems',
-           *(_percent(summary['accuracy'][digits]) for summary in summaries.values())]
-          for digits, row in shared.items()]
+def _accuracy_tables(summaries, unit):
+  shared = next(iter(summaries.values()))['accuracy']  # all checkpoints have the same problems
+  rows = [[f'{" ".join(filter(None, (name, unit)))}, {row["num_problems"]} problems',
+           *(percent_of(summary['accuracy'][name]) for summary in summaries.values())]
+          for name, row in shared.items()]
   return [Table('Accuracy [95% interval]', ('', *summaries), rows)] if rows else []
 
 
@@ -180,7 +193,7 @@ def _detector_tables(summaries):
       columns, rows = AGREEMENT.values(), [[name, *(_interval(found[0][name][metric]) for metric in AGREEMENT)]
                                            for name in detectors]
     else:
-      columns, rows = summaries, [[f'{name}: {title}', *(_interval(some[name][metric]) for some in found)]
+      columns, rows = summaries, [[f'{name}: {title}', *(_interval(own[name][metric]) for own in found)]
                                   for name in detectors for metric, title in AGREEMENT.items()]
     tables.append(Table(f'Detectors of critical tokens against {target} [95% interval]', ('', *columns), rows,
                         note))
@@ -188,7 +201,7 @@ def _detector_tables(summaries):
 
 
 def _number(value: float | None) -> str:
-  """Formats a number with three significant digits; near 1 with as many as tell it from 1."""
+  """Formats a number with three significant digits, or as many as distinguish it from 1."""
   if value is None or isinstance(value, int):
     return 'none' if value is None else str(value)
   if 0.9 < value < 1 - 5e-8:
@@ -196,12 +209,13 @@ def _number(value: float | None) -> str:
   return f'{value:.3g}'
 
 
-def _percent(row: dict[str, float]) -> str:
+def percent_of(row: dict[str, float]) -> str:
+  """Formats an accuracy with its interval."""
   return f'{100 * row["accuracy"]:.1f}% [{100 * row["low"]:.1f}, {100 * row["high"]:.1f}]'
 
 
 def _interval(value: float | Sequence[float] | None) -> str:
-  """Formats a number, or one with an interval as `(value, low, high)`."""
+  """Formats a number, or a tuple `(value, low, high)` as a number with its interval."""
   if value is None or isinstance(value, float):
     return _number(value)
   return f'{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]'

@@ -1,4 +1,4 @@
-"""Accelerators that are not there, to compile for: their compilers run on any machine, and know what fits."""
+"""Describes accelerators that this machine does not have; their compilers run anywhere and check memory."""
 
 import importlib.util
 import os
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from critkl_jax.checks import nearest
+from critkl_jax.config import nearest
 
 
 class Chip(NamedTuple):
   """A kind of accelerator.
 
   Attributes:
-    memory_gib: memory of a device as its compiler counts it, or as its maker states it.
-    accelerator_type: what libtpu is told; empty for a GPU.
+    memory_gib: memory of a device, by its compiler or its data sheet.
+    accelerator_type: name of the TPU for libtpu; empty for a GPU.
   """
 
   memory_gib: float
@@ -27,7 +27,7 @@ class Chip(NamedTuple):
 CHIPS = {'v4': Chip(30.75, 'v4-8'), 'v5e': Chip(15.75, 'v5litepod-4'), 'v5p': Chip(95.74, 'v5p-8'),
          'v6e': Chip(31.25, 'v6e-4'), 'H100': Chip(79.1)}
 GPU = 'H100'
-# What XLA asks of the GPU it compiles for: an H100 SXM, from NVIDIA's data sheet and tables of compute capability 9.0.
+# XLA's description of an H100 SXM, from NVIDIA's data sheet and its tables of compute capability 9.0.
 _H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3" cuda_compute_capability { major: 9 minor: 0 }
@@ -57,7 +57,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def check_topology(topology: str) -> None:
-  """Checks what can be said of a topology before its compiler is loaded.
+  """Checks the text of a topology before its compiler is loaded.
 
   Raises:
     ValueError: if its kind or its shape is unknown, or its compiler is not installed.
@@ -72,19 +72,19 @@ def check_topology(topology: str) -> None:
 
 
 def backend_of(topology: str) -> str:
-  """Returns the name of the backend, `tpu` or `gpu`."""
+  """Returns the backend of a topology, `tpu` or `gpu`."""
   return 'tpu' if chip_of(topology).accelerator_type else 'gpu'
 
 
 def environment(topology: str) -> dict[str, str]:
-  """Returns what libtpu has to be told where there is no TPU; to be set before it is loaded."""
+  """Returns the environment variables that libtpu needs without a TPU; set them before it is loaded."""
   kind = chip_of(topology).accelerator_type
   return {'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost', 'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
           'TPU_ACCELERATOR_TYPE': kind} if kind else {}
 
 
 def devices_of(topology: str) -> Sequence[Any]:
-  """Returns the devices of a topology, which can be compiled for and nothing else.
+  """Returns the devices of a topology, which support compilation only.
 
   Raises:
     ValueError: if the topology is unknown, or its compiler is not installed.
@@ -103,7 +103,7 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 
 def missing_compiler(backend: str) -> str:
-  """Returns the extra that installs the compiler for a backend, or nothing if it is there."""
+  """Returns the package's extra with a backend's compiler, or an empty text if the compiler is installed."""
   if backend == 'tpu':
     return '' if importlib.util.find_spec('libtpu') else 'tpu'
   plugins = importlib.util.find_spec('jax_plugins')

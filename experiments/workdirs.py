@@ -1,11 +1,11 @@
-"""Finds out which binary's results a workdir holds; each binary refuses those of another."""
+"""Checks which binary wrote a workdir; every binary refuses the workdir of another."""
 
 import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from critkl_jax import checkpoint, hosts, locks, storage
-from critkl_jax.storage import WorkdirError
+from critkl_jax.runtime import checkpoint, hosts, locks, storage
+from critkl_jax.runtime.storage import WorkdirError
 
 from .exits import refuse
 
@@ -26,15 +26,15 @@ _WRITES = {
     'compare_checkpoints': ('comparison.json', 'comparison.png'),
     'analyze': (),  # its record, analysis.json, lists its files
 }
-held = contextlib.ExitStack()  # locks of this process, until the binary ends
+held = contextlib.ExitStack()  # locks of this process, released when the binary ends
 
 
 def claim(workdir: storage.Path, binary: str) -> None:
-  """Locks a workdir until the binary ends, when `flags.run` unlocks it.
+  """Locks a workdir until `flags.run` ends the binary.
 
   Raises:
-    WorkdirError: if another run holds the workdir, or if it holds the results of another binary or a file that no run
-      wrote and this one would overwrite.
+    WorkdirError: if another run holds the workdir, if it holds the results of another binary, or if this binary would
+      overwrite a file that no run wrote.
   """
   known = held.enter_context(locks.hold(workdir))
   hosts.first_does(lambda: _check_owner(workdir, binary, known), checkpoint.CheckpointError, WorkdirError, OSError)
@@ -47,16 +47,16 @@ def _check_owner(workdir, binary, known):
       raise WorkdirError(f'--workdir: {workdir} holds {_HOLDS[owner]}; give another directory.')
   for path in (workdir / name for name in _WRITES[binary] if not (known or found)):
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-      raise WorkdirError(f'--workdir: {path} is there, and no run left it; move it away, or give another directory.')
+      raise WorkdirError(f'--workdir: {path} exists, and no run wrote it; move it away, or give another directory.')
 
 
 def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
   """Exits with one line if a file exists that this binary did not write.
 
   Args:
-    path: of the file.
+    path: path of the file.
     names: fields of the JSON object that this binary writes.
-    flag: that gives the path.
+    flag: name of the flag with the path.
   """
   file = storage.to_path(path)
   try:
@@ -64,13 +64,13 @@ def refuse_other_file(path: str, names: Sequence[str], flag: str) -> None:
   except WorkdirError:
     own = False
   if not own:
-    refuse(f'--{flag}: {path} is there, and this command did not write it; give another file.')
+    refuse(f'--{flag}: {path} exists, and this command did not write it; give another file.')
 
 
 def refuse_fewer_steps(directory: storage.Path, num_steps: int, flag: str) -> None:
-  """Exits with one line if a directory of checkpoints has a step after the last one of the run.
+  """Exits with one line if a directory of checkpoints has a step after the last step of the run.
 
-  The results would be those of the later step.
+  Otherwise the results would be those of the later step.
   """
   last = max(checkpoint.steps_in(directory), default=0)
   if last > num_steps:
@@ -79,7 +79,7 @@ def refuse_fewer_steps(directory: storage.Path, num_steps: int, flag: str) -> No
 
 
 def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
-  """Exits with one line if a JSON file exists and one of its values differs from the wanted one."""
+  """Exits with one line if a JSON file exists and its values differ from the wanted ones."""
   found = storage.read_json(file, advice='remove it, or give another directory') if file.exists() else wanted
   different = [f'{name}: {found.get(name)!r} then, {value!r} now' for name, value in wanted.items()
                if found.get(name) != value]
@@ -89,7 +89,7 @@ def refuse_other_results(file: storage.Path, wanted: dict[str, Any]) -> None:
 
 
 def owners(workdir: storage.Path) -> list[str]:
-  """Returns the binaries whose results a workdir holds."""
+  """Returns the names of the binaries whose results a workdir holds."""
   found = []
   info = checkpoint.newest_info(workdir / 'checkpoints')
   if info is not None:

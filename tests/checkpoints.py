@@ -2,10 +2,11 @@
 
 import jax
 
-from critkl_jax import checkpoint
 from critkl_jax.config import replace
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime import checkpoint
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 SMOKE = PRETRAIN_PRESETS['smoke']
 
@@ -18,12 +19,12 @@ def noisy(params, scale, seed=0):
 
 
 def write(directory, params, step, training=SMOKE, model=SMOKE.model, known_digits=1):
-  checkpoint.save_params(directory, params, checkpoint.CheckpointInfo(model, known_digits, training), step)
+  checkpoint.save_params(directory, params, checkpoint.CheckpointInfo(model, Addition(known_digits), training), step)
 
 
 def finetuned_workdir(workdir, steps=(2, 4), **loss):
   """A workdir as a run of fine-tuning leaves it: its reference, and policies that move away from it."""
-  reference = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.3)
+  reference = noisy(gpt2(SMOKE.model).init(jax.random.key(0)), 0.3)
   write(workdir / 'reference', reference, 7)
   for step in steps:
     write(workdir / 'checkpoints', noisy(reference, 0.02 * step, step), step,

@@ -12,8 +12,7 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_p
 import jax
 import pytest
 
-from critkl_jax.config import GPT2Config
-from critkl_jax.gpt2 import GPT2
+from critkl_jax.models.gpt2 import GPT2, GPT2Config
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from critkl_jax.records import Solution, Tokens
 from critkl_jax.tasks.task import Task, stop_after
-from critkl_jax.tokenizer import CharTokenizer
+from critkl_jax.tasks.tokenizers import CharTokenizer
 
 TOKENIZER = CharTokenizer('%abcd;')
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compilation import QUICK
+from passes import logits
 
-from critkl_jax import GPT2, load_checkpoint, plus_task
+from critkl_jax import gpt2, load_checkpoint, plus_task
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -94,13 +95,13 @@ def models(monkeypatch):
 def test_a_widened_model_writes_as_the_shipped_one(models):
   shipped = load_checkpoint()
   config, params, known_digits = models.load('small')
-  assert known_digits == shipped.info.known_digits
+  assert known_digits == shipped.info.task.known_digits
   task = plus_task(known_digits, 0)
   problems = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), 2))
   prompt, solution = jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)
   tokens = jnp.concatenate([prompt.tokens, solution.tokens], 1)
   mask = jnp.concatenate([prompt.mask, solution.mask], 1)
-  found, wanted = (jax.nn.log_softmax(GPT2(c).apply({'params': p}, tokens, mask).logits)
+  found, wanted = (jax.nn.log_softmax(logits(gpt2(c), p, tokens, mask))
                    for c, p in ((config, params), (shipped.info.model, shipped.params)))
   assert sum(x.size for x in jax.tree.leaves(params)) > 2.5e6
   assert jnp.max(jnp.abs(found - wanted)[mask]) < 0.05

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from compilation import QUICK
 
-from critkl_jax import FinetuneConfig, checkpoint
+from critkl_jax import FinetuneConfig, half_weight_entropy
+from critkl_jax.runtime import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / 'README.md'
@@ -25,18 +26,21 @@ SMOKE = '--preset=smoke'
 
 
 class Block(NamedTuple):
-  """A fenced code block: its language, its text, and where it stands."""
+  """A fenced code block: its language, its text, where it stands, and the text between it and the block before it."""
 
   language: str
   text: str
   place: str
+  between: str
 
 
 def blocks_of(page):
   text = page.read_text()
+  end = 0
   for match in re.finditer(r'^```([^\n]*)\n(.*?)^```$', text, re.S | re.M):
     place = f'{page.relative_to(ROOT)}:{text[:match.start()].count(chr(10)) + 1}'
-    yield Block(match[1], match[2], place)
+    yield Block(match[1], match[2], place, text[end:match.start()])
+    end = match.end()
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
@@ -108,7 +112,7 @@ PARSER = """
 import importlib, json, sys
 from absl import app, flags, logging
 absl = set(flags.FLAGS)
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from experiments.flags import read_config
 
 POSITIONAL = {'experiments.compare_checkpoints': 2}
@@ -120,7 +124,7 @@ names = {'help'} | shared
 for module, lines in json.load(sys.stdin).items():
   before = set(flags.FLAGS)
   try:
-    importlib.import_module(PACKAGES.get(module, module))
+    imported = importlib.import_module(PACKAGES.get(module, module))
   except SystemExit as reason:
     if module == 'benchmarks.peers' and 'is not installed' in str(reason):
       continue  # packages of the extra `bench` define its flags only when they are there
@@ -136,7 +140,7 @@ for module, lines in json.load(sys.stdin).items():
       if len(rest) != POSITIONAL.get(module, 0):
         wrong.append([module, line, f'arguments {rest}'])
       if module in PRESETS:
-        read_config(PRESETS[module])
+        read_config(PRESETS[module], without=getattr(imported, 'READ_HERE', ()))
     except (flags.Error, SystemExit) as error:
       wrong.append([module, line, str(error)])
   for name in own:
@@ -227,7 +231,7 @@ def with_runs(tmp_path_factory):
   home = tmp_path_factory.mktemp('docs')
   shipped = checkpoint.load_checkpoint()
   moved = jax.tree.map(lambda x: 1.01 * x, shipped.params)
-  info = checkpoint.CheckpointInfo(shipped.info.model, shipped.info.known_digits, FinetuneConfig())
+  info = checkpoint.CheckpointInfo(shipped.info.model, shipped.info.task, FinetuneConfig())
   checkpoint.save_params(home / 'runs' / 'finetune' / 'checkpoints', moved, info, step=12)
   checkpoint.save_params(home / 'runs' / 'finetune' / 'reference', shipped.params, shipped.info, step=shipped.step)
   return home
@@ -239,14 +243,23 @@ def programs():
           for x in of_kind('python')]
 
 
+def output_of(block):
+  """Returns the text block that follows a program with nothing between them, which is its output; None without one."""
+  after = BLOCKS[BLOCKS.index(block) + 1:][:1]
+  return after[0].text if after and after[0].language == 'text' and not after[0].between.strip() else None
+
+
+def test_the_readme_shows_what_its_program_prints():
+  assert [x for x in BLOCKS if x.language == 'python' and x.place.startswith('README') and output_of(x)]
+
+
 @pytest.mark.parametrize('block', programs())
 def test_programs_run(block, with_runs):
   done = python('-c', block.text, cwd=with_runs)
   assert done.returncode == 0, done.stderr
   assert done.stdout.strip()
-  after = BLOCKS[BLOCKS.index(block) + 1:][:1]
-  if after and after[0].language == 'text' and after[0].place.split(':')[0] == block.place.split(':')[0]:
-    assert done.stdout == after[0].text
+  if (printed := output_of(block)) is not None:
+    assert done.stdout == printed
 
 
 # Pages.
@@ -281,15 +294,23 @@ def rows_of_metrics():
 
 def test_every_metric_of_a_run_is_described():
   described = {name for row in rows_of_metrics() for name in re.findall(r'`([\w/]+)`', row[0])}
-  records = [json.loads(path.read_text()) for path in ROOT.glob('docs/results/tiny/runs/*.json')]
+  records = [json.loads(path.read_text()) for path in ROOT.glob('results/tiny/runs/*.json')]
   measured = {name for record in records for name in record['metrics']} - {'step'}
   assert len(measured) > 20
   assert not {name for name in measured if not name.startswith('signature/')} - described
 
 
 def test_grouped_names_of_metrics_are_those_of_the_trackers():
-  trackers = pytest.importorskip('critkl_jax.trackers')
+  trackers = pytest.importorskip('critkl_jax.runtime.trackers')
   assert {row[0].strip('`'): row[1].strip('`') for row in rows_of_metrics() if len(row) == 3} == trackers.GROUPED
+
+
+def test_entropies_of_exponents_are_computed():
+  text = (ROOT / 'docs' / 'trainers.md').read_text()
+  rows = re.findall(r'^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$', text, re.M)
+  assert rows
+  for exponent, *entropies in rows:
+    assert entropies == [f'{half_weight_entropy(float(exponent), size):.3f}' for size in (41, 32_000, 151_936)]
 
 
 def test_readme_is_short_and_begins_with_the_two_commands():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 
 import pytest
@@ -47,12 +48,37 @@ def files_of(folder, *patterns):
           if path.is_file() and '__pycache__' not in path.parts}
 
 
+def test_the_loss_needs_jax_chex_and_numpy_alone():
+  """Every name of the loss loads, and a loss is computed, where no other package of setup.py can be imported."""
+  code = """
+    import sys
+
+    class Missing:
+      def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('flax', 'optax', 'orbax', 'etils', 'tensorstore', 'matplotlib', 'tqdm'):
+          raise ImportError(name)
+
+    sys.meta_path.insert(0, Missing())
+    import jax.numpy as jnp
+    import critkl_jax
+    for name, home in critkl_jax._HOMES.items():
+      if home.startswith(('rl.', 'ops.', 'records')):
+        getattr(critkl_jax, name)
+    batch = critkl_jax.Batch(actions=jnp.zeros((2, 3), int), mask=jnp.ones((2, 3), bool), advantages=jnp.ones(2))
+    logits = jnp.ones((2, 3, 5)).at[..., 0].set(2.0)
+    print(critkl_jax.ppo_loss(logits, None, 2 * logits, batch)[0])
+    """
+  done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  assert float(done.stdout) < 0
+
+
 def test_an_sdist_holds_binaries_tests_and_benchmarks_but_no_results(archives):
   unpacked, _ = archives
   wanted = files_of(ROOT, '*.md', '*.py', '*.toml', 'LICENSE', '.ci/run', 'critkl_jax/**/*', 'experiments/**/*',
-                    'tests/**/*', 'benchmarks/**/*', 'docs/*.md')
+                    'tests/**/*', 'benchmarks/**/*', 'docs/*.md', 'examples/**/*')
   assert wanted <= files_of(unpacked, '*', '**/*', '.ci/*')
-  assert not files_of(unpacked, 'docs/results/**/*')
+  assert not files_of(unpacked, 'results/**/*')
 
 
 def test_a_wheel_has_all_of_the_package_and_one_name_at_the_top(archives, tmp_path):

@@ -1,6 +1,7 @@
 """The package keeps the order that its structure promises."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -10,23 +11,10 @@ import pytest
 import critkl_jax
 
 PACKAGE = pathlib.Path(critkl_jax.__file__).parent
-# Data flow one way: a module imports only from those before it.
-ORDER = [
-    'checks', 'views', 'config', 'presets', 'tokenizer', 'records', 'sharding', 'drafts',
-    'tasks.task', 'tasks.text', 'tasks.addition_draft', 'tasks.addition', 'attention', 'gpt2', 'confidence',
-    *(f'ops.weighted_kl.{name}' for name in (
-        'statistics', 'operands', 'reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'logits', 'linear', 'api')),
-    'decoding', 'rollout', 'slices', 'critical_tokens', 'gates', 'advantages', 'losses', 'finite',
-    'pretrain_step', 'initial_state', 'train_step', 'population', 'footprint', 'intervals', 'evaluate', 'hosts',
-    'storage', 'locks', 'compilation', 'interruption', 'trackers', 'checksums', 'managers', 'checkpoint', 'signatures',
-    'metrics', 'resuming', 'runner',
-    'pretraining',
-    'analysis.statistics', 'analysis.style', 'analysis.curves', 'analysis.agreement', 'analysis.reading',
-    'analysis.summary', 'analysis.charts', 'analysis.comparison', 'analysis.page',
-    *(f'studies.{name}' for name in (
-        'records', 'catalog', 'references', 'measures', 'advance', 'plan', 'certainty', 'results', 'ladder', 'files',
-        'references_page', 'page', 'certainty_page', 'ladder_page')),
-]
+# Data flow one way: a module imports only from its own package and from those before it.
+ORDER = ('config', 'pytree', 'records', 'sharding', 'rl', 'ops', 'models', 'tasks', 'sampling', 'training', 'runtime',
+         'analysis', 'studies')
+TOGETHER = {'rl', 'ops'}  # a loss takes the fused operation, which takes the certainty
 
 
 def module_name(path):
@@ -41,29 +29,52 @@ def imports_of(path):
       assert not any(alias.name.startswith('critkl_jax') for alias in node.names), path.name
     if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'critkl_jax':
       base = node.module.removeprefix('critkl_jax').lstrip('.')
-      exported = 'ops.weighted_kl.api' if base == 'ops.weighted_kl' else base
-      for alias in node.names:
-        joined = f'{base}.{alias.name}'.lstrip('.')
-        yield joined if joined in ORDER else exported
+      yield from (f'{base}.{alias.name}'.lstrip('.') for alias in node.names)
 
 
 MODULES = {module_name(path): path for path in PACKAGE.rglob('*.py') if path.name != '__init__.py'}
 
 
+def package_of(name):
+  return name.split('.')[0]
+
+
 def test_every_module_has_its_place():
-  assert sorted(MODULES) == sorted(ORDER)
+  assert {package_of(name) for name in MODULES} == set(ORDER)
 
 
 @pytest.mark.parametrize('name', MODULES)
 def test_imports_flow_one_way(name):
+  own = ORDER.index(package_of(name))
   for imported in imports_of(MODULES[name]):
-    assert ORDER.index(imported) < ORDER.index(name), f'{name} imports {imported}'
+    other = ORDER.index(package_of(imported))
+    assert other <= own or {ORDER[other], ORDER[own]} <= TOGETHER, f'{name} imports {imported}'
+
+
+def test_only_models_know_an_architecture():
+  """No other module names GPT-2's module, a path of its parameters or a field of its cache."""
+  private = {'models.gpt2', 'models.kv_cache', 'models.attention'}
+  paths = {'wte', 'wpe', 'ln_f', 'h_', 'c_attn', 'c_fc', 'c_proj'}
+  for name, path in MODULES.items():
+    if package_of(name) == 'models':
+      continue
+    assert not private & {found.rpartition('.')[0] for found in imports_of(path)}, name
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        assert node.value not in paths, f'{name}:{node.lineno}: {node.value!r}'
+
+
+def test_modules_do_not_import_each_other():
+  graph = {name: {other for found in imports_of(path) for other in (found, found.rpartition('.')[0])
+                  if other in MODULES} for name, path in MODULES.items()}
+  list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_analysis_needs_no_trainer():
   for name, path in MODULES.items():
     if name.startswith('analysis'):
-      assert not {'runner', 'train_step', 'pretrain_step'} & set(imports_of(path))
+      assert not {'runtime.loop', 'training.train_step', 'training.pretrain_step'} & {
+          found.rpartition('.')[0] for found in imports_of(path)}
 
 
 def test_public_names_are_there_described_and_hide_no_module():
@@ -85,7 +96,8 @@ def test_public_functions_have_docstrings():
 
 def test_the_homes_of_public_names_are_those_that_type_checkers_see():
   (block,) = (node for node in ast.parse((PACKAGE / '__init__.py').read_text()).body if isinstance(node, ast.If))
-  seen = {alias.name: node.module.removeprefix('critkl_jax.') for node in block.body for alias in node.names}
+  seen = {alias.asname or alias.name: node.module.removeprefix('critkl_jax.')
+          for node in block.body for alias in node.names}
   assert seen == critkl_jax._HOMES
   assert sorted(seen) == sorted(critkl_jax.__all__)
   assert set(critkl_jax.__all__) <= set(dir(critkl_jax))
@@ -113,7 +125,7 @@ def test_only_what_is_used_is_imported_and_no_device_is_started(statement, absen
           'assert not xla_bridge.backends_are_initialized()')
   out = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
   assert not absent & set(out)
-  assert ('critkl_jax.checkpoint' in out) == ('*' in statement)
+  assert ('critkl_jax.runtime.checkpoint' in out) == ('*' in statement)
 
 
 def test_names_may_be_asked_for_while_a_program_is_traced():

@@ -42,10 +42,10 @@ def test_every_binary_is_run(fast):
 @pytest.mark.parametrize('truth', [
     'ops/test_weighted_kl.py::test_linear_against_float64', 'ops/test_logits.py::test_logits_against_float64',
     'ops/test_pallas_gpu.py::test_against_float64', 'ops/test_pallas_tpu.py::test_values_and_gradients',
-    'test_losses.py::test_loss_against_loops_in_float64', 'test_gpt2.py::test_is_gpt2',
-    'test_rollout.py::test_recorded_log_probabilities_and_values_are_the_rescored_ones',
-    'test_train_step.py::test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one',
-    'test_population.py::test_members_are_single_runs',
+    'rl/test_losses.py::test_loss_against_loops_in_float64', 'models/test_gpt2.py::test_is_gpt2',
+    'sampling/test_generation.py::test_recorded_log_probabilities_and_values_are_the_rescored_ones',
+    'training/test_train_step.py::test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one',
+    'training/test_population.py::test_members_are_single_runs',
     'test_sharding.py::test_any_mesh_gives_the_same_learning_curve'])
 def test_each_layer_is_held_to_what_is_true(fast, truth):
   assert any(line.partition('[')[0] == f'tests/{truth}' for line in fast)

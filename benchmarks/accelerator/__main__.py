@@ -1,4 +1,4 @@
-"""The command: runs the parts and prints one table; see the package's docstring."""
+"""Runs the parts and prints one table; see the package's docstring."""
 
 import os
 import pathlib
@@ -11,9 +11,8 @@ from absl import app, flags
 
 from benchmarks.accelerator.parts import Part, run_parts, table
 
-# A part's share of the minutes, the seconds of 8 minutes; it gets what earlier ones have left, too.
 NO_PREALLOCATION = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-PARTS = (
+PARTS = (  # the share is in seconds of 8 minutes; time that a part leaves goes to the next one
     Part('device', 'benchmarks.accelerator.device:measure', 40, environment=NO_PREALLOCATION),
     Part('operation', 'benchmarks.accelerator.operation:measure', 95, environment=NO_PREALLOCATION),
     Part('rollouts', 'benchmarks.accelerator.rollouts:measure', 80),
@@ -22,14 +21,14 @@ PARTS = (
     Part('finetune', 'benchmarks.accelerator.finetuning:measure', 65),
     Part('paper', 'benchmarks.accelerator.paper:measure', 85, least=75),
 )
-REFUSED, STOPPED = 2, 75  # exit codes, as of `experiments.exits`: this process loads nothing that loads JAX
+REFUSED, STOPPED = 2, 75  # exit codes of `experiments.exits`, repeated here because this process must not load JAX
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NAMES = [part.name for part in PARTS]
 
-MINUTES = flags.DEFINE_float('minutes', 8.0, 'After which all is over.', lower_bound=0.5)
+MINUTES = flags.DEFINE_float('minutes', 8.0, 'Time limit of all parts together.', lower_bound=0.5)
 PRESET = flags.DEFINE_enum('preset', 'full', ['full', 'smoke'], '`smoke`: sizes for a CPU, to try the command.')
 CHOSEN = flags.DEFINE_multi_enum('part', NAMES, NAMES, 'A part to run; may be repeated. Others in the file are kept.')
-JSON = flags.DEFINE_string('json', 'accelerator.json', 'File that takes the results, written anew after each part.')
+JSON = flags.DEFINE_string('json', 'accelerator.json', 'File for the results, rewritten after each part.')
 
 
 def main(arguments: list[str]) -> None:
@@ -53,13 +52,13 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def refuse(reason: object) -> NoReturn:
-  """Ends this process with one line on the standard error, as wrong input does."""
+  """Exits with one line on the standard error and the status of invalid input."""
   print(f'error: {reason}', file=sys.stderr)
   sys.exit(REFUSED)
 
 
 def stop(number: int, frame: types.FrameType | None) -> None:
-  """Ends this process with a sentence, and with it the part that runs."""
+  """Handles a signal: prints a sentence and exits, which also ends the running part."""
   for one in SIGNALS:
     signal.signal(one, signal.SIG_IGN)
   print(f'\nStopped by {signal.Signals(number).name}; the parts that ended before are in the file.', file=sys.stderr,

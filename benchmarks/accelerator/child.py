@@ -1,4 +1,4 @@
-"""A part in a process of its own, started by `parts`: `python -m benchmarks.accelerator.child MODULE:FUNCTION JSON`."""
+"""Runs one part in its own process: `python -m benchmarks.accelerator.child MODULE:FUNCTION JSON`, from `parts`."""
 
 import importlib
 import json
@@ -14,11 +14,11 @@ from benchmarks.accelerator import parts
 
 
 class Report:
-  """Takes what a part finds: each row is printed and kept in a file at once, so that nothing is lost with the process.
+  """Prints a part's rows and writes them to a file at once, so that they survive the process.
 
   Attributes:
     preset: `full` or `smoke`.
-    earlier: the results of the parts before, by name.
+    earlier: name -> results of an earlier part.
   """
 
   def __init__(self, results: str, earlier: str, seconds: float, preset: str):
@@ -28,7 +28,7 @@ class Report:
     self._rows: dict[str, dict[str, Any]] = {}
 
   def add(self, row: str, **values: Any) -> None:
-    """Adds values, numbers or text, to a row."""
+    """Adds values (numbers or text) to a row."""
     self._rows.setdefault(row, {}).update(values)
     parts.write_json(self._path, self._rows)
     print(f'{row}: {parts.text_of(values)}', flush=True)
@@ -39,14 +39,14 @@ class Report:
 
 
 def main() -> None:
-  """Calls the function."""
+  """Calls the part's function with a `Report`."""
   threading.Thread(target=end_with_parent, daemon=True).start()
   module, function = sys.argv[1].split(':')
   getattr(importlib.import_module(module), function)(Report(**json.loads(sys.argv[2])))
 
 
 def end_with_parent() -> None:
-  """Ends this process and those that it started when the parent has ended, however it did: the accelerator is free."""
+  """Kills this process group when the parent has ended in any way, which frees the accelerator."""
   sys.stdin.buffer.raw.read()  # until the other end of the pipe is closed
   os.killpg(0, signal.SIGKILL)
 

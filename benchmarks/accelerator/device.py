@@ -1,4 +1,4 @@
-"""Part 1: the device, the versions, and the rates that all other figures are compared with."""
+"""Part 1: the device, the versions, and the rates that other results are compared with."""
 
 import functools
 import importlib.metadata
@@ -19,7 +19,7 @@ ROUNDS = 2000
 
 
 def measure(report: Report) -> None:
-  """Reports the device, versions, rates of matrix products, bandwidth of a copy, and what a dispatch costs."""
+  """Reports device, versions, FLOP/s of matrix products, bandwidth of a copy, and latency of a dispatch."""
   device = jax.devices()[0]
   report.add('device', kind=device.device_kind, platform=device.platform, number=jax.device_count(),
              memory_mib=(device.memory_stats() or {}).get('bytes_limit', 0) / 2**20 or None,
@@ -34,7 +34,7 @@ def measure(report: Report) -> None:
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions of the packages that are installed."""
+  """Returns the versions of the installed packages among `PACKAGES`."""
   found = {}
   for name in PACKAGES:
     try:
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def driver() -> str | None:
-  """Asks NVIDIA's driver about its GPUs; None without a driver."""
+  """Returns NVIDIA's description of its driver and GPUs; None without a driver."""
   if not shutil.which('nvidia-smi'):
     return None
   try:
@@ -57,7 +57,7 @@ def driver() -> str | None:
 
 
 def copy_rate(mebibytes: int) -> float:
-  """Returns the bytes per second, read and written, of adding 1 to a float32 array, the fastest of nine."""
+  """Returns the bytes read and written per second when adding 1 to a float32 array, the fastest of nine."""
   x = jnp.zeros(mebibytes * 2**18, jnp.float32)
   add = jax.jit(lambda x: x + 1)
   jax.block_until_ready(add(x))
@@ -65,8 +65,8 @@ def copy_rate(mebibytes: int) -> float:
 
 
 def latencies() -> dict[str, float]:
-  """Returns the seconds of a call of a tiny program, waited for, and of a round of a tiny loop on the device, which
-  each token of a rollout takes at least."""
+  """Returns the seconds of a finished call of a tiny program (`call`) and of a round of a tiny loop on the device
+  (`loop_round`), the least that each token of a rollout takes."""
   x = jnp.zeros(128, jnp.float32)
   call = functools.partial(jax.jit(lambda x: x + 1), x)
   loop = functools.partial(jax.jit(lambda x: jax.lax.while_loop(lambda y: y[0] < ROUNDS, lambda y: y + 1, x)), x)

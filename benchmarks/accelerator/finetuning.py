@@ -1,4 +1,4 @@
-"""Part 5: the command that a newcomer runs, in a process of its own; this one asks for no device."""
+"""Part 5: the default fine-tuning command, in its own process; this process uses no device."""
 
 import json
 import pathlib
@@ -16,8 +16,8 @@ def measure(report: Report) -> None:
   """Reports the seconds of `experiments.finetune`, from start to end, and its accuracies.
 
   Raises:
-    CalledProcessError: if it fails.
-    TimeoutExpired: shortly before this part is stopped; the metrics so far are reported.
+    CalledProcessError: if the command fails.
+    TimeoutExpired: shortly before this part is stopped; the last metrics are reported.
   """
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder) / 'finetune'
@@ -37,7 +37,7 @@ def measure(report: Report) -> None:
 
 
 def last_metrics(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns some of the metrics of the last iteration, and which one it was."""
+  """Returns the main metrics of the last iteration, with its `step`."""
   path = workdir / 'metrics.jsonl'
   lines = path.read_text().splitlines() if path.is_file() else []
   row = json.loads(lines[-1]) if lines else {'step': 0}

@@ -1,7 +1,7 @@
-"""Part 2: the weighted KL from hidden states: is it right, how fast is it, and what memory does it take?
+"""Part 2: correctness, speed and memory of the weighted KL from hidden states.
 
-Errors are those of the largest entry, relative to the largest one. An implementation agrees with float64 if its errors
-are not a tenth larger than those of `reference`, plain JAX in the same types, but for rounding (`SLACK`).
+Errors are the largest difference from float64, relative to the largest entry. An implementation agrees with float64 if
+its errors exceed those of `plain`, plain JAX in the same dtypes, by at most a tenth and the rounding in `SLACK`.
 """
 
 import concurrent.futures
@@ -20,11 +20,11 @@ from benchmarks.deviceless import loss_of, product_flops
 from benchmarks.losses import EXPONENT, token_loss
 from critkl_jax.ops.weighted_kl import linear, linear_weighted_kl_loss, pallas_gpu
 
-RAGGED = {'full': ((252, 123, 507), (1000, 257, 5003), (77, 768, 50257)),  # N, D, V
+RAGGED = {'full': ((252, 123, 507), (1000, 257, 5003), (77, 768, 50257)),  # tokens, width, vocabulary
           'smoke': ((30, 40, 70), (7, 31, 300), (1, 5, 47))}
 TIMED = {'full': ((8192, 2048, 151936), (4096, 1024, 50257)), 'smoke': ((256, 64, 2048), (128, 32, 1024))}
-SLACK = {'float32': (1e-5, 1e-5), 'bfloat16': (1e-5, 2**-8)}  # of values, of gradients; kernels round those of logits
-SMALL_BUDGET = 2**18  # bytes of logits, by which `chunked` walks through the vocabulary at the ragged sizes
+SLACK = {'float32': (1e-5, 1e-5), 'bfloat16': (1e-5, 2**-8)}  # of values and gradients; kernels round logits' gradients
+SMALL_BUDGET = 2**18  # bytes of logits; makes `chunked` loop over the vocabulary at the ragged sizes
 REPEATS = 5
 
 
@@ -44,7 +44,7 @@ def measure(report: Report) -> None:
 
 
 def interpreted(on_cpu: bool) -> Any:
-  """Returns a context in which, on a CPU, the Triton kernels run in JAX's interpreter."""
+  """Returns a context in which the Triton kernels run in JAX's interpreter, if `on_cpu`."""
   tables = linear.FORWARD, linear.BACKWARD
 
   def table(kernel):
@@ -59,8 +59,8 @@ def interpreted(on_cpu: bool) -> Any:
 
 
 def check_errors(report: Report, kernel: str) -> list[str]:
-  """Reports the errors of all implementations at ragged sizes, and returns which are too large."""
-  ways = {'reference': {}, 'chunked': {}, 'chunked_small': {'memory_budget': SMALL_BUDGET}, kernel: {}}
+  """Reports the errors of all implementations at ragged sizes, and returns the names of those too large."""
+  ways = {'plain': {}, 'chunked': {}, 'chunked_small': {'memory_budget': SMALL_BUDGET}, kernel: {}}
   cases = {f'{dtype} {size}': make_arrays(size, dtype) for size in RAGGED[report.preset] for dtype in SLACK}
   programs = {(case, way): (value_and_grads(way.split('_small')[0], **options), arrays)
               for case, arrays in cases.items() for way, options in ways.items()}
@@ -75,11 +75,11 @@ def check_errors(report: Report, kernel: str) -> list[str]:
         if isinstance(program, Exception):
           raise program
         errors[way] = errors_of(program(*arrays), truth)
-      except Exception as error:  # the others still run
+      except Exception as error:  # reported, and the others still run
         report.add(f'error {case} {way}', failed=first_line(error))
         wrong.append(f'{case} {way}')
         continue
-      slack, plain = SLACK[case.split()[0]], errors.get('reference', (0.0, 0.0))
+      slack, plain = SLACK[case.split()[0]], errors.get('plain', (0.0, 0.0))
       agrees = all(own <= 1.1 * other + most for own, other, most in zip(errors[way], plain, slack))
       report.add(f'error {case} {way}', values=errors[way][0], gradients=errors[way][1], agrees=agrees)
       wrong += [] if agrees else [f'{case} {way}']
@@ -87,7 +87,7 @@ def check_errors(report: Report, kernel: str) -> list[str]:
 
 
 def value_and_grads(implementation: str, **options: Any) -> Callable:
-  """Returns the jitted `(hidden, embedding, ...) -> ((loss, record), gradients)` of an implementation."""
+  """Makes `(hidden, embedding, ...) -> ((loss, statistics), gradients)` of an implementation, jitted."""
 
   def loss(*arrays):
     return linear_weighted_kl_loss(
@@ -97,8 +97,10 @@ def value_and_grads(implementation: str, **options: Any) -> Callable:
 
 
 def errors_of(found: tuple, truth: dict[str, Any]) -> tuple[float, float]:
-  """Returns the largest relative error of the values and of the gradients: of the divergence relative to itself, of
-  other values relative to a nat or more."""
+  """Returns the largest relative error of the values and of the gradients.
+
+  The KL's error is relative to the largest KL; that of other values to the largest one or 1, whichever is larger.
+  """
   (_, record), gradients = jax.device_get(found)
   values = max(float64.relative_error(getattr(record, name), truth[name], 1e-12 if name == 'kl' else 1.0)
                for name in ('log_prob', 'entropy', 'kl', 'certainty'))
@@ -109,7 +111,10 @@ def errors_of(found: tuple, truth: dict[str, Any]) -> tuple[float, float]:
 
 
 def time_size(report: Report, kernel: str, size: tuple[int, int, int]) -> list[str]:
-  """Reports seconds and memory of all programs at a size, the least memory first, and returns which did not run."""
+  """Reports seconds and memory of all programs at a size, and returns the names of those that did not run.
+
+  Programs run in the order of their memory, so that each can raise the peak of the process.
+  """
   names, failed = (kernel, 'chunked, vocabulary mode', 'chunked, token mode', 'naive'), []
   arrays, title = make_arrays(size, 'bfloat16'), 'N={} D={} V={}'.format(*size)
   traced = {name: jax.jit(jax.value_and_grad(loss_of(name, size[2]), (0, 1))) for name in names}
@@ -133,7 +138,7 @@ def time_size(report: Report, kernel: str, size: tuple[int, int, int]) -> list[s
 
 
 def compile_each(programs: dict[Any, tuple[Callable, tuple]]) -> tuple[dict[Any, Callable | Exception], float]:
-  """Does what `timing.compile_together` does; what does not compile is replaced by its exception."""
+  """Like `timing.compile_together`, but a failed compilation gives its exception instead of a program."""
 
   def attempt(program):
     try:
@@ -147,7 +152,7 @@ def compile_each(programs: dict[Any, tuple[Callable, tuple]]) -> tuple[dict[Any,
 
 
 def make_arrays(size: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]:
-  """Draws hidden states and embedding of policy and reference, actions and advantages; logits have a deviation of 3."""
+  """Draws hidden states and embedding of policy and reference (logits with deviation 3), actions and advantages."""
   num_tokens, width, vocab_size = size
 
   @jax.jit
@@ -163,14 +168,14 @@ def make_arrays(size: tuple[int, int, int], dtype: str) -> tuple[jax.Array, ...]
 
 
 def planned_mib(program: Any) -> float | None:
-  """Returns the temporary memory that a compiled program plans with; None where the backend does not say."""
+  """Returns a compiled program's temporary memory; None if the backend does not report it."""
   stats = program.memory_analysis()
   size = getattr(stats, 'temp_size_in_bytes', None)
   return None if size is None else size / 2**20
 
 
 def peak_mib() -> float | None:
-  """Returns the most that this process has held on the device so far; None where the backend does not say."""
+  """Returns this process's peak memory on the device; None if the backend does not report it."""
   size = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
   return None if size is None else size / 2**20
 

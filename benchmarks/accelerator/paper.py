@@ -1,8 +1,8 @@
-"""Part 6: the paper at its own size, in the time that is left: pre-training, then fine-tuning under three penalties.
+"""Part 6: pre-training at the paper's size, then fine-tuning under three penalties, in the remaining time.
 
-The programs of the test and of the fine-tuning are compiled in other threads, also while pre-training runs. Muon is
-taken for pre-training, as at the smaller sizes, because it needs far fewer steps than the paper's AdamW; the numbers of
-fine-tuning are those of the `tiny` preset but for a smaller learning rate. None of them was tuned at this size.
+The programs of test and fine-tuning are compiled in other threads while pre-training runs. Pre-training uses Muon, as
+at the smaller sizes, because it needs far fewer steps than the paper's AdamW. Fine-tuning has the hyper-parameters of
+the preset `tiny` with a smaller learning rate. Nothing was tuned at this size.
 """
 
 import concurrent.futures
@@ -17,33 +17,45 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.accelerator.child import Report
-from critkl_jax import evaluate, population, sharding
-from critkl_jax.config import FinetuneConfig, PretrainConfig, replace
-from critkl_jax.gpt2 import GPT2, forward_flops
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
-from critkl_jax.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax import sharding
+from critkl_jax.analysis import evaluation
+from critkl_jax.config import replace
+from critkl_jax.models.gpt2 import forward_flops, gpt2
+from critkl_jax.models.language_model import LanguageModel
 from critkl_jax.records import TrainState
-from critkl_jax.tasks.addition import addition, plus_task, pretraining_lengths, prompt_length, solution_length
+from critkl_jax.tasks.addition import (
+    Addition,
+    addition,
+    before_and_after,
+    plus_task,
+    pretraining_lengths,
+    prompt_length,
+    solution_length,
+)
 from critkl_jax.tasks.task import Task
+from critkl_jax.training import population
+from critkl_jax.training.config import FinetuneConfig, PretrainConfig
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
+from critkl_jax.training.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 
 PENALTIES = ('prioritized', 'standard', 'none')
-FINETUNING_SECONDS = 120.0  # kept for fine-tuning, or as large a share of a shorter time
+FINETUNING_SECONDS = 120.0  # kept for fine-tuning, but at most `FINETUNING_SHARE` of the time
 FINETUNING_SHARE = 0.5
-COMPILE_SECONDS = 40.0  # that the step of pre-training may take, a guess: the learning rate falls over the rest
+COMPILE_SECONDS = 40.0  # a guess for the pre-training step; the learning rate decays over the remaining time
 TEST_EVERY = 10.0  # seconds of pre-training between tests, once almost all tokens are right
 ALMOST_ALL_TOKENS, RIGHT = 0.995, 0.97
-LOG_EVERY = 20  # steps of pre-training, after which the host waits for the device
-USUAL_FRACTION = 0.25  # of the rate of matrix products, where part 4 has measured nothing
+LOG_EVERY = 20  # steps of pre-training between waits of the host for the device
+USUAL_FRACTION = 0.25  # of the FLOP/s of matrix products, if part 4 has measured nothing
 
 
 class Settings(NamedTuple):
-  """What is trained.
+  """The configs of pre-training, fine-tuning and tests.
 
   Attributes:
-    pretrain: the model, and how it is pre-trained.
-    finetune: how it is fine-tuned; all penalties share it.
+    pretrain: config of the model and its pre-training.
+    finetune: config of fine-tuning, shared by all penalties.
     test_problems: problems of each accuracy.
-    most_steps: of pre-training, at which it ends however much time is left; None for no limit.
+    most_steps: most steps of pre-training; None for no limit but time.
   """
 
   pretrain: PretrainConfig
@@ -65,14 +77,14 @@ def settings_of(preset: str) -> Settings:
 def measure(report: Report) -> None:
   """Pre-trains, tests, fine-tunes and tests again, and reports the learning curves."""
   settings = settings_of(report.preset)
-  known = settings.pretrain.known_digits
+  known = settings.pretrain.addition.known_digits
   finetuning_seconds = min(FINETUNING_SECONDS, FINETUNING_SHARE * report.seconds_left())
   pretrain_seconds = max(report.seconds_left() - finetuning_seconds - COMPILE_SECONDS, 1.0)
   config = dataclasses.replace(settings.pretrain, num_steps=affordable_steps(report, settings, pretrain_seconds))
   report.add('plan', known_digits=known, pretraining_seconds=pretrain_seconds, steps=config.num_steps,
              finetuning_seconds=finetuning_seconds)
-  task, mesh = plus_task(known, settings.finetune.extra_digits), sharding.make_mesh('data:1')
-  model, policy = GPT2(config.model), GPT2(settings.finetune.model_of(config.model))
+  task, mesh = plus_task(known, settings.finetune.addition.extra_digits), sharding.make_mesh('data:1')
+  model, policy = gpt2(config.model), gpt2(settings.finetune.model_of(config.model))
   members = population.product(settings.finetune, kl=PENALTIES)
 
   key = pretraining_keys(config)[1]
@@ -81,7 +93,7 @@ def measure(report: Report) -> None:
   start, lowered = time.monotonic(), step.lower(state, key)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     compiled = pool.submit(lowered.compile)
-    test = pool.submit(make_test, model, task, known, settings, state.params)
+    test = pool.submit(make_paper_test, model, task, known, settings, state.params)
     finetuning = pool.submit(seconds_of, population.compile_step, policy, task, members, mesh)
     pretrain_step = compiled.result()
     report.add('pretraining compilation', seconds=time.monotonic() - start,
@@ -98,15 +110,17 @@ def measure(report: Report) -> None:
 
 
 def training_task(config: PretrainConfig) -> Task:
-  """Returns the task whose operands have any length up to N: one program for all steps, and a quarter more padding than
-  programs for each length would have."""
-  lengths = functools.partial(pretraining_lengths, num_digits=config.known_digits)
-  return addition(config.known_digits, config.known_digits, lengths, length_margin=0)
+  """Makes the pre-training task with operands of any length up to N.
+
+  It needs one program for all steps, with a quarter more padding than one program for each length.
+  """
+  lengths = functools.partial(pretraining_lengths, num_digits=config.addition.known_digits)
+  return addition(config.addition.known_digits, config.addition.known_digits, lengths, length_margin=0)
 
 
 def affordable_steps(report: Report, settings: Settings, seconds: float) -> int:
-  """Returns how many steps the time allows: the learning rate falls over so many."""
-  config, known = settings.pretrain, settings.pretrain.known_digits
+  """Estimates the number of steps that the time allows, over which the learning rate decays."""
+  config, known = settings.pretrain, settings.pretrain.addition.known_digits
   length = prompt_length(known) + solution_length(known)
   flops = 3 * forward_flops(config.model, [length] * config.batch_size)
   matrix_rate = report.earlier.get('device', {}).get('matrix_product', {}).get('bfloat16_tera_flops') or 0.1
@@ -117,7 +131,7 @@ def affordable_steps(report: Report, settings: Settings, seconds: float) -> int:
 
 def pretrain(report: Report, state: TrainState, step: Callable, config: PretrainConfig, settings: Settings,
              test: concurrent.futures.Future, seconds: float) -> TrainState:
-  """Pre-trains until the time is over, or the model is right at N."""
+  """Pre-trains until the time is over or the accuracy at N reaches `RIGHT`."""
   start = tested = time.monotonic()
   tokens, number, metrics = 0.0, 0, {'loss': np.nan, 'accuracy': 0.0}
   while time.monotonic() - start < seconds and number != settings.most_steps:
@@ -127,7 +141,7 @@ def pretrain(report: Report, state: TrainState, step: Callable, config: Pretrain
       continue
     metrics = {name: float(value) for name, value in metrics.items()}
     now = time.monotonic()
-    tokens += LOG_EVERY * metrics['num_tokens']  # of the last of so many steps, which differ little
+    tokens += LOG_EVERY * metrics['num_tokens']  # the last step's number for all, since they differ little
     print(f'step {number} of {config.num_steps}: loss {metrics["loss"]:.4f}, token accuracy {metrics["accuracy"]:.4f}, '
           f'{now - start:.1f} s', flush=True)
     if metrics['accuracy'] >= ALMOST_ALL_TOKENS and test.done() and now - tested > TEST_EVERY:
@@ -148,25 +162,24 @@ def pretrain(report: Report, state: TrainState, step: Callable, config: Pretrain
 # Tests.
 
 
-def make_test(model: GPT2, task: Task, known: int, settings: Settings, params: Any) -> tuple[Callable, float]:
-  """Returns `params -> {'N': accuracy, 'N+1': accuracy}`, greedy, its one program compiled, and the seconds it took."""
-  longest = known + settings.finetune.extra_digits
-  problem_key, answer_key = jax.random.split(jax.random.key(1_000_003))
-  problems = {name: evaluate.draw_problems(jax.random.fold_in(problem_key, digits), settings.test_problems, 'plus',
-                                           digits, known, longest)
-              for name, digits in (('N', known), (f'N+{settings.finetune.extra_digits}', longest))}
+def make_paper_test(model: LanguageModel, task: Task, known: int, settings: Settings, params: Any
+                    ) -> tuple[Callable, float]:
+  """Compiles the greedy test `params -> {'N': accuracy, 'N+1': accuracy}`; returns it and the seconds to compile."""
+  problem_key, answer_key = jax.random.split(jax.random.key(evaluation.SEED))
+  task_settings = Addition(known, settings.finetune.addition.extra_digits)
+  problems = before_and_after(problem_key, task_settings, settings.test_problems)
   arguments = params, problems['N'], answer_key
-  made, seconds = timing.compile_together({'answer': (evaluate.make_answer(model, task), arguments)})
+  made, seconds = timing.compile_together({'answer': (evaluation.make_answer(model, task), arguments)})
 
   def test(params):
-    return {name: float(evaluate.answer_all(made['answer'], params, some, answer_key, settings.test_problems).mean())
+    return {name: float(evaluation.answer_all(made['answer'], params, some, answer_key, settings.test_problems).mean())
             for name, some in problems.items()}
 
   return test, seconds
 
 
 def seconds_of(call: Callable, *arguments: Any) -> tuple[Any, ...]:
-  """Times a call: its result, a tuple, and its seconds."""
+  """Calls a function that returns a tuple, and appends the seconds to the tuple."""
   start = time.monotonic()
   return *call(*arguments), time.monotonic() - start
 
@@ -186,9 +199,9 @@ def test_members(report: Report, test: Callable, params: Any) -> None:
 # Fine-tuning.
 
 
-def finetune(report: Report, policy: GPT2, members: tuple[FinetuneConfig, ...], mesh: Any, step: Callable, params: Any,
-             settings: Settings) -> Any:
-  """Advances all members together until their iterations, or the time, are over; returns their parameters."""
+def finetune(report: Report, policy: LanguageModel, members: tuple[FinetuneConfig, ...], mesh: Any, step: Callable,
+             params: Any, settings: Settings) -> Any:
+  """Trains all members as one population until iterations or time are over; returns their parameters."""
   state = population.init_population(policy, members, params, mesh)
   numbers, curves, slowest = population.numbers_of(members, mesh), [], 0.0
   for iteration in range(1, settings.finetune.num_iterations + 1):

@@ -1,6 +1,6 @@
-"""Runs the parts one after another, each in a process of its own with a time limit; the standard library alone.
+"""Runs the parts one after another, each in its own process with a time limit.
 
-This process never asks for a device: what it held would be missing to the parts.
+This module uses the standard library alone: the process must not open a device, whose memory the parts would lack.
 """
 
 import collections
@@ -18,20 +18,20 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-ERROR_LINES = 12  # of what a failed part printed last
+ERROR_LINES = 12  # last printed lines kept of a failed part
 QUICK = ' --xla_backend_optimization_level=0'
-MARGIN = 5.0  # seconds kept at the end for what remains to be written
+MARGIN = 5.0  # seconds kept at the end to write the results
 
 
 class Part(NamedTuple):
-  """A part.
+  """One part of the benchmark.
 
   Attributes:
-    name: of the part.
-    function: `module:function`, called with a `Report` in a process of its own.
-    share: of the minutes, relative to those of the other parts. What a part leaves goes to the next ones.
-    least: seconds with which it can do something, at `full` size; with less it is skipped.
-    environment: variables of its process.
+    name: name of the part.
+    function: `module:function`, called with a `Report` in its own process.
+    share: share of the minutes, relative to the other parts' shares. Time that a part leaves goes to the next ones.
+    least: seconds that the part needs at `full` size; with less it is skipped.
+    environment: environment variables of its process.
   """
 
   name: str
@@ -42,17 +42,17 @@ class Part(NamedTuple):
 
 
 def run_parts(parts: Sequence[Part], path: pathlib.Path, minutes: float, preset: str) -> dict[str, Any]:
-  """Runs the parts and keeps what they found in a JSON file, written anew after each.
+  """Runs the parts and writes their results to a JSON file, which is rewritten after each part.
 
   Args:
-    parts: in the order in which they run.
-    path: the file; compiled programs lie beside it, and what a part has found so far. Parts in it that do not run now
-      are kept.
-    minutes: after which all is over.
+    parts: the parts, in the order in which they run.
+    path: the file. Results of parts that do not run now stay in it. The cache of compiled programs and the running
+      part's results are next to it.
+    minutes: time limit of all parts together.
     preset: `full` or `smoke`.
 
   Returns:
-    What is in the file.
+    The content of the file.
   """
   path = path.absolute()
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
   """Runs one part until it ends or its limit is reached.
 
   Returns:
-    `status` (`done`, `failed` or `stopped`, at the limit), `seconds`, `results` and, unless it is done, the last lines
-    that it printed as `error`.
+    `status` (`done`, `failed`, or `stopped` at the limit), `seconds`, `results` and, unless it is done, the last
+    printed lines as `error`.
   """
   results = path.with_name(f'{path.name}.{part.name}')
   results.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def run_part(part: Part, path: pathlib.Path, limit: float, preset: str, start: f
 
 @contextlib.contextmanager
 def process_group(command: Sequence[str], variables: dict[str, str]) -> Iterator[subprocess.Popen]:
-  """Starts a process as the leader of a group, and ends the group whatever happens."""
+  """Starts a process as the leader of a group, and kills the group at the end of the context."""
   process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
   try:
@@ -125,8 +125,11 @@ def process_group(command: Sequence[str], variables: dict[str, str]) -> Iterator
 
 
 def environment(path: pathlib.Path, preset: str) -> dict[str, str]:
-  """Returns the variables of all parts: one cache of compiled programs beside the JSON file, unless there is one; at
-  `smoke` size, which times nothing, compilation without optimization."""
+  """Returns the environment variables of all parts.
+
+  They set a cache of compiled programs next to the JSON file, unless a cache is set already, and at `smoke` size, where
+  times do not matter, compilation without optimization.
+  """
   cache = os.environ.get('JAX_COMPILATION_CACHE_DIR', f'{path}.cache')
   flags = os.environ.get('XLA_FLAGS', '') + QUICK * (preset == 'smoke')
   return os.environ | {
@@ -136,7 +139,7 @@ def environment(path: pathlib.Path, preset: str) -> dict[str, str]:
 
 
 def relay(stream: Iterator[str], name: str, start: float, last: collections.deque) -> None:
-  """Prints the lines of a part with the time and its name, and keeps the last ones."""
+  """Prints the lines of a part with time and name, and keeps the last lines."""
   with contextlib.suppress(ValueError):  # closed at the end of this process
     for line in stream:
       if line.strip():
@@ -145,35 +148,35 @@ def relay(stream: Iterator[str], name: str, start: float, last: collections.dequ
 
 
 def say(start: float, name: str, text: str) -> None:
-  """Prints a line at once."""
+  """Prints a line with time and name of the part, unbuffered."""
   print(f'[{time.monotonic() - start:6.1f} s] {name}: {text}', flush=True)
 
 
 def write_json(path: pathlib.Path, found: Any) -> None:
-  """Writes strict JSON, whole or not at all; numbers that are not finite become null."""
+  """Writes strict JSON atomically; numbers that are not finite become null."""
   unfinished = path.with_name(f'{path.name}.unfinished')
   unfinished.write_text(json.dumps(strict(found), indent=2, allow_nan=False) + '\n')
   os.replace(unfinished, path)
 
 
 def strict(found: Any) -> Any:
-  """Returns a value in the types of JSON, None in place of numbers that are not finite."""
+  """Converts a value to the types of JSON; numbers that are not finite become None."""
   if isinstance(found, dict):
     return {str(name): strict(value) for name, value in found.items()}
   if isinstance(found, list | tuple):
     return [strict(value) for value in found]
-  if hasattr(found, 'tolist'):  # of NumPy or JAX
+  if hasattr(found, 'tolist'):  # a NumPy or JAX array
     return strict(found.tolist())
   return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def text_of(values: dict[str, Any]) -> str:
-  """Returns the values of a row in one line."""
+  """Formats the values of a row as one line."""
   return ', '.join(f'{name} {number_text(value)}' for name, value in values.items())
 
 
 def number_text(value: Any) -> str:
-  """Returns a value with three or more significant digits."""
+  """Formats a value with three or more significant digits."""
   if isinstance(value, float):
     return f'{value:.0f}' if 1000 <= abs(value) < 1e7 else f'{value:.3g}'
   if isinstance(value, dict):
@@ -184,7 +187,7 @@ def number_text(value: Any) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-  """Returns the table of all parts and rows."""
+  """Formats the table of all parts and rows."""
   lines = [f'{"part":<12}{"status":<9}{"seconds":>8}{"limit":>7}  results']
   for name, part in found['parts'].items():
     seconds = f'{part["seconds"]:.0f}' if 'seconds' in part else '-'

@@ -1,15 +1,15 @@
-"""Part 3, first process: tokens per second of rollouts beside a teacher-forced pass over the same tokens."""
+"""Part 3, first process: tokens per second of rollouts, against a teacher-forced pass over the same tokens."""
 
 from benchmarks import rollout, timing
 from benchmarks.accelerator.child import Report
 
-# Size of the model, type of its activations, whether its blocks are a loop, which compiles as fast as one of them.
+# Size of the model, dtype, and `scan_layers`: a loop over the blocks compiles as fast as one block.
 MODELS = {'full': (('tiny', 'float32', False), ('paper', 'bfloat16', True)), 'smoke': (('tiny', 'float32', False),)}
 EPISODES, REPEATS = {'full': (64, 512), 'smoke': (2, 4)}, {'full': 3, 'smoke': 1}
 
 
 def measure(report: Report) -> None:
-  """Reports the speeds of each model, for each number of episodes, by each method."""
+  """Reports tokens per second for each model, number of episodes and method."""
   for preset, dtype, scan_layers in MODELS[report.preset]:
     settings = {episodes: rollout.prepare(preset, episodes, dtype, scan_layers=scan_layers)
                 for episodes in EPISODES[report.preset]}

@@ -1,16 +1,16 @@
-"""Part 4: where the time of an iteration goes, and which fraction of the rate of matrix products it reaches."""
+"""Part 4: seconds of each part of an iteration, and the fraction of the FLOP/s of matrix products that it reaches."""
 
 from benchmarks import timing, train_step
 from benchmarks.accelerator.child import Report
 
 DTYPE = 'bfloat16'
-# Size of the model, episodes of an iteration, and whether the model's blocks are a loop.
+# Size of the model, episodes of an iteration, and `scan_layers`.
 MODELS = {'full': (('tiny', 96, False), ('paper', 96, True)), 'smoke': (('tiny', 3, False),)}
 REPEATS = {'full': 3, 'smoke': 1}
 
 
 def measure(report: Report) -> None:
-  """Reports seconds, share of the iteration, and fraction of the rate of matrix products, of each part."""
+  """Reports for each part its seconds, share of the iteration, and fraction of the FLOP/s of matrix products."""
   rate = report.earlier.get('device', {}).get('matrix_product', {}).get(f'{DTYPE}_tera_flops')
   rate = 1e12 * rate if rate else timing.matmul_rate(DTYPE)
   report.add('rate', tera_flops=rate / 1e12)

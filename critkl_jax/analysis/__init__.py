@@ -1,1 +1,1 @@
-"""From metrics and checkpoints to tables and pictures; needs no trainer."""
+"""Turns metrics and checkpoints into tables, pictures and a page, without a trainer."""

@@ -8,23 +8,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from critkl_jax.analysis.intervals import of_share
 from critkl_jax.analysis.statistics import FEWEST_SEEDS, curve_band
 from critkl_jax.analysis.style import (
-  OTHERS,
-  PENALTIES,
-  WIDTH,
-  colours_of,
-  in_percent,
-  level_line,
-  panel_title,
-  save,
-  split_label,
+    OTHERS,
+    PENALTIES,
+    WIDTH,
+    colours_of,
+    in_percent,
+    level_line,
+    panel_title,
+    save,
+    split_label,
 )
-from critkl_jax.intervals import of_share
 
-WIDEST = 3  # panels in a row
-MOST_BANDS = 4  # groups of a panel that all have bands; of more groups only the three penalties have them
-SHARES = ('accuracy', 'critical_right', 'format_errors')  # shown in percent, with what is right at critical tokens
+WIDEST = 3  # most panels in a row
+MOST_BANDS = 4  # most groups in a panel that all have bands; with more, only the three penalties do
+SHARES = ('accuracy', 'critical_right', 'format_errors')  # shown in percent, as are the probabilities `critical/...`
 PANELS = {
     'accuracy': 'accuracy of sampled answers',
     'kl': 'KL(policy || reference), nats per token',
@@ -36,16 +36,16 @@ PANELS = {
 def plot_learning_curves(rows: Sequence[dict[str, float]], path: str | os.PathLike, title: str,
                          panels: dict[str, str] | None = None, reference: float | None = None, penalty: str = '',
                          reference_label: str = 'reference, greedy') -> None:
-  """Draws metrics of one run against the iteration, a panel each, into a PNG.
+  """Draws the metrics of one run against the iteration, one panel per metric, into a PNG.
 
   Args:
     rows: metrics, each row with its `step`.
     path: file to write.
-    title: stands above the panels.
-    panels: metric -> label of its panel; those of a fine-tuning run if None. A metric that no row has is left out.
-    reference: share of problems that the reference answers right before training, a line in the panel of `accuracy`.
-    penalty: the run's KL penalty, `prioritized`, `standard` or `none`, whose colour the curves have.
-    reference_label: stands at that line.
+    title: title above the panels.
+    panels: metric -> label of its panel; `PANELS` if None. A metric that no row has is left out.
+    reference: accuracy of the reference before training, drawn as a line in the panel of `accuracy`.
+    penalty: the run's KL penalty, `prioritized`, `standard` or `none`; it sets the colour.
+    reference_label: text at that line.
   """
   panels = _shown(rows, panels)
   figure = _panel_grid(list(panels.values()))
@@ -61,21 +61,21 @@ def plot_study(groups: Mapping[str, Sequence[Sequence[dict[str, float]]]], path:
                panels: dict[str, str] | None = None, conditions: Mapping[str, str] | None = None,
                reference: float | Mapping[str, float] | None = None, reference_label: str = 'reference, greedy',
                colours: Mapping[str, str] | None = None) -> None:
-  """Draws the mean curve of each group of runs with a band, the bootstrap 95 % interval of the mean, into a PNG.
+  """Draws the mean curve of each group of runs, with a 95 % bootstrap band of the mean, into a PNG.
 
-  Where more than `MOST_BANDS` groups share a panel only the prioritized, the standard and no penalty have bands.
+  If more than `MOST_BANDS` groups share a panel, only the prioritized, the standard and no penalty have bands.
 
   Args:
-    groups: label -> the metrics of its runs, each as in `plot_learning_curves`, all of the same steps.
+    groups: label -> the metrics of its runs, each as in `plot_learning_curves`, all with the same steps.
     path: file to write.
-    title: stands above the panels, with a sentence on lines and bands.
+    title: title above the panels; a sentence on lines and bands is added.
     panels: as in `plot_learning_curves`.
-    conditions: label -> the condition of a group: each has panels of its own, in which labels that end in
-      `, CONDITION` are shown without it. What `style.split_label` finds if None.
-    reference: share of problems that the reference answers right before training, a line in panels of `accuracy`;
-      label -> share where groups have references of their own, without those that have none to compare with.
-    reference_label: stands at that line.
-    colours: label -> colour; those of `style.colours_of` if None.
+    conditions: label -> the condition of a group. Each condition has its own panels, in which labels that end in
+      `, CONDITION` are shown without it. If None, `style.split_label` finds the conditions.
+    reference: accuracy of the reference before training, drawn as a line in panels of `accuracy`; or label -> accuracy
+      if groups have different references (groups without a comparable one are missing).
+    reference_label: text at that line.
+    colours: label -> colour; `style.colours_of` if None.
   """
   panels = _shown([row for runs in groups.values() for run in runs for row in run], panels)
   colours = colours or colours_of(groups)
@@ -101,12 +101,12 @@ def plot_study(groups: Mapping[str, Sequence[Sequence[dict[str, float]]]], path:
 
 
 def _shown(rows, panels):
-  """Returns the panels of metrics that some row has."""
+  """Returns the panels whose metric is in at least one row."""
   return {name: label for name, label in (panels or PANELS).items() if any(name in row for row in rows)}
 
 
 def _by_condition(groups, conditions):
-  """Returns condition -> label without it -> label."""
+  """Groups labels by condition: condition -> label without the condition -> label."""
   found = {}
   for label in groups:
     if conditions is None:
@@ -119,7 +119,7 @@ def _by_condition(groups, conditions):
 
 
 def _panel_grid(labels):
-  """Returns a figure with a panel for each label, in rows of which the last may have fewer."""
+  """Makes a figure with a panel for each label; the last row may be shorter."""
   number = len(labels)
   wide = 2 if number == 4 else max(min(number, WIDEST), 1)
   deep = -(-number // wide)
@@ -130,8 +130,11 @@ def _panel_grid(labels):
 
 
 def _condition_grid(cells, panels):
-  """Returns a figure and its panels by condition and metric: a column for each condition and a row for each metric, the
-  other way round where conditions are many; of a single condition, metrics one after another."""
+  """Makes a figure and returns it with its panels, (condition, metric) -> panel.
+
+  Conditions are columns and metrics rows, or the other way round if there are many conditions. With a single
+  condition the metrics fill the rows one after another.
+  """
   if len(cells) <= 1:
     figure, condition = _panel_grid(list(panels.values())), next(iter(cells), '')
     return figure, {(condition, name): axis for name, axis in zip(panels, figure.axes)}
@@ -150,9 +153,11 @@ def _condition_grid(cells, panels):
 
 
 def _draw_group(axis, name, runs, colour, band):
-  """Draws the mean of some runs, and if wanted its interval, or the runs where they are too few for one; returns the
-  line of the mean, None if no run has the metric."""
-  runs = [run for run in runs if any(name in row for row in run)]  # older ones may lack it
+  """Draws the mean curve of a group and returns its line; None if no run has the metric.
+
+  With `band` it also draws the interval of the mean, or the single runs if they are too few for an interval.
+  """
+  runs = [run for run in runs if any(name in row for row in run)]  # records of older versions may lack the metric
   if not runs:
     return None
   curves, steps = np.array([[row.get(name) for row in run] for run in runs], float), [row['step'] for row in runs[0]]
@@ -168,13 +173,13 @@ def _draw_group(axis, name, runs, colour, band):
 
 
 def _episodes(run):
-  """Returns of how many episodes each row's shares are; 0 where it does not say."""
+  """Returns the number of episodes behind each row's shares; 0 if the row lacks it."""
   lengths = np.array([[row.get(name) or np.nan for name in ('num_tokens', 'response_length')] for row in run], float)
   return np.nan_to_num(np.rint(lengths[:, 0] / lengths[:, 1])).astype(int)
 
 
 def _draw_references(axis, name, shares, label):
-  """Draws lines at the reference's accuracy before training, each with its label, into a panel of accuracies."""
+  """Draws the references' accuracies before training as labelled lines, if the panel shows accuracy."""
   for share in shares if name == 'accuracy' else ():
     level_line(axis, share, f'{label}: {100 * share:.0f} %', height=1.0 if share < 0.15 else None)  # no room below
 
@@ -197,7 +202,7 @@ def _is_share(name):
 
 
 def _add_legend(figure, handles):
-  """Adds a legend below the panels, and makes the figure higher by its rows after the first."""
+  """Adds a legend below the panels; the figure grows by the legend's rows after the first."""
   width, height = figure.get_size_inches()
   columns = max(int(width / (0.075 * max(map(len, handles), default=1) + 0.6)), 1)
   columns = min(len(handles), columns, 5)
@@ -206,7 +211,7 @@ def _add_legend(figure, handles):
 
 
 def _meaning(groups, banded, number):
-  """Returns the sentence that says what lines and bands are."""
+  """Writes the sentence that explains lines and bands."""
   seeds = sorted({len(runs) for runs in groups.values()})
   if not seeds:
     return ''

@@ -5,9 +5,10 @@ const data = JSON.parse($('data').textContent);
 const PAGE = 20, ON_PATH = 1, RIGHT = 2, critical = i => 1 << 2 + 2 * i, lookedAt = i => 1 << 3 + 2 * i;
 const PENALTY = {prioritized: '#2a6f97', standard: '#d9480f', none: '#6c757d'}, CRITICAL = '#7a3e9d', OTHER = '#2b8a6e';
 
-// The state of the page is its address: `token` is open, of the run in column `side`; `beside` is -1 for no second run.
+// The page's state is kept in its address. `token` is the token whose tip stays open, in column `side`; `beside` is the
+// second run, -1 for none.
 const options = new URLSearchParams(location.hash.slice(1));
-const state = {run: 0, beside: -2, colour: 'certainty', detector: 0, wrong: 0, critical: 0, digits: 0, page: 0, step: -1, token: '', side: 0};
+const state = {run: 0, beside: -2, colour: 'certainty', detector: 0, wrong: 0, critical: 0, set: 0, page: 0, step: -1, token: '', side: 0};
 for (const name in state) if (options.has(name)) {
   const given = options.get(name);
   state[name] = typeof state[name] === 'number' ? Math.trunc(Number(given)) || 0 : given;
@@ -45,28 +46,28 @@ function unpacked(run) {
   if (run.arrays) return run.arrays;
   run.arrays = Object.fromEntries(Object.entries(run.packed).map(([name, packed]) => [name, unpack(packed)]));
   run.starts = [0];
-  for (const r of run.responses) run.starts.push(run.starts.at(-1) + Array.from(r.text).length);
+  for (const r of run.responses) run.starts.push(run.starts.at(-1) + r.length);
   return run.arrays;
 }
 
-// Three digits; near 1 as many as tell a number from 1.
+// Formats a number with three digits, or near 1 with as many as distinguish it from 1.
 function number(x) {
   if (x === null || x === undefined || isNaN(x)) return 'none';
   if (x > .9 && x < 1 - 5e-8) return x.toFixed(Math.max(3, -Math.floor(Math.log10(1 - x))));
   return String(Number(Number(x).toPrecision(3)));
 }
-const shown = c => c === '\n' ? '\u21b5' : c === ' ' ? '\u2423' : c;
+const shown = text => text.replaceAll('\n', '\u21b5').replaceAll(' ', '\u2423');
+const textOf = id => data.texts[id] ?? '\ufffd';
 
-// From red over yellow and green to blue, light enough for dark text.
+// Maps 0..1 to a colour from red over yellow and green to blue, light enough for dark text.
 function mix(share) {
   const stops = [[246, 138, 110], [253, 219, 140], [205, 232, 180], [190, 221, 246]];
   const at = Math.min(Math.max(share, 0), 1) * 3, low = Math.min(Math.floor(at), 2), rest = at - low;
   return `rgb(${stops[low].map((x, i) => Math.round(x + rest * (stops[low + 1][i] - x))).join(',')})`;
 }
 
-// A scale: the place of a token on its axis (null for none), the range of the axis where it is not that of all tokens,
-// what a tick says, and whether blue is low. Near 1 a linear axis shows nothing: there it is -log10(1 - x), the number of
-// nines, of which five are enough.
+// A scale: `of` maps a token to its axis (null: no value); `range` of the axis (default: that of all tokens); `text` of a
+// tick; `reversed`: blue is low. Values near 1 are shown as -log10(1 - x), the number of nines, up to five.
 const nines = x => -Math.log10(Math.max(1 - x, 1e-5));
 const nineText = v => v === 0 ? '0' : '0.' + '9'.repeat(v);
 const scales = {
@@ -76,7 +77,7 @@ const scales = {
   right: {of: (a, i) => a.flags[i] & ON_PATH ? Math.min(nines(a.right[i] / 65535), 4) : null, text: nineText},
 };
 
-function rangeOf(scale) {  // whole steps around all tokens of all runs, so that colours mean the same in each
+function rangeOf(scale) {  // whole numbers around all tokens of all runs, so that a colour means the same in each run
   if (scale.range) return scale.range;
   let least = Infinity, most = -Infinity;
   for (const run of data.runs) {
@@ -107,9 +108,9 @@ function drawScale(box, scale) {
   box.replaceChildren(...ticks.map(v => element('span', {textContent: scale.text(v), style: `left: ${100 * (v - low) / (high - low)}%`})));
 }
 
-function tokens(box, text, first, paint, extra) {
-  Array.from(text).forEach((c, j) => {
-    const span = element('span', {textContent: c === '\n' ? '\u21b5\n' : c});
+function tokens(box, ids, first, paint, extra) {
+  ids.forEach((id, j) => {
+    const span = element('span', {textContent: textOf(id).replaceAll('\n', '\u21b5\n')});
     const share = paint(first + j);
     if (share !== null) span.style.background = mix(share);
     extra(span, first + j);
@@ -117,21 +118,22 @@ function tokens(box, text, first, paint, extra) {
   });
 }
 
-// The same problem of several runs stands in one row; the longest problems first, among them those with wrong answers.
+// A row holds the responses of all shown runs to one problem. The last problem set comes first, and within a set the
+// problems with wrong answers.
 function chosenRows() {
   const rows = new Map();
   shownRuns().forEach((run, side) => {
     const seen = new Map();
     run.responses.forEach((r, i) => {
-      const problem = `${r.digits} ${r.problem}`, times = seen.get(problem) ?? 0, key = `${times} ${problem}`;
+      const problem = `${r.set} ${r.problem}`, times = seen.get(problem) ?? 0, key = `${times} ${problem}`;
       seen.set(problem, times + 1);
-      if (!rows.has(key)) rows.set(key, {problem: r.problem, digits: r.digits, places: [], wrong: 0});
+      if (!rows.has(key)) rows.set(key, {problem: r.problem, set: r.set, places: [], wrong: 0});
       rows.get(key).places.push([side, i]);
-      if (r.reward === 0) rows.get(key).wrong += 2 - side;
+      if (r.success === 0) rows.get(key).wrong += 2 - side;
     });
   });
-  return [...rows.values()].filter(r => (!state.wrong || r.wrong) && (!state.digits || r.digits === state.digits))
-    .sort((x, y) => y.digits - x.digits || y.wrong - x.wrong);
+  return [...rows.values()].filter(r => (!state.wrong || r.wrong) && (!state.set || r.set === state.set - 1))
+    .sort((x, y) => y.set - x.set || y.wrong - x.wrong);
 }
 
 function showResponses() {
@@ -147,7 +149,7 @@ function showResponses() {
   $('responses').replaceChildren(...some.map(row => {
     const answers = element('div', {className: 'answers'}, ...row.places.map(([side, i]) => answer(side, i)));
     return element('div', {className: 'problem'}, element('b', {textContent: row.problem}),
-      element('span', {className: 'soft', textContent: ` ${row.digits} digits`}), answers);
+      element('span', {className: 'soft', textContent: ` ${data.sets[row.set]}`}), answers);
   }));
 }
 
@@ -155,7 +157,7 @@ function answer(side, i) {
   const run = shownRuns()[side], a = unpacked(run), r = run.responses[i], bit = critical(state.detector);
   const box = element('pre', {className: 'text'}), paint = painter(scales[state.colour]);
   let wrong = false;
-  tokens(box, r.text, run.starts[i], k => paint(a, k), (span, k) => {
+  tokens(box, a.ids.subarray(run.starts[i], run.starts[i + 1]), run.starts[i], k => paint(a, k), (span, k) => {
     span.dataset.k = k;
     if (a.flags[k] & bit) span.classList.add('critical'); else if (state.critical) span.classList.add('pale');
     if (!wrong && a.flags[k] & ON_PATH && !(a.flags[k] & RIGHT)) { wrong = true; span.classList.add('error'); }
@@ -164,13 +166,13 @@ function answer(side, i) {
   box.setAttribute('role', 'group');
   box.setAttribute('aria-label', `tokens of the response of ${run.name} to ${r.problem}; arrow keys go from one to the next`);
   if (box.firstChild) makeReachable(box.firstChild);
-  const verdict = r.reward === null ? 'right solution' : r.reward === 0 ? 'wrong' : 'right';
+  const verdict = r.success === null ? 'right solution' : r.success === 0 ? 'wrong' : 'right';
   const line = element('div', {}, element('span', {className: `verdict ${verdict === 'wrong' ? 'wrong' : 'right'}`, textContent: verdict}));
   if (data.runs.length > 1) line.prepend(nameOf(run), ' ');
   return element('div', {}, line, box);
 }
 
-// Of each response one token stands in the order of Tab; the arrow keys move that place.
+// One token of each response is reachable with Tab; the arrow keys move to its neighbours.
 function makeReachable(span) {
   for (const old of span.parentNode.querySelectorAll('[tabindex]')) for (const name of ['tabindex', 'role', 'aria-describedby', 'aria-label'])
     old.removeAttribute(name);
@@ -202,22 +204,21 @@ let tipped = null;  // the token whose tip is open
 function alternatives(name, top, probs, k) {
   const rows = [];
   for (let j = 0; j < data.top; j++) rows.push(element('tr', {}, element('td', {}, element('code', {textContent: shown(
-    data.alphabet[top[k * data.top + j]] ?? '\ufffd')})), element('td', {textContent: number(probs[k * data.top + j] / 65535)})));
+    textOf(top[k * data.top + j]))})), element('td', {textContent: number(probs[k * data.top + j] / 65535)})));
   return element('table', {}, element('tr', {}, element('th', {colSpan: 2, textContent: name})), ...rows);
 }
 
 function openTip(span) {
   const run = shownRuns()[sideOf(span)], a = unpacked(run), k = Number(span.dataset.k);
   const i = run.starts.findIndex((s, j) => s <= k && k < run.starts[j + 1]);
-  const c = Array.from(run.responses[i].text)[k - run.starts[i]];
   const called = data.detectors.filter((d, j) => a.flags[k] & critical(j));
   const unseen = data.detectors.filter((d, j) => !(a.flags[k] & lookedAt(j)));
   $('tip').replaceChildren(
-    element('div', {}, element('code', {textContent: shown(c)}), ` token ${k - run.starts[i]}; critical by: ${called.join(', ') || 'none'}`
+    element('div', {}, element('code', {textContent: shown(textOf(a.ids[k]))}), ` token ${k - run.starts[i]}; critical by: ${called.join(', ') || 'none'}`
       + (unseen.length ? `; not looked at by: ${unseen.join(', ')}` : '')),
     element('div', {textContent: `certainty ${number(a.certainty[k])}, weight ${number(a.weight[k] / 65535)}, KL ${number(a.kl[k])} nats`}),
-    element('div', {textContent: a.flags[k] & ON_PATH ? `right token: policy ${number(a.right[k] / 65535)}, reference ${number(a.ref_right[k] / 65535)}`
-      : 'after the first wrong token'}),
+    ...(data.solutions ? [element('div', {textContent: a.flags[k] & ON_PATH ? `right token: policy ${number(a.right[k] / 65535)}, reference ${number(a.ref_right[k] / 65535)}`
+      : 'after the first wrong token'})] : []),
     element('div', {className: 'alternatives'}, alternatives('reference', a.ref_top, a.ref_top_prob, k), alternatives('policy', a.top, a.top_prob, k)));
   tipped = span;
   placeTip();
@@ -291,7 +292,7 @@ function showCurves() {
   $('steprun').textContent = run().name;
   drawScale($('stepscale'), {range: [0, 1], text: String});
   $('charts').replaceChildren(
-    chart('accuracy of greedy responses', s.step, [{name: `${s.digits[1]} digits`, values: s.long}, {name: `${s.digits[0]} digits`, values: s.short}]),
+    chart('accuracy of greedy responses', s.step, s.sets.map((name, j) => ({name, values: s.accuracy[j]})).reverse()),
     chart('probability of the right token', s.step, [{name: 'critical tokens', values: s.critical_prob}, {name: 'other tokens', values: s.other_prob}]),
     chart('KL from the reference, nats a token', s.step, [{name: 'critical tokens', values: s.critical_kl}, {name: 'other tokens', values: s.other_kl}]));
   $('slider').max = s.step.length - 1;
@@ -301,17 +302,17 @@ function showCurves() {
 }
 
 function showStep() {
-  const s = run().steps, i = state.step, probs = unpacked(run()).step_prob, all = s.texts.reduce((n, t) => n + Array.from(t).length, 0);
+  const s = run().steps, i = state.step, a = unpacked(run()), probs = a.step_prob, all = a.step_ids.length;
   document.querySelectorAll('.marker').forEach(m => m.move(i));
   $('stepnumber').textContent = s.step[i];
-  $('stepmetrics').textContent = `accuracy ${number(s.short[i])} at ${s.digits[0]} digits, ${number(s.long[i])} at ${s.digits[1]}; probability of the `
+  $('stepmetrics').textContent = `accuracy ${s.sets.map((name, j) => `${number(s.accuracy[j][i])} at ${name}`).join(', ')}; probability of the `
     + `right critical token ${number(s.critical_prob[i])}; KL ${number(s.critical_kl[i])} nats at critical tokens, ${number(s.other_kl[i])} at others`;
   let first = 0;
-  $('solutions').replaceChildren(...s.texts.map((text, j) => {
-    const box = element('pre', {className: 'text'});
-    tokens(box, text, first, k => probs[i * all + k] / 255, (span, k) => { if (s.critical[j][k - first]) span.classList.add('critical'); });
-    first += Array.from(text).length;
-    return element('div', {className: 'problem'}, element('b', {textContent: s.problems[j]}), box);
+  $('solutions').replaceChildren(...s.problems.map((problem, j) => {
+    const box = element('pre', {className: 'text'}), last = first + s.critical[j].length;
+    tokens(box, a.step_ids.subarray(first, last), first, k => probs[i * all + k] / 255, (span, k) => { if (s.critical[j][k - first]) span.classList.add('critical'); });
+    first = last;
+    return element('div', {className: 'problem'}, element('b', {textContent: problem}), box);
   }));
 }
 
@@ -326,9 +327,9 @@ function showRun() {
   if (state.beside === state.run) state.beside = -1;
   fill('beside', [[-1, 'none'], ...names.filter(([i]) => i !== state.run)]);
   $('beside').parentNode.hidden = names.length < 2;
-  const lengths = [...new Set(run().responses.map(r => r.digits))];
-  if (!lengths.includes(state.digits)) state.digits = 0;
-  fill('digits', [[0, 'all'], ...lengths.map(n => [n, n])]);
+  const sets = [...new Set(run().responses.map(r => r.set))];
+  if (!sets.includes(state.set - 1)) state.set = 0;
+  fill('set', [[0, 'all'], ...sets.map(n => [n + 1, data.sets[n]])]);
   showTables(); showCurves(); showResponses();
 }
 
@@ -341,7 +342,7 @@ function listen() {
   on('beside', 'change', t => { state.beside = Number(t.value); state.page = 0; }, showRun);
   on('colour', 'change', t => { state.colour = t.value; }, showResponses);
   on('detector', 'change', t => { state.detector = Number(t.value); }, showResponses);
-  on('digits', 'change', t => { state.digits = Number(t.value); state.page = 0; }, showResponses);
+  on('set', 'change', t => { state.set = Number(t.value); state.page = 0; }, showResponses);
   on('wrong', 'change', t => { state.wrong = Number(t.checked); state.page = 0; }, showResponses);
   on('critical', 'change', t => { state.critical = Number(t.checked); }, showResponses);
   on('back', 'click', () => { state.page--; }, showResponses);

@@ -1,15 +1,14 @@
-"""From checkpoints to arrays of tokens: what policy and reference say at each token of their responses.
+"""Reads checkpoints into NumPy arrays: statistics of policy and reference at each token of the responses.
 
     from critkl_jax.analysis.reading import read_tokens
     tokens = read_tokens('runs/finetune', num_problems=64)
     print(tokens['certainty'][tokens['critical/oracle']].mean(), tokens['certainty'][tokens['mask']].mean())
 
-Letters: B responses, T tokens, V vocabulary.
+Letters: B episodes, T response tokens, V vocabulary.
 """
 
-import dataclasses
-import itertools
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,210 +18,203 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from critkl_jax import checkpoint as checkpoint_lib
-from critkl_jax import storage
-from critkl_jax.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from critkl_jax.confidence import certainty, entropy
-from critkl_jax.config import FinetuneConfig, GPT2Config, LossConfig
-from critkl_jax.critical_tokens import (
-    QUANTILE,
-    THRESHOLD,
-    Detector,
-    detect_all,
-    low_certainty,
-    on_path,
-    oracle,
-    read_logits,
-)
-from critkl_jax.evaluate import answer_all, draw_problems, make_answer
-from critkl_jax.gpt2 import GPT2, reference_config
-from critkl_jax.losses import Coefficients, action_log_probs, op_options, weighted_penalty
+from critkl_jax.analysis.detectors import QUANTILE, THRESHOLD, Detector, detect_all, low_certainty, oracle, read_logits
+from critkl_jax.analysis.evaluation import answer_all, make_answer
+from critkl_jax.analysis.pairs import load_pair as load_pair
+from critkl_jax.analysis.pairs import loss_of as loss_of
+from critkl_jax.analysis.pairs import model_of as model_of
+from critkl_jax.analysis.pairs import reference_model_of as reference_model_of
+from critkl_jax.analysis.pairs import reference_path as reference_path
+from critkl_jax.analysis.pairs import vocab_size_of
+from critkl_jax.models.language_model import LanguageModel
 from critkl_jax.ops.weighted_kl import weighted_kl
-from critkl_jax.rollout import as_rollout, score
-from critkl_jax.tasks.addition import plus_task
-from critkl_jax.tasks.task import Task
+from critkl_jax.rl.certainties import CERTAINTIES, certainty, entropy
+from critkl_jax.rl.loss_config import LossConfig
+from critkl_jax.rl.losses import Coefficients, action_log_probs, op_options, weighted_penalty
+from critkl_jax.runtime import checkpoint as checkpoint_lib
+from critkl_jax.runtime import storage
+from critkl_jax.runtime.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from critkl_jax.sampling.scoring import as_rollout, score
+from critkl_jax.tasks.known_tasks import KNOWN_TASKS
+from critkl_jax.tasks.task import (
+  Task,
+  check_vocabulary,
+  knows_critical_tokens,
+  on_path,
+  right_solutions,
+  successes,
+)
+from critkl_jax.training.initial_state import with_critic
 
-CERTAINTIES = ('negentropy', 'min_entropy', 'max_prob')
-TOP = 5  # alternatives that are kept of each distribution
-PROBLEMS, STEPS = 64, 20  # of each number of digits; checkpoints of a directory; where nothing is said
-_LOGITS = 2**27  # that are held of a batch, policy's and reference's each: 512 MiB
+TOP = 5  # most probable tokens kept of each distribution
+PROBLEMS, STEPS = 64, 20  # defaults: problems of each set, checkpoints of a directory
+_LOGITS = 2**27  # most logits held for a batch, of policy and of reference each: 512 MiB
 RESPONSES = ('greedy', 'sampled', 'solution')
 
 
 def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_REFERENCE,
-                reference: str | os.PathLike | Checkpoint | None = None, *, digits: list[int] | None = None,
-                num_problems: int = PROBLEMS, responses: str = 'greedy', detectors: dict[str, Detector] | None = None,
-                seed: int = 0, batch_size: int = 64, progress: bool = False) -> dict[str, np.ndarray]:
-  """Reads what a policy answers, and what it and its reference say at each token.
+                reference: str | os.PathLike | Checkpoint | None = None, *, task: Task | None = None,
+                sets: Sequence[Any] | None = None, num_problems: int = PROBLEMS, responses: str = 'greedy',
+                detectors: dict[str, Detector] | None = None, seed: int = 0, batch_size: int = 64,
+                progress: bool = False, model: LanguageModel | None = None) -> dict[str, np.ndarray]:
+  """Reads a policy's responses to test problems, with statistics of policy and reference at each token.
+
+  Both models are read as in training: in the policy's dtypes and at the temperature of its loss.
 
   Args:
-    path: checkpoint of the policy, or where it lies, as in `load_checkpoint`.
-    reference: that of the reference; `find_reference` looks for it if None.
-    digits: numbers of digits of the longer operand; N and N + 1 if None.
-    num_problems: problems of each.
-    responses: whose tokens are read: `greedy` ones of the policy, `sampled` ones at the temperature of its training, or
-      the right `solution`.
-    detectors: of critical tokens, by name; `standard_detectors` if None.
-    seed: of problems and samples; the same seed gives the same problems.
-    batch_size, progress: responses read at a time, fewer for a large vocabulary; whether to show a bar.
+    path: checkpoint of the policy, or its path as in `load_checkpoint`.
+    reference: checkpoint of the reference, or its path; found by `reference_path` if None.
+    task: the task of the problems. If None, the checkpoint's, which must be in `known_tasks.KNOWN_TASKS`.
+    sets: problem sets of the checkpoint's task; for addition, numbers of digits of the longer operand, N and N + 1 if
+      None. A task given as `task` has a single set, `all`.
+    num_problems: problems of each set.
+    responses: `greedy` responses of the policy, `sampled` ones at the temperature of its training, or the right
+      `solution`.
+    detectors: name -> detector of critical tokens; `standard_detectors` if None.
+    seed: seed of problems and samples; the same seed gives the same problems.
+    batch_size: responses read at a time; fewer for a large vocabulary.
+    progress: whether to show a progress bar.
+    model: the model of both checkpoints, if their architecture is not known here.
 
   Returns:
-    NumPy arrays. `[B]`: `problem` (text), `digits`, `response` (text), `reward` (NaN for solutions). `[B, T]`: `mask`,
-    true at tokens; `token` (id), `character`; `on_path`, whether all tokens before are those of the right solution, and
-    `right`, whether this one is too; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`, `kl` (exact, nats),
-    `certainty`, `weight` and `penalty` as the policy was trained with, or would be by default, but for a gate of single
-    tokens (`kl_gate`) and the certainty of an ensemble; `certainty/KIND` of each kind; `right_prob` and
-    `ref_right_prob` of the right token where `on_path`; `critical/NAME`, `score/NAME` and `looked_at/NAME` of each
-    detector (see `Detection`). `[B, T, 5]`: `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`. All are 0 beyond the
-    end of a response. Both models are read as in training, in the policy's types and at the temperature of its loss.
+    NumPy arrays, 0 beyond the end of a response.
+    `[B]`: `problem` (text), `set` (name of its problem set), `response` (text), `reward`, and `success`, 1 where the
+    reward reaches the task's `success` and 0 elsewhere (both NaN for solutions).
+    `[B, T]`: `mask`, true at tokens; `token` (id), its `text`; `log_prob`, `ref_log_prob`, `entropy`, `ref_entropy`,
+    `kl` (exact, nats); `certainty`, `weight` and `penalty` of the loss that the policy was trained with (the default
+    loss for a pre-trained model), without its `kl_gate` and its ensemble; `certainty/KIND` of each kind;
+    `critical/NAME`, `score/NAME` and `looked_at/NAME` (the sampling weight) of each detector, see `Detection`.
+    If the task knows right solutions also: `on_path`, whether all tokens before are right; `right`, whether this token
+    is too; `right_prob` and `ref_right_prob`, the probability of the right token where `on_path`.
+    `[B, T, 5]`, or V instead of 5 if it is less: `top`, `ref_top` (ids), `top_prob`, `ref_top_prob`.
 
   Raises:
-    CheckpointError: if a checkpoint cannot be read or they do not belong together.
-    ValueError: if responses are of an unknown kind, there is no problem, or problems do not fit into the context.
+    CheckpointError: if a checkpoint cannot be read, or policy and reference do not belong together.
+    ValueError: if `responses` is unknown, or `solution` for a task without right solutions; if there is no problem, or
+      problems do not fit into the context; if the task is not known or has another vocabulary.
   """
   if responses not in RESPONSES:
     raise ValueError(f'responses: expected one of {RESPONSES}, got {responses!r}.')
   if num_problems < 1:
     raise ValueError(f'num_problems: expected 1 or more, got {num_problems}.')
-  policy, reference = load_pair(path, reference)
-  known, loss = policy.info.known_digits, loss_of(policy)
-  digits = digits or [known, known + 1]
-  task = task_of(policy, digits)
+  policy, reference = load_pair(path, reference, model=model)
+  loss = loss_of(policy)
+  task, draw = sets_of(policy, task, sets)
+  if responses == 'solution' and task.solution is None:
+    raise ValueError("responses: 'solution' needs right solutions, and this task has none.")
   detectors = standard_detectors(task, loss) if detectors is None else detectors
   answer = make_answer(model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature)
   read = make_token_reader(policy, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, policy, task)
-  drawn = _problems(policy, digits, num_problems, problem_key)
-  parts, batches = [], [(n, start) for n in digits for start in range(0, num_problems, batch_size)]
-  for number, start in tqdm.tqdm(batches, 'responses', unit='batch', disable=not progress):
-    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
+  drawn = draw(problem_key, num_problems)
+  parts, batches = [], _batches_of(drawn, batch_size)
+  for name, start in tqdm.tqdm(batches, 'responses', unit='batch', disable=not progress):
+    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[name])
     if responses == 'solution':
       rollout = as_rollout(jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems))
-      rewards = jnp.full(rollout.mask.shape[0], jnp.nan, jnp.float32)
+      rewards = right = jnp.full(rollout.mask.shape[0], jnp.nan, jnp.float32)
     else:
-      key = jax.random.fold_in(jax.random.fold_in(answer_key, number), start)
+      key = jax.random.fold_in(jax.random.fold_in(answer_key, _number_of(name)), start)
       rollout, rewards = answer(policy.params, problems, key)
+      right = successes(task, rewards)
     found = read(policy.params, reference.params, problems, rollout)
-    for name, one in detect_all(detectors, problems, rollout, found.pop('ref_logits')).items():
-      found |= {f'score/{name}': one.score, f'critical/{name}': one.critical, f'looked_at/{name}': one.weight}
-    found |= {'reward': rewards, 'digits': jnp.full(rewards.shape, number, jnp.int32)}
-    parts.append(jax.device_get(found) | _texts(task, problems, rollout))
+    for kind, one in detect_all(detectors, problems, rollout, found.pop('ref_logits')).items():
+      found |= {f'score/{kind}': one.score, f'critical/{kind}': one.critical, f'looked_at/{kind}': one.weight}
+    found |= {'reward': rewards, 'success': right}
+    parts.append(jax.device_get(found) | _texts(task, rollout, name))
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def read_answers(policies: Sequence[Checkpoint], *, digits: list[int] | None = None, num_problems: int = PROBLEMS,
-                 seed: int = 0, batch_size: int = 64, progress: bool = False) -> list[dict[str, np.ndarray]]:
-  """Reads the greedy answers of several policies to the problems of `read_tokens`, and nothing of their tokens.
+def read_answers(policies: Sequence[Checkpoint], *, task: Task | None = None, sets: Sequence[Any] | None = None,
+                 num_problems: int = PROBLEMS, seed: int = 0, batch_size: int = 64, progress: bool = False
+                 ) -> list[dict[str, np.ndarray]]:
+  """Reads the greedy answers of several policies to the problems of `read_tokens`, without token statistics.
 
   Policies of one architecture share a compiled program.
 
   Args:
-    policies: checkpoints of models that were pre-trained on the same number of digits.
-    digits: numbers of digits of the longer operand; N and N + 1 if None.
-    num_problems: problems of each.
-    seed: of the problems.
+    policies: checkpoints of models for one task.
+    task, sets: as in `read_tokens`.
+    num_problems: problems of each set.
+    seed: seed of the problems.
     batch_size: problems answered at a time; fewer for a large vocabulary.
-    progress: whether to show it.
+    progress: whether to show a progress bar.
 
   Returns:
-    For each policy NumPy arrays `[B]`: `problem` (text), `digits`, `response` (text) and `reward`.
+    For each policy NumPy arrays `[B]`: `problem`, `set`, `response` (text), `reward` and `success`.
 
   Raises:
     CheckpointError: if the policies do not belong together.
-    ValueError: if problems do not fit into the context.
+    ValueError: if problems do not fit into the context, or the task is not known or has another vocabulary.
   """
-  first, known = policies[0], policies[0].info.known_digits
+  first = policies[0]
   for policy in policies[1:]:
     load_pair(policy, first)
-  digits = digits or [known, known + 1]
-  task = task_of(first, digits)
+  task, draw = sets_of(first, task, sets)
   answers = {model: make_answer(model, task) for model in map(model_of, policies)}
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, first, task)
-  drawn = _problems(first, digits, num_problems, problem_key)
+  drawn = draw(problem_key, num_problems)
   parts = [[] for _ in policies]
-  batches = list(itertools.product(range(len(policies)), digits, range(0, num_problems, batch_size)))
-  for i, number, start in tqdm.tqdm(batches, 'answers', unit='batch', disable=not progress):
-    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[number])
+  batches = [(i, *batch) for i in range(len(policies)) for batch in _batches_of(drawn, batch_size)]
+  for i, name, start in tqdm.tqdm(batches, 'answers', unit='batch', disable=not progress):
+    problems = jax.tree.map(lambda x, start=start: x[start:start + batch_size], drawn[name])
     rollout, rewards = answers[model_of(policies[i])](policies[i].params, problems, answer_key)
-    own = {name: text for name, text in _texts(task, problems, rollout).items() if name in ('problem', 'response')}
-    parts[i].append(own | {'reward': np.asarray(rewards), 'digits': np.full(rewards.shape, number)})
+    own = {kind: text for kind, text in _texts(task, rollout, name).items() if kind in ('problem', 'set', 'response')}
+    rewards = np.asarray(rewards)
+    parts[i].append(own | {'reward': rewards, 'success': successes(task, rewards)})
   return [{name: np.concatenate([part[name] for part in own]) for name in own[0]} for own in parts]
 
 
-def task_of(policy: Checkpoint, digits: list[int]) -> Task:
-  """Returns the task of problems of so many digits, the longest of which sizes its arrays."""
-  known, longest = policy.info.known_digits, max(digits)
-  return plus_task(min(known, longest), max(longest - known, 0))
+def sets_of(policy: Checkpoint, task: Task | None = None, sets: Sequence[Any] | None = None
+             ) -> tuple[Task, Callable[..., dict[str, Any]]]:
+  """Returns the task and the test problems of a checkpoint.
+
+  Args:
+    policy: the checkpoint; its parameters are not used.
+    task, sets: as in `read_tokens`.
+
+  Returns:
+    The `Task`, and a function `(key, B) -> {name: problems [B]}`.
+
+  Raises:
+    ValueError: if both `task` and `sets` are given, if the checkpoint's task is unknown and no task is given, or if the
+      vocabularies differ.
+  """
+  own = policy.info.task
+  if task is not None:
+    if sets is not None:
+      raise ValueError(f'sets: expected None with task=, whose only set is "all"; got {sets}.')
+    sample = task.sample
+    tests = task, lambda key, number: {'all': jax.jit(jax.vmap(sample))(jax.random.split(key, number))}
+  elif own.name in KNOWN_TASKS:
+    tests = KNOWN_TASKS[own.name].tests(own, sets)
+  else:
+    raise ValueError(f'task: {policy.path} has the task {own.name!r}, which is none of {tuple(KNOWN_TASKS)}; give it '
+                     'as task=.')
+  check_vocabulary(tests[0], vocab_size_of(policy))
+  return tests
 
 
 def standard_detectors(task: Task, loss: LossConfig = LossConfig(), threshold: float = THRESHOLD,
                        quantile: float = QUANTILE) -> dict[str, Detector]:
-  """Returns the detectors that cost nothing beside the reference's logits: `oracle`, and `threshold` and `quantile` of
-  the certainty that the loss takes."""
-  own = {'kind': loss.certainty, 'temperature': loss.certainty_temperature}
-  return {'oracle': oracle(task), 'threshold': low_certainty(threshold=threshold, **own),
-          'quantile': low_certainty(quantile=quantile, **own)}
+  """Returns the detectors that need the reference's logits alone.
 
-
-def load_pair(path: str | os.PathLike | Checkpoint, reference: str | os.PathLike | Checkpoint | None = None,
-              load: Callable[..., Checkpoint] = load_checkpoint) -> tuple[Checkpoint, Checkpoint]:
-  """Returns a policy's checkpoint and its reference's; arguments as in `read_tokens`, and what reads a checkpoint:
-  `find_checkpoint` for all but the parameters.
-
-  Raises:
-    CheckpointError: if one cannot be read, or they have other vocabularies or were pre-trained on other numbers.
+  They are `threshold` and `quantile` of the loss's certainty and, if the task knows critical tokens, `oracle`.
   """
-  policy = path if isinstance(path, Checkpoint) else load(path)
-  if not isinstance(reference, Checkpoint):
-    found = find_reference(policy) if reference is None else reference
-    reference = policy if found == policy.path else load(found)
-  for name, one, two in (('vocab_size', policy.info.model.vocab_size, reference.info.model.vocab_size),
-                         ('known_digits', policy.info.known_digits, reference.info.known_digits)):
-    if one != two:
-      raise CheckpointError(f'{policy.path}: {name} is {one}, but {two} in the reference {reference.path}; they do not '
-                            'belong together.')
-  return policy, reference
-
-
-def find_reference(policy: Checkpoint) -> storage.Path:
-  """Returns where the reference of a checkpoint lies: the copy in its workdir, or what its config names; a pre-trained
-  model is its own."""
-  if policy.info.kind == 'pretrain':
-    return policy.path
-  home = policy.path.parent.parent
-  study = [home.parent.parent] if home.parent.name == 'members' else []  # of a sweep in a bucket, where no links are
-  for kept in (checkpoint_lib.latest(place / 'reference') for place in [home, *study]):
-    if kept is not None:
-      return kept
-  return checkpoint_lib.find_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
-
-
-def loss_of(policy: Checkpoint) -> LossConfig:
-  """Returns the loss a policy was fine-tuned with, or the default one."""
-  training = policy.info.training
-  return training.loss if isinstance(training, FinetuneConfig) else LossConfig()
-
-
-def model_of(policy: Checkpoint) -> GPT2:
-  """Returns a policy's network as it was trained; but for `cudnn` attention, which is `auto` where there is no GPU."""
-  return GPT2(_on_this_device(policy.info.model))
-
-
-def reference_model_of(policy: Checkpoint, reference: Checkpoint) -> GPT2:
-  """Returns a reference's network as it was read when the policy was trained (`gpt2.reference_config`)."""
-  return GPT2(_on_this_device(reference_config(policy.info.model, reference.info.model)))
-
-
-def _on_this_device(config: GPT2Config) -> GPT2Config:
-  here = config.attention != 'cudnn' or jax.default_backend() == 'gpu'
-  return dataclasses.replace(config, remat=False, attention=config.attention if here else 'auto')
+  own = {'kind': loss.certainty, 'temperature': loss.certainty_temperature}
+  known = {'oracle': oracle(task)} if knows_critical_tokens(task) else {}
+  return known | {'threshold': low_certainty(threshold=threshold, **own),
+                  'quantile': low_certainty(quantile=quantile, **own)}
 
 
 def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> Callable:
-  """Makes `(params, ref_params, problems, rollout) -> dict`, jitted: arrays `[B, T]` and `[B, T, 5]` of `read_tokens`
-  but for the detectors', and `ref_logits` `[B, T, V]`, which detectors look at."""
+  """Makes `(params, ref_params, problems, rollout) -> dict`, jitted: the token statistics of `read_tokens`.
+
+  The dict holds the arrays `[B, T]` and `[B, T, 5]` of `read_tokens`, except `text` and those of the detectors. It
+  adds `ref_logits` `[B, T, V]`, the input of the detectors.
+  """
   config, model, ref_model = loss_of(policy), model_of(policy), reference_model_of(policy, reference)
 
   def read(params, ref_params, problems, rollout):
@@ -230,18 +222,22 @@ def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> 
     logits, _ = score(model, params, rollout)
     record = weighted_kl(logits, ref_logits, rollout.actions, mask=mask, **op_options(config, Coefficients.of(config)))
     penalty, weight = weighted_penalty(record, config)
-    solution, here = jax.vmap(task.solution)(problems), on_path(task, problems, rollout)
+    solution = right_solutions(task, problems)
     logits, cooled = logits / config.temperature, ref_logits / config.temperature
-    found = {'token': rollout.actions, 'mask': mask, 'on_path': here,
-             'right': here & (rollout.actions == solution.tokens),
+    found = {'token': rollout.actions, 'mask': mask,
              'log_prob': record.log_prob, 'ref_log_prob': record.ref_log_prob, 'entropy': record.entropy,
              'ref_entropy': entropy(jax.nn.log_softmax(cooled)), 'kl': record.kl, 'certainty': record.certainty,
              'weight': weight, 'penalty': config.kl_coefficient * penalty}
     found |= {f'certainty/{kind}': certainty(ref_logits, kind, config.certainty_temperature) for kind in CERTAINTIES}
     for name, some in (('', logits), ('ref_', cooled)):
       probs, tokens = jax.lax.top_k(jax.nn.softmax(some), min(TOP, some.shape[-1]))
-      right = jnp.exp(action_log_probs(some, solution.tokens))
-      found |= {f'{name}top': tokens, f'{name}top_prob': probs, f'{name}right_prob': jnp.where(here, right, 0.0)}
+      found |= {f'{name}top': tokens, f'{name}top_prob': probs}
+    if solution is not None:
+      here = on_path(task, problems, rollout)
+      found |= {'on_path': here, 'right': here & (rollout.actions == solution.tokens)}
+      for name, some in (('', logits), ('ref_', cooled)):
+        right = jnp.exp(action_log_probs(some, solution.tokens))
+        found[f'{name}right_prob'] = jnp.where(here, right, 0.0)
     found = {name: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
              for name, x in found.items()}
     return found | {'ref_logits': ref_logits}
@@ -250,26 +246,29 @@ def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> 
 
 
 def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = None, *, most: int = STEPS,
-               digits: list[int] | None = None, num_problems: int = PROBLEMS, num_solutions: int = 6, seed: int = 0,
-               batch_size: int = 64, progress: bool = False) -> dict[str, Any]:
-  """Reads the checkpoints of a directory, one after another.
+               task: Task | None = None, sets: Sequence[Any] | None = None, num_problems: int = PROBLEMS,
+               num_solutions: int = 6, seed: int = 0, batch_size: int = 64, progress: bool = False,
+               model: LanguageModel | None = None) -> dict[str, Any]:
+  """Reads accuracy and token statistics of the checkpoints of a directory, one after another.
 
   Args:
     path: a workdir, or a directory of step directories.
     reference: as in `read_tokens`.
-    most: checkpoints that are read, at most: the last, the first, and some evenly between.
-    digits: the least and the greatest of them are read; N and N + 1 if None.
-    num_problems: problems for each accuracy, and right solutions that are read.
-    num_solutions: solutions of which single tokens are kept.
-    seed: of the problems.
-    batch_size: problems at a time; fewer for a large vocabulary.
-    progress: whether to show it.
+    most: most checkpoints to read: the last, the first, and others evenly between.
+    task, sets: as in `read_tokens`.
+    num_problems: problems of each set, and right solutions of the last set.
+    num_solutions: solutions whose single tokens are kept.
+    seed: seed of the problems.
+    batch_size: problems in a batch; fewer for a large vocabulary.
+    progress: whether to show a progress bar.
+    model: as in `read_tokens`.
 
   Returns:
-    `digits` `[2]`; `step`, `short` and `long` (greedy accuracy at each of these), `critical_prob` and `other_prob` (of
-    the right token after right ones, in right solutions of the greater number), `critical_kl`, `other_kl` (nats), `[S]`
-    each, for S steps. A fine-tuned policy's own reference stands first, as step 0. `right_prob` `[S, num_solutions,
-    T]`, and of these solutions `token`, `mask`, `critical` `[num_solutions, T]`, `problem` and `response`.
+    `sets`, names of the problem sets; `step` `[num_steps]` and greedy `accuracy` `[num_steps, num_sets]`. Step 0 is a
+    fine-tuned policy's own reference. If the task knows right solutions, means over the tokens of the last set's
+    solutions, `[num_steps]` each: `critical_prob` and `other_prob` of the right token, `critical_kl` and `other_kl`
+    (nats); `right_prob` `[num_steps, num_solutions, T]`; and of the kept solutions `token`, `mask`, `critical`
+    `[num_solutions, T]`, `problem` and `response`.
 
   Raises:
     CheckpointError: as `read_tokens`.
@@ -277,58 +276,75 @@ def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = No
   """
   if num_problems < 1:
     raise ValueError(f'num_problems: expected 1 or more, got {num_problems}.')
-  last, reference = load_pair(path, reference)
-  known = last.info.known_digits
-  digits = [known, known + 1] if digits is None else [min(digits), max(digits)]
-  task, longest = task_of(last, digits), digits[-1]
+  last, reference = load_pair(path, reference, model=model)
+  task, draw = sets_of(last, task, sets)
   batch_size = _batch_size(batch_size, last, task)
-  answer, read = make_answer(model_of(last), task), make_token_reader(last, reference, task)
+  answer = make_answer(model_of(last), task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
-  problems = _problems(last, digits, num_problems, problem_key)
-  right = as_rollout(*(jax.vmap(f)(problems[longest]) for f in (task.prompt, task.solution)))
-  critical = np.asarray(oracle(task)(problems[longest], right, None).critical)
+  problems = draw(problem_key, num_problems)
+  *_, last_set = problems.values()
+  read = _make_solution_reader(last, reference, task, last_set, batch_size) if task.solution else None
   rows, kept = [], []
   for step, params in tqdm.tqdm(list(_states(last, reference, most)), 'steps', unit='step', disable=not progress):
-    params = _whole(last.path.parent, step) if params is None else params
+    params = _whole(last, step) if params is None else params
     if params is None:
       continue
-    found = _in_batches(lambda some, p=params: {k: v for k, v in read(p, reference.params, *some).items()
-                                                if k in ('mask', 'right_prob', 'kl')},
-                        (problems[longest], right), batch_size)
-    row = {'step': step} | {name: float(answer_all(answer, params, problems[n], answer_key, batch_size).mean())
-                            for name, n in zip(('short', 'long'), digits)}
-    for name, where in (('critical', critical), ('other', found['mask'] & ~critical)):
-      row |= {f'{name}_{short}': float(found[field][where].mean()) if where.any() else np.nan
-              for short, field in (('prob', 'right_prob'), ('kl', 'kl'))}
-    rows.append(row)
-    kept.append(found['right_prob'][:num_solutions])
-  own = jax.tree.map(lambda x: x[:num_solutions], (problems[longest], right))
-  curves = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-  return curves | {'digits': np.array(digits), 'right_prob': np.stack(kept), 'token': np.asarray(own[1].actions),
-                   'mask': np.asarray(own[1].mask), 'critical': critical[:num_solutions], **_texts(task, *own)}
+    accuracy = [successes(task, answer_all(answer, params, own, answer_key, batch_size)).mean()
+                for own in problems.values()]
+    means, right_prob = read(params) if read else ({}, None)
+    rows.append({'step': step, 'accuracy': np.asarray(accuracy, np.float64), **means})
+    kept.append(right_prob if right_prob is None else right_prob[:num_solutions])
+  curves = {name: np.array([row[name] for row in rows]) for name in rows[0]} | {'sets': np.array([*problems], object)}
+  if read is None:
+    return curves
+  own = jax.tree.map(lambda x: x[:num_solutions], last_set)
+  solutions = jax.vmap(task.solution)(own)
+  rollout = as_rollout(jax.vmap(task.prompt)(own), solutions)
+  return curves | {'right_prob': np.stack(kept), 'token': np.asarray(rollout.actions), 'mask': np.asarray(rollout.mask),
+                   'critical': _critical_of(solutions), **_texts(task, rollout, [*problems][-1])}
 
 
-def _problems(policy, digits, num_problems, key):
-  """Draws the problems of each number of digits, in arrays of one size."""
-  return {n: draw_problems(jax.random.fold_in(key, n), num_problems, 'plus', n, policy.info.known_digits, max(digits))
-          for n in digits}
+def _make_solution_reader(last, reference, task, problems, batch_size) -> Callable:
+  """Makes `params -> (means over tokens, right_prob [B, T])` over right solutions, for the rows of `read_steps`."""
+  read = make_token_reader(last, reference, task)
+  solutions = jax.vmap(task.solution)(problems)
+  right, critical = as_rollout(jax.vmap(task.prompt)(problems), solutions), _critical_of(solutions)
+
+  def means_of(params):
+    found = _in_batches(lambda some: {k: v for k, v in read(params, reference.params, *some).items()
+                                      if k in ('mask', 'right_prob', 'kl')}, (problems, right), batch_size)
+    means = {f'{name}_{short}': float(found[field][where].mean()) if where.any() else np.nan
+             for name, where in (('critical', critical), ('other', found['mask'] & ~critical))
+             for short, field in (('prob', 'right_prob'), ('kl', 'kl'))}
+    return means, found['right_prob']
+
+  return means_of
+
+
+def _critical_of(solutions) -> np.ndarray:
+  """Returns the mask of the solutions' critical tokens; false everywhere if they are unknown."""
+  return np.asarray(solutions.mask & (False if solutions.critical is None else solutions.critical))
+
+
+def _number_of(name: str) -> int:
+  """Returns the number folded into the key of a problem set's samples: its name if decimal, else a checksum of it."""
+  return int(name) if name.isdecimal() else zlib.crc32(name.encode())
 
 
 def _states(last, reference, most):
-  """Yields the steps to read, and the parameters of those that are no checkpoint beside the last one."""
+  """Yields `(step, params)` of the steps to read; params is None if the step is a checkpoint still to be loaded."""
   steps = checkpoint_lib.steps_in(last.path.parent)
   chosen = np.linspace(len(steps) - 1, 0, min(most, len(steps))).round().astype(int)
   if last.info.kind == 'finetune' and 0 not in steps and _is_own(last, reference):
-    trunk = {name: x for name, x in reference.params.items() if name != 'value_head'}
-    yield 0, {**last.params, **trunk}
+    yield 0, with_critic(model_of(last), (reference.params,), last.params)[0]
   for i in sorted(set(chosen.tolist())):
     yield steps[i], None
 
 
-def _whole(directory, step):
-  """Returns the parameters of a step; None, with a warning, if a process was killed while it removed the step."""
+def _whole(last, step):
+  """Loads the parameters of a step; returns None, with a warning, if the checkpoint is damaged (partly removed)."""
   try:
-    return load_checkpoint(directory, step).params
+    return load_checkpoint(last.path.parent, step, model=last.model).params
   except checkpoint_lib.DamagedError as error:
     logging.warning('%s Step %d is left out.', error, step)
     return None
@@ -336,8 +352,8 @@ def _whole(directory, step):
 
 def _is_own(policy, reference):
   try:
-    return reference.path == storage.resolve(find_reference(policy))
-  except CheckpointError:  # the one that it had is gone
+    return reference.path == storage.resolve(reference_path(policy))
+  except CheckpointError:  # the policy's own reference is gone
     return False
 
 
@@ -349,20 +365,24 @@ def _in_batches(read, arrays, batch_size):
 
 
 def _batch_size(asked, policy, task):
-  logits = (task.prompt_length + task.response_length) * policy.info.model.vocab_size
+  logits = (task.prompt_length + task.response_length) * vocab_size_of(policy)
   return max(min(asked, _LOGITS // logits), 1)
 
 
-def _texts(task, problems, rollout) -> dict[str, np.ndarray]:
-  """Returns problems, responses and single tokens as text."""
+def _batches_of(drawn, size):
+  """Returns the name and the first problem of each batch; a set may have fewer problems than were asked for."""
+  numbers = {name: jax.tree.leaves(problems)[0].shape[0] for name, problems in drawn.items()}
+  return [(name, start) for name, number in numbers.items() for start in range(0, number, size)]
+
+
+def _texts(task, rollout, name) -> dict[str, np.ndarray]:
+  """Decodes problems, responses and single tokens to text, with the name of the problem set."""
   decode, tokens, mask = task.tokenizer.decode, np.asarray(rollout.actions), np.asarray(rollout.mask)
   prompt, prompt_mask = (np.asarray(x) for x in (rollout.prompt, rollout.prompt_mask))
-  alphabet = np.array([*task.tokenizer.alphabet, '\ufffd'])
-  return {'problem': np.array([_operands(decode(row, own)) for row, own in zip(prompt, prompt_mask)], object),
+  shown = np.zeros(tokens.shape, object)
+  shown[:] = ''
+  shown[mask] = np.array(task.tokenizer.token_texts(tokens[mask].tolist()), object)
+  return {'problem': np.array([task.shown(decode(row, own)) for row, own in zip(prompt, prompt_mask)], object),
+          'set': np.full(len(tokens), name, object),
           'response': np.array([decode(row, own) for row, own in zip(tokens, mask)], object),
-          'character': np.where(mask, alphabet[np.minimum(tokens, len(alphabet) - 1)], '')}
-
-
-def _operands(prompt: str) -> str:
-  lines = prompt.split('\n')
-  return lines[1] if len(lines) > 1 else prompt
+          'text': shown}

@@ -1,4 +1,4 @@
-"""How all pictures look: one colour for each penalty everywhere, and sizes that are legible where pages show them."""
+"""The common style of all pictures: a fixed colour for each penalty, and sizes that are legible on the pages."""
 
 import io
 import os
@@ -12,25 +12,25 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from critkl_jax import storage
-from critkl_jax.config import LossConfig
+from critkl_jax.rl.loss_config import LossConfig
+from critkl_jax.runtime import storage
 
 PENALTIES = {'prioritized': '#2a6f97', 'standard': '#d9480f', 'none': '#6c757d'}
 OTHERS = ('#2b8a3e', '#7b2cbf', '#d9a400', '#d6409f', '#0fa3b1', '#7f4f24', '#9bc53d', '#343a40')
 CRITICAL, OTHER_TOKENS = OTHERS[1], OTHERS[0]  # critical tokens and all others
 POLICY, REFERENCE = OTHERS[0], '#1c2733'
-PALE = '#9aa7b4'  # what stands behind
+PALE = '#9aa7b4'  # background elements
 BEHIND_TEXT = {'facecolor': 'white', 'alpha': 0.7, 'pad': 0.5, 'linewidth': 0}
-WIDTH = 9.0  # inches, of a picture that fills a page's column: there 9 points are 12 pixels
+WIDTH = 9.0  # inches, of a picture as wide as a page's column; a font of 9 points is shown with 12 pixels
 DPI = 130
-_LETTERS_PER_INCH = 13.0  # of titles
+_LETTERS_PER_INCH = 13.0  # in titles
 
 
 def split_label(label: str) -> tuple[str, str]:
-  """Splits the label of a group of runs into what gets a colour and the condition that it shares with other groups.
+  """Splits the label of a group of runs into two parts: the one that sets the colour, and the condition.
 
   `standard, N = 3` is `('standard', 'N = 3')`; `kl=standard learning_rate=1e-05` is `('kl=standard',
-  'learning_rate=1e-05')`; a label without a penalty and of one field has no condition.
+  'learning_rate=1e-05')`. A label of another form has an empty condition.
   """
   parts = label.split(', ')
   for i in (0, -1):
@@ -39,14 +39,14 @@ def split_label(label: str) -> tuple[str, str]:
   fields = dict(part.split('=', 1) for part in label.split(' ')) if re.fullmatch(r'\S+=\S+( \S+=\S+)*', label) else {}
   if len(fields) < 2:
     return label, ''
-  if 'certainty_exponent' in fields:  # only a prioritized penalty has one
+  if 'certainty_exponent' in fields:  # implies a prioritized penalty
     fields.pop('kl', None)
   own = next((name for name in ('certainty_exponent', 'kl') if name in fields), next(iter(fields)))
   return f'{own}={fields.pop(own)}', ' '.join(f'{name}={value}' for name, value in fields.items())
 
 
 def penalty_of(label: str) -> str | None:
-  """Returns the KL penalty that a label names, a key of `PENALTIES`; None if it names none of them.
+  """Returns the key of `PENALTIES` that a label names, or None.
 
   An exponent of 0 is the standard penalty, the default exponent the prioritized one.
   """
@@ -58,11 +58,11 @@ def penalty_of(label: str) -> str | None:
 
 
 def colours_of(labels: Iterable[str], penalties: Mapping[str, str] | None = None) -> dict[str, str]:
-  """Returns a colour for each label: penalties have their own, numbers a sequential map, others a fixed order.
+  """Chooses a colour for each label: penalties have fixed colours, numbers a sequential map, others a fixed order.
 
   Args:
-    labels: of groups of runs; those that `split_label` splits are coloured without their condition.
-    penalties: label -> key of `PENALTIES`, of labels that do not name it.
+    labels: labels of groups of runs; their conditions (`split_label`) do not matter.
+    penalties: label -> key of `PENALTIES`, for labels that do not name their penalty.
 
   Returns:
     label -> colour as `#rrggbb`.
@@ -78,8 +78,10 @@ def colours_of(labels: Iterable[str], penalties: Mapping[str, str] | None = None
 
 
 def _sequential(names):
-  """Returns a colour for each name that ends in a number, by its rank among those that are alike up to the number: from
-  light to dark, leaving out the part of the map where the prioritized penalty's colour is, which is at its place."""
+  """Chooses colours for names that end in a number, from light to dark by rank among names that differ only there.
+
+  The map leaves a gap for the prioritized penalty's colour, at the rank of its exponent.
+  """
   found, stems = {}, {}
   for name in names:
     stem, value = _number_in(name)
@@ -96,18 +98,18 @@ def _sequential(names):
 
 
 def _number_in(label):
-  """Splits a label into text and the number at its end; empty text and NaN if it ends in none."""
+  """Splits a label into text and the number at its end; empty text and NaN if there is no number."""
   match = re.fullmatch(r'(\D.*?)[ =]+([-+]?\d[\d.]*(?:e[-+]?\d+)?)', label)
   return (match[1], float(match[2])) if match else ('', float('nan'))
 
 
 def panel_title(axis: Axes, text: str, inches: float) -> None:
-  """Sets the title of a panel so many inches wide, in several lines where it is long."""
+  """Sets the title of a panel and wraps it to the panel's width in inches."""
   axis.set_title(_wrap(text, max(int((inches - 0.5) * _LETTERS_PER_INCH), 12)))  # ticks take half an inch
 
 
 def _wrap(text, letters):
-  """Returns text in as few lines as hold so many letters each, all about as long."""
+  """Wraps text to the fewest lines of at most `letters` letters, and balances their lengths."""
   lines = len(textwrap.wrap(text, letters))
   while letters > 1 and len(textwrap.wrap(text, letters - 1)) == lines:
     letters -= 1
@@ -115,25 +117,25 @@ def _wrap(text, letters):
 
 
 def in_percent(axis: Axis) -> None:
-  """Labels the shares of an axis in percent."""
+  """Formats the tick labels of an axis in percent."""
   axis.set_major_formatter(lambda x, _: f'{100 * x:.6g} %')
 
 
 def level_line(axis: Axes, level: float, text: str, height: float | None = None) -> None:
-  """Draws a dashed line across a panel with text at the right, below the line or at a height of its own."""
+  """Draws a dashed line across a panel, with text at its right end, below the line or at `height`."""
   axis.axhline(level, color=REFERENCE, linestyle=(0, (4, 3)), linewidth=1)
   axis.annotate(text, (1, level if height is None else height), (-2, -2), ha='right', va='top', fontsize=8,
                 xycoords=('axes fraction', 'data'), textcoords='offset points', color=REFERENCE, bbox=BEHIND_TEXT)
 
 
 def save(figure: Figure, path: str | os.PathLike, title: str, note: str = '') -> None:
-  """Gives all panels of a figure the same sizes and a grid, sets its title, and writes it as a PNG.
+  """Applies the common style to all panels of a figure, sets its title, and writes it as a PNG.
 
   Args:
-    figure: with its panels drawn.
+    figure: figure whose panels are drawn.
     path: file to write.
-    title: of the whole figure, lines and all; no mathematics, dollars are shown.
-    note: below the title: how to read the figure.
+    title: title of the figure; may have several lines; `$` is shown as it is (no mathematics).
+    note: line below the title that says how to read the figure.
   """
   for axis in figure.axes:
     axis.grid(alpha=0.3)

@@ -1,1 +1,1 @@
-"""Operations that are worth a kernel of their own, a folder each."""
+"""Fused operations with kernels, one folder for each."""

@@ -1,1 +1,1 @@
-"""Studies of many runs: what is asked, the runs that answer it, and what they say."""
+"""Studies of many runs: questions, arms, runs, records, statistics and pages."""

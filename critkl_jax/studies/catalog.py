@@ -1,6 +1,6 @@
-"""What is studied: questions, and the arms whose runs answer them.
+"""The studies: their questions, arms and contrasts.
 
-An arm is a config up to the seed. Runs are named by their configs, so that arms of several studies share theirs.
+An arm is a config up to the seed. Runs are named by their configs, so that studies share the runs of equal arms.
 """
 
 import dataclasses
@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from critkl_jax.config import FinetuneConfig, flat_values, replace
+from critkl_jax.config import flat_values, replace
+from critkl_jax.training.config import FinetuneConfig
 
 CORE_SEEDS, OTHER_SEEDS = 8, 4
 PRIORITIZED, STANDARD, NONE = 'prioritized', 'standard', 'no penalty'
@@ -24,15 +25,16 @@ class Arm:
   """Runs that differ in the seed alone.
 
   Attributes:
-    label: how tables and pictures call it.
-    changes: field -> value, where it differs from the preset.
-    times: field -> factor of the preset's own number.
-    matches: label of an arm of the same study that gives this one's KL coefficient, seed by seed; empty for none.
-    by: what is made equal: `weight`, the mean weight of the penalty over tokens and iterations, or `penalty`, the
-      penalty that is paid for the same KL, as `matched_scale` says.
+    label: name in tables and pictures.
+    changes: field -> value, where the arm differs from the preset.
+    times: field -> factor applied to the preset's number.
+    matches: label of an arm of the same study from whose runs the KL coefficient is computed, seed by seed; or empty.
+    by: what the matching makes equal: `weight`, the mean weight of the penalty over tokens and iterations, or
+      `penalty`, the effective coefficient (see `plan.matched_scale`).
     pretraining: field -> value, where its reference's pre-training differs from the preset's.
-    ensemble: the same of further references, whose mean distribution with the reference's gives the certainty.
-    condition: what it has in common with some other arms, at the end of its label; each has pictures of its own.
+    ensemble: the pre-training changes of further references; the certainty is computed from the mean of all references'
+      distributions.
+    condition: end of the label, shared with other arms, for example `N = 3`; each condition has its own panels.
   """
 
   label: str
@@ -47,22 +49,22 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A question, and how it is answered.
+  """A question with the arms and contrasts that answer it.
 
   Attributes:
-    name: on the command line.
-    counterpart: the table or figure of arXiv 2502.06533 that it repeats, or what it is beyond them.
-    question: in a sentence.
-    arms: what is compared.
-    contrasts: pairs of labels: the first one's runs are compared with the second one's, seed by seed.
-    panels: metrics over the iterations that are drawn, with their labels.
+    name: name on the command line.
+    counterpart: the table or figure of arXiv 2502.06533 that it repeats, or how it goes beyond the paper.
+    question: the question, in a sentence.
+    arms: the arms that are compared.
+    contrasts: pairs of labels (arm, baseline), compared seed by seed.
+    panels: metric -> label of the learning curves to draw.
     num_seeds: seeds of each arm.
-    judged: the figures by which its sentences judge a contrast.
-    beside: what is read of the arms' references and shown too: `levels`, their accuracy on N to N + 3 digits and their
-      certainty, or `overconfidence`, how often they are sure of a wrong critical token, one by one and together.
-    note: what a reader must know of the arms.
-    reads: `runs`, `tokens` for a study of references alone, or `ladder` for climbs.
-    rungs: of a ladder, at most; each is tried as long as it helps.
+    primary_metrics: the metrics on which the page's verdicts rest.
+    beside: measurements of the references that the page also shows: `levels`, their accuracy on N to N + 3 digits and
+      their certainty; or `overconfidence`, how often each and their ensemble are sure of a wrong critical token.
+    note: explanation of the arms for the reader of the page.
+    reads: kind of results: `runs`; `tokens` of a reference's generations, without training; `ladder` for climbs.
+    rungs: most rungs of a ladder; see `ladder`.
   """
 
   name: str
@@ -72,7 +74,7 @@ class Study:
   contrasts: tuple[tuple[str, str], ...] = ()
   panels: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_seeds: int = OTHER_SEEDS
-  judged: tuple[str, ...] = ('greedy', 'area')
+  primary_metrics: tuple[str, ...] = ('greedy', 'area')
   beside: str = ''
   note: str = ''
   reads: str = 'runs'
@@ -100,13 +102,13 @@ def _each_against(arms, baseline):
 
 
 def _three(condition, **how):
-  """Returns an arm of each penalty under a condition."""
+  """Makes an arm of each of the three penalties under a condition."""
   return tuple(dataclasses.replace(arm, label=f'{arm.label}, {condition}', condition=condition, **how)
                for arm in _THREE)
 
 
 def _penalties(name, counterpart, question, conditions, panels, **options):
-  """Returns a study that compares the three penalties with one another under each of some conditions."""
+  """Makes a study that compares the three penalties pairwise under each condition."""
   contrasts = tuple((one.label, two.label) for prioritized, standard, none in conditions
                     for one, two in ((prioritized, standard), (prioritized, none), (none, standard)))
   return Study(name, counterpart, question, tuple(itertools.chain(*conditions)), contrasts, panels, **options)
@@ -144,14 +146,14 @@ _ESTIMATORS = tuple(
     _PRIORITIZED if (kind, place) == ('k2', 'loss') else
     Arm(f'{kind} in the {place}', {'kl_estimator': kind, 'kl_placement': place})
     for place in ('loss', 'reward') for kind in ('exact', 'k1', 'k2', 'k3'))
-# What the paper's table and its code set, but for sizes: learning rate, KL coefficient, episodes and minibatches are
-# those of the preset.
+# The settings of the paper's table and code, except learning rate, KL coefficient, episodes and minibatches, which are
+# the preset's.
 _PAPER = {'algorithm': 'a2c', 'advantage': 'gae', 'gae_lambda': 0.95, 'value_head': 'mlp',
           'entropy_coefficient': 0.0005, 'value_coefficient': 0.1}
-# With lambda 0.95 a reward at the end is nothing some 300 tokens earlier, where critical tokens are, unless the critic
-# knows it already: here it is 1, and the advantages are whitened; the paper's is in `released_code`.
+# With lambda 0.95 a reward at the end decays to nothing some 300 tokens earlier, where the critical tokens are, unless
+# the critic predicts it already. Here lambda is 1 and advantages are whitened; `released_code` has the paper's value.
 _GAE = {'advantage': 'gae', 'gae_lambda': 1.0, 'whiten_advantages': True, 'value_head': 'mlp'}
-_GROUP, _LEAVE_ONE_OUT = ({'advantage': name, 'gae_lambda': 1.0, 'value_head': 'linear', 'entropy_coefficient': 0.0}
+_GROUP, _LEAVE_ONE_OUT = ({'advantage': name, 'entropy_coefficient': 0.0}
                           for name in ('group_relative', 'leave_one_out'))
 _ALGORITHMS = (
     Arm('PPO, group-relative', {**_GROUP, 'algorithm': 'ppo'}),
@@ -161,20 +163,20 @@ _ALGORITHMS = (
     Arm('A2C, group-relative', {**_GROUP, 'algorithm': 'a2c'}),
     Arm("A2C, the paper's", _PAPER),
 )
-_RELEASED = {**_PAPER, 'entropy_coefficient': 0.001, 'temperature': 2.0, 'certainty_temperature': 4.0,
-             'wrong_reward': -1.0}
+_RELEASED = {**_PAPER, 'entropy_coefficient': 0.001, 'temperature': 2.0, 'wrong_reward': -1.0}
 _RELEASED_CODE = (
     Arm("the paper's, prioritized", _PAPER),
     Arm("the paper's, standard", {**_PAPER, 'kl': 'standard'}),
-    Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy'}),
+    Arm('released, prioritized', {**_RELEASED, 'certainty': 'min_entropy', 'certainty_temperature': 4.0}),
     Arm('released, standard', {**_RELEASED, 'kl': 'standard'}),
 )
 _LEVELS = [_three(f'N = {n}' if n else f'N {OF_PRESET}', pretraining={'known_digits': n} if n else {})
            for n in (3, 4, None, 6)]
 _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float(factor)}) for factor in (2, 5)]
-# Heads of width 64 or 32: attention over many narrow ones costs more than all else here.
+# Heads of width 64 or 32, because attention with many narrow heads would dominate the cost.
 _SIZES = [_three(f'width {own["width"]}' if own else f'width {OF_PRESET}', pretraining=own)
           for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
+_ARCHITECTURES = [_three('GPT-2'), _three('Llama', pretraining={'architecture': 'llama'})]
 _SHIPPED = ('The reference in the package (preset tiny: N = 5, width 128) is the checkpoint of step 2200 of 2400, '
             'taken for its accuracy on N + 1; the others are at the end of theirs.')
 _TWINS = tuple({'seed': seed} for seed in (1, 2))
@@ -200,7 +202,7 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
     _penalties('drift', "the third experiment of the paper's summary",
                'How far does the policy move from the reference, where, and what does it keep?', [_THREE],
                {'critical/kl': 'KL at critical tokens of right solutions, N+1, nats per token'} | _DRIFT | _KL_OWN,
-               num_seeds=CORE_SEEDS, judged=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
+               num_seeds=CORE_SEEDS, primary_metrics=('kl_critical', 'kl_other', 'kl_known', 'greedy_known')),
     _study('ablation', "the third check of the paper's summary",
            'Is it the weight, or only that critical tokens are left free?',
            _ABLATION, PRIORITIZED, _ACCURACY | _CRITICAL | _KL_OTHER,
@@ -230,6 +232,10 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
                _ACCURACY | _CRITICAL, beside='levels', note=_SHIPPED),
     _penalties('sizes', "the second check of the paper's summary", 'Is it the same for smaller and larger models?',
                _SIZES, _ACCURACY | _CRITICAL, note=_SHIPPED),
+    _penalties('architectures', "the limitation that the paper names: GPT-2 only",
+               'Is it the same for a Llama: rotary positions, RMSNorm and SwiGLU, about as many parameters?',
+               _ARCHITECTURES, _ACCURACY | _CRITICAL, beside='levels',
+               note=f'{_SHIPPED} Both were pre-trained with the same settings, which were chosen for GPT-2.'),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
@@ -241,13 +247,13 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
                note='After three rungs the context of the model is full (preset tiny, 768 tokens, 8 digits).'),
     _penalties('large_steps', 'beyond the paper', 'What does a penalty protect when steps are large?', _LARGE_STEPS,
                _ACCURACY | _DRIFT | {'format_errors': 'responses that are not well formed'},
-               judged=('greedy', 'greedy_known', 'kl_other')),
+               primary_metrics=('greedy', 'greedy_known', 'kl_other')),
     Study('released_code', 'the code of the paper', "Do the settings of the released code do what the paper's do?",
           _RELEASED_CODE, (("the paper's, prioritized", "the paper's, standard"),
                            ('released, prioritized', 'released, standard'),
                            ('released, prioritized', "the paper's, prioritized"),
                            ('released, standard', "the paper's, standard")), _ACCURACY | _CRITICAL,
-          judged=('greedy', 'greedy_known'),
+          primary_metrics=('greedy', 'greedy_known'),
           note='Learning rate, KL coefficient, episodes and minibatches are those of the preset. Arms of the released '
                'code are sampled, tested and read at temperature 2, the others at 1: between them only greedy accuracy '
                'compares. With lambda 0.95 a fresh critic hands next to nothing of the reward to critical tokens.'),
@@ -256,32 +262,32 @@ CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_
 
 
 def reference_name(changes: Mapping[str, Any]) -> str:
-  """Returns the name of a reference whose pre-training differs so from the preset's; empty if it does not."""
+  """Names a reference by its pre-training's changes to the preset; empty without changes."""
   return '-'.join(f'{name}={value}' for name, value in changes.items())
 
 
 def all_references() -> dict[str, Mapping[str, Any]]:
-  """Returns how the pre-training of each reference of any study differs from the preset's, by its name."""
+  """Returns the references of all studies: name -> changes of the pre-training to the preset."""
   arms = [arm for study in STUDIES.values() for arm in study.arms]
   return {reference_name(changes): changes for arm in arms for changes in (arm.pretraining, *arm.ensemble)} | {'': {}}
 
 
 def arm_config(base: FinetuneConfig, arm: Arm, seed: int, scale: float = 1.0, reference: str | None = None
                ) -> FinetuneConfig:
-  """Returns the config of a run; its `reference` is a name under the studies' workdir.
+  """Makes the config of a run; its `reference` is a name under the studies' workdir.
 
   Args:
-    base: of the preset.
+    base: config of the preset.
     arm: the arm.
-    seed: of the run.
-    scale: of the KL coefficient, where it follows from another run.
-    reference: name of another reference than the arm's.
+    seed: seed of the run.
+    scale: factor of the KL coefficient, for an arm that matches another.
+    reference: name of a reference that replaces the arm's.
   """
   name = reference_name(arm.pretraining) if reference is None else reference
   usual = flat_values(base)
   scaled = {field: float(f'{usual[field] * factor:.6g}') for field, factor in arm.times.items()}
-  config = replace(base, seed=seed, reference=name, **arm.changes, **scaled,
-                   certainty_ensemble=','.join(map(reference_name, arm.ensemble)))
+  ensemble = {'certainty_ensemble': ','.join(map(reference_name, arm.ensemble))} if arm.ensemble else {}
+  config = replace(base, seed=seed, reference=name, **arm.changes, **scaled, **ensemble)
   if not arm.matches:
     return config
   return replace(config, kl_coefficient=float(f'{config.loss.kl_coefficient * scale:.6g}'))

@@ -1,4 +1,4 @@
-"""What all pages of studies are made of: files of JSON and CSV, tables in Markdown."""
+"""Files and text shared by all pages of studies: JSON, CSV, Markdown tables, intervals as text."""
 
 import csv
 import io
@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from critkl_jax import storage
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
-from critkl_jax.signatures import MEANING
+from critkl_jax.runtime import storage
+from critkl_jax.runtime.failure_signatures import MEANING
 
 TOLD_APART = ('in bold where the intervals of mean and interquartile mean both leave out zero, in italics where the '
               'first alone does')
@@ -19,7 +19,7 @@ FEW = f'Fewer than {FEWEST_SEEDS} seeds have no interval: so few runs do not sho
 
 
 def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-  """Writes results.json, and results.csv, a row for each run."""
+  """Writes `results.json`, and `results.csv` with a row for each run."""
   write_json(home / 'results.json', results)
   file = io.StringIO()
   writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
@@ -29,23 +29,23 @@ def write_files(home: pathlib.Path, results: dict[str, Any], rows: Sequence[dict
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes nested values, numbers with six digits and null for those that are not finite."""
+  """Writes nested values as JSON: floats with six digits, null if not finite."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  storage.write_json(path, _plain(value), indent=1)
+  storage.write_json(path, _plain(value))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  """Returns the lines of a table in Markdown."""
+  """Formats a Markdown table as lines."""
   return ['| ' + ' | '.join(row) + ' |' for row in (heads, ['---'] * len(heads), *rows)]
 
 
 def signature_lines(found: Sequence[str]) -> list[str]:
-  """Returns the lines of the signatures of failure that were found, and what they mean."""
+  """Formats the failure signatures that were found, with the meaning of each signature."""
   return [*(found or ['None was seen.']), '', *(f'`{name}`: {text}.' for name, text in MEANING.items())]
 
 
 def write_index(workdir: pathlib.Path) -> None:
-  """Writes `WORKDIR/README.md`: what each study says, taken from its page."""
+  """Writes `WORKDIR/README.md` with the verdicts from each study's page."""
   lines = ['# Studies', '', 'What each asked and found; its page has more figures, pictures and how it was made. Of '
            f'runs these are mean differences with their 95 % interval, {TOLD_APART}, and the number of pairs of runs '
            f'in which they are above zero and, if there are any, in which they are zero (ties). {FEW}', '']
@@ -60,8 +60,10 @@ def write_index(workdir: pathlib.Path) -> None:
 
 
 def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float = 1.0) -> str:
-  """Returns `(value, low, high)` as text, each number times `scale` in a format; the value alone if its bounds are NaN,
-  or null in a file, `none` where there is no value."""
+  """Formats `(value, low, high)` as text, each number times `scale`.
+
+  Without bounds (NaN, or null in a file) only the value is shown; without a value `none`.
+  """
   value = [math.nan if x is None else x for x in value or (None,) * 3]
   if math.isnan(value[0]):
     return 'none'
@@ -70,13 +72,13 @@ def interval_text(value: Sequence[float] | None, form: str = '.3f', scale: float
 
 
 def pairs_text(pairs: dict[str, int]) -> str:
-  """Returns `count_pairs` as text: in how many pairs the difference is above zero, and how many ties there are."""
+  """Formats `count_pairs` as text: the number of pairs with a difference above zero, and the number of ties."""
   ties = pairs['equal']
   return f'{pairs["higher"]} of {sum(pairs.values())}' + (f', {ties} {"tie" if ties == 1 else "ties"}' if ties else '')
 
 
 def _plain(value):
-  """Returns nested values as JSON has them."""
+  """Converts nested values to JSON values."""
   if isinstance(value, dict):
     return {name: _plain(x) for name, x in value.items()}
   if isinstance(value, list | tuple):

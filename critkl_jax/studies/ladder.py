@@ -1,33 +1,34 @@
-"""The ladder: a policy that has learned N + k digits is the reference from which N + 2k are learned, and so on.
+"""The ladder: a policy that has learned N + k digits becomes the reference for learning N + 2k digits, and so on.
 
-A rung is a number of digits, and a run is a try at it; the result of each run is the reference of the next one. If it
-answers at least half of the problems that are new on its rung, the next run is on the next rung; else on the same one,
-as long as tries gain something. The climb ends with the first one that does not.
+A rung is a number of digits, and each run is a try at a rung; its result is the reference of the next run. If it
+answers at least `LEAST` of the rung's problems, the next run tries the next rung, else the same one again. The
+climb ends with the first try that neither reaches its rung nor gains `GAIN`.
 """
 
+import dataclasses
 import itertools
 from typing import Any
 
 import numpy as np
 
-from critkl_jax import checkpoint
+from critkl_jax.analysis.intervals import of_difference, of_share
 from critkl_jax.analysis.statistics import paired_statistics, seed_statistics
-from critkl_jax.checkpoint import CheckpointError, CheckpointInfo
-from critkl_jax.config import FinetuneConfig
-from critkl_jax.intervals import of_difference, of_share
-from critkl_jax.studies.advance import run_path
+from critkl_jax.runtime import checkpoint
+from critkl_jax.runtime.checkpoint import CheckpointError, CheckpointInfo
 from critkl_jax.studies.catalog import Arm, Study, arm_config, reference_name
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record
 from critkl_jax.studies.references import references_path
 from critkl_jax.studies.results import run_signatures
+from critkl_jax.studies.study_runs import run_path
+from critkl_jax.training.config import FinetuneConfig
 
-LEAST = 0.5  # greedy accuracy on N + k with which a rung is reached
-GAIN = 0.05  # by which a try has to better the one before it on its rung, or nothing, for another one
+LEAST = 0.5  # greedy accuracy on N + k digits at which a rung is reached
+GAIN = 0.05  # accuracy that a try must gain over the try before it (over 0 for the first) to be followed by another
 
 
 def climb(plan: Plan, study: Study, arm: Arm, seed: int) -> list[tuple[FinetuneConfig, Record | None]]:
-  """Returns the runs of one climb from the first on, each with its record; the last one may be still to be made."""
+  """Returns the runs of one climb in order, each with its record; the last record is None if that run is missing."""
   runs, name, rung, tries, before = [], reference_name(arm.pretraining), 1, 0, 0.0
   while rung <= study.rungs:
     config = arm_config(plan.base, arm, seed, reference=name)
@@ -45,10 +46,10 @@ def climb(plan: Plan, study: Study, arm: Arm, seed: int) -> list[tuple[FinetuneC
 
 
 def missing_runs(plan: Plan, study: Study) -> list[FinetuneConfig]:
-  """Returns the config of the run that each climb that is not at its end has to make now.
+  """Returns the config of the run that each unfinished climb needs now.
 
-  That is its next one, or the highest one below it from whose reference it can be run: records do without parameters,
-  and what is to be climbed from is made again where these are gone.
+  That is its next run; or, if the parameters of its reference are gone (records outlive them), the highest earlier run
+  that can start.
   """
   found = []
   for seed in plan.seeds(study):
@@ -69,18 +70,18 @@ def _has_reference(plan, name):
 
 
 def top(runs: list[tuple[FinetuneConfig, Record | None]]) -> Record | None:
-  """Returns the run that reached the highest rung of a climb, its first if none did; None if none was made."""
+  """Returns the record of the run that reached a climb's highest rung, or of its first run; None without runs."""
   records = [record for _, record in runs if record is not None]
   return next((one for one in reversed(records) if reached(one)), records[0] if records else None)
 
 
 def promote(plan: Plan, study: Study, name: str) -> None:
-  """Leaves the result of a finished run as the reference of the next; it knows k digits more if it reached its rung.
+  """Saves the result of a finished run as the next run's reference; it knows k digits more if its rung was reached.
 
   Args:
-    plan: knows the runs.
+    plan: plan of the runs.
     study: the ladder.
-    name: of the reference that is needed; if it is of no climb, nothing is done.
+    name: name of the needed reference; nothing happens if no climb has it.
 
   Raises:
     CheckpointError: if the parameters of a finished run are gone.
@@ -100,36 +101,37 @@ def _promote(plan, record, home):
   if not source.is_dir():
     raise CheckpointError(f'{source}: the parameters of a run are gone; it has to be run again.')
   own = checkpoint.load_checkpoint(source)
-  known = record.known_digits + (plan.base.extra_digits if reached(record) else 0)
-  info = CheckpointInfo(own.info.model, known, own.info.training)
+  known = record.known_digits + (plan.base.addition.extra_digits if reached(record) else 0)
+  task = dataclasses.replace(own.info.task, known_digits=known)
+  info = CheckpointInfo(own.info.model, task, own.info.training)
   checkpoint.save_params(home, own.params, info, own.step)
 
 
 def accuracy(record: Record) -> float:
-  """Returns the greedy accuracy of a run on the digits of its rung."""
+  """Returns the greedy accuracy of a run on its rung's number of digits."""
   return float(record.longer['greedy'].mean())
 
 
 def reached(record: Record) -> bool:
-  """Returns whether a run reached its rung."""
+  """Tells whether a run reached its rung."""
   return accuracy(record) >= LEAST
 
 
 def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-  """Returns what the climbs say.
+  """Computes the results of a ladder: digits reached by each arm, and contrasts between arms.
 
   Args:
-    plan: knows the runs.
+    plan: plan of the runs.
     study: the ladder.
-    kept: of the `top` of each climb, by the name of its run, rows of `evaluate.accuracies`.
+    kept: for the `top` run of each climb, by its name, rows of `evaluation.accuracies`.
 
   Returns:
-    `question`, `counterpart`, `note`, `rungs` at most, `num_missing` (climbs that are not at their end); `arms`, of
-    each label its `seeds`, `reached`, the digits of the highest rung with an accuracy of `LEAST` (`seed_statistics`),
-    `retained`, the mean accuracy on the lengths that the first reference knew, and `climbs`, of each seed rows with
-    `digits`, `accuracy`, `accuracy_known` and the `signatures` of failure, one for each run; `contrasts`, each with
-    `seeds` and the paired `difference` in digits, and `rungs`, for each that some seed tried in both arms its `digits`,
-    those `seeds` and the `difference` in accuracy of the last tries.
+    `question`, `counterpart`, `note`; `rungs`, the most there are; `num_missing`, the number of unfinished climbs.
+    `arms`, for each label: `seeds`; `reached`, the digits of the highest rung with an accuracy of `LEAST`
+    (`seed_statistics`); `retained`, the mean accuracy on the lengths that the first reference knew; `climbs`, seed ->
+    a row for each run with `digits`, `accuracy`, `accuracy_known` and the failure `signatures`.
+    `contrasts`: `seeds`; the paired `difference` in digits; `rungs`, a row for each rung that at least one seed tried
+    in both arms, with its `digits`, these `seeds`, and the `difference` in accuracy of their last tries.
   """
   arms, highest, rewards, commits, seconds = {}, {}, {}, set(), 0.0
   for arm in study.arms:
@@ -140,13 +142,13 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       if not records:
         continue
       first = records[0].known_digits
-      climbs[seed] = [{'digits': one.known_digits + plan.base.extra_digits, 'accuracy': accuracy(one),
+      climbs[seed] = [{'digits': one.known_digits + plan.base.addition.extra_digits, 'accuracy': accuracy(one),
                        'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name,
                        'signatures': ' '.join(run_signatures(one, None))}
                       for one in records]
       tops = [row['digits'] for row in climbs[seed] if row['accuracy'] >= LEAST]
       highest.setdefault(arm.label, {})[seed] = max(tops, default=first)
-      for row, one in zip(climbs[seed], records):  # the last try of a rung stays
+      for row, one in zip(climbs[seed], records):  # the last try of a rung overwrites earlier ones
         rewards.setdefault(row['digits'], {})[arm.label, seed] = one.longer['greedy']
       known = [row for row in kept.get(top(runs).name, []) if row['digits'] <= first]
       retained += [float(np.mean([row['accuracy'] for row in known]))] if known else []
@@ -166,12 +168,13 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       contrasts.append({'arm': one, 'against': two, 'seeds': seeds, **paired_statistics(*pair),
                         'rungs': _compare_rungs(one, two, seeds, rewards)})
   return {'study': study.name, 'rungs': study.rungs, 'question': study.question, 'counterpart': study.counterpart,
-          'note': study.note, 'extra_digits': plan.base.extra_digits, 'num_missing': len(missing_runs(plan, study)),
-          'arms': arms, 'contrasts': contrasts, 'commits': sorted(commits), 'seconds': seconds}
+          'note': study.note, 'extra_digits': plan.base.addition.extra_digits,
+          'num_missing': len(missing_runs(plan, study)), 'arms': arms, 'contrasts': contrasts,
+          'commits': sorted(commits), 'seconds': seconds}
 
 
 def _compare_rungs(one, two, seeds, rewards):
-  """Returns how the accuracy of two arms differs on each rung that some of the seeds tried in both."""
+  """Compares the accuracy of two arms on each rung that at least one seed tried in both."""
   rows = []
   for digits, own in sorted(rewards.items()):
     shared = [seed for seed in seeds if (one, seed) in own and (two, seed) in own]

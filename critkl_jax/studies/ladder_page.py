@@ -1,4 +1,4 @@
-"""The page of a ladder."""
+"""Writes the page of a ladder."""
 
 import collections
 import itertools
@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from critkl_jax import storage
 from critkl_jax.analysis.style import WIDTH, colours_of, in_percent, level_line, panel_title, save
+from critkl_jax.runtime import storage
 from critkl_jax.studies.catalog import Study
 from critkl_jax.studies.files import FEW, interval_text, signature_lines, table, write_files
 from critkl_jax.studies.ladder import GAIN, LEAST
@@ -17,7 +17,7 @@ from critkl_jax.studies.plan import Plan
 
 
 def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Path:
-  """Writes the study of climbs under `WORKDIR/studies/NAME`, and returns that directory."""
+  """Writes the page of a ladder under `WORKDIR/studies/NAME`, and returns that directory."""
   home = plan.workdir / 'studies' / study.name
   home.mkdir(parents=True, exist_ok=True)
   rows = [{'arm': label, 'seed': seed, **row} for label, arm in results['arms'].items()
@@ -30,7 +30,7 @@ def write_ladder(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.P
 
 
 def ladder_verdict(row: dict[str, Any]) -> str:
-  """Returns a contrast of climbs as a sentence."""
+  """Writes a contrast of climbs as a sentence."""
   _, low, high = row['difference']
   said = 'higher than' if low > 0 else 'less high than' if high < 0 else 'not shown to climb higher than'
   verb = 'is' if said.startswith('not') else 'climbs'
@@ -41,8 +41,10 @@ def ladder_verdict(row: dict[str, Any]) -> str:
 
 
 def _plot_climbs(results, path):
-  """Draws the accuracies of all runs of the climbs: a column for each penalty, and rows for the digits that a run is
-  trained on and for k digits fewer."""
+  """Draws the accuracies of all runs of the climbs.
+
+  Columns are penalties; rows are the digits that a run is trained on, and k digits fewer.
+  """
   arms, colours, step = results['arms'], colours_of(results['arms']), results['extra_digits']
   fewer = 'one digit fewer' if step == 1 else f'{step} digits fewer'
   figure = Figure(figsize=(WIDTH, 5.6), layout='constrained')

@@ -1,6 +1,6 @@
-"""What is measured of every run of a study, always on the same problems: while it trains, and at its end.
+"""Measurements of every run of a study on fixed problems: a probe in each iteration, and a test at the end.
 
-Letters: B problems, T tokens, P members.
+Letters: B episodes, T response tokens, P members of a population, N most digits of pre-training, k extra digits.
 """
 
 from collections.abc import Callable
@@ -13,42 +13,44 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from critkl_jax import population, sharding
-from critkl_jax.critical_tokens import on_path
-from critkl_jax.evaluate import draw_problems
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.losses import action_log_probs, token_kl
+from critkl_jax import sharding
+from critkl_jax.models.language_model import LanguageModel
 from critkl_jax.records import Rollout, Solution
-from critkl_jax.rollout import as_rollout, respond, score
+from critkl_jax.rl.kl import token_kl
+from critkl_jax.rl.losses import action_log_probs
+from critkl_jax.sampling.generation import respond
+from critkl_jax.sampling.scoring import as_rollout, score
 from critkl_jax.tasks.addition import addition, critical_kinds, plus_lengths, plus_task
-from critkl_jax.tasks.task import Task
+from critkl_jax.tasks.addition.problem_sets import draw_problems
+from critkl_jax.tasks.task import Task, critical_tokens, successes
+from critkl_jax.training import population
 
-SEED = 1_000_003  # of the problems, which no run trains on but by chance
-PROBE_PROBLEMS = 16  # of each number of digits
-CRITICAL_PROBLEMS = 256  # of N + k digits, read as far as their last critical token: these are few, and seldom alike
-READ_PROBLEMS = 128  # of those tested, whose sampled answers are read token by token
+SEED = 1_000_003  # seed of the problems; a run trains on them only by chance
+PROBE_PROBLEMS = 16  # whole solutions in the probe, for N and for N + k digits each
+CRITICAL_PROBLEMS = 256  # further solutions in the probe, cut after the last critical token
+READ_PROBLEMS = 128  # test problems whose sampled answers get a teacher-forced pass
 
 
-def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: int, temperature: float = 1.0,
+def make_probe(model: LanguageModel, ref_params: Any, known_digits: int, extra_digits: int, temperature: float = 1.0,
                num_problems: int = PROBE_PROBLEMS, num_critical: int = CRITICAL_PROBLEMS, seed: int = SEED
                ) -> Callable[[Any], dict[str, chex.Array]]:
-  """Makes `params -> metrics`, float32 `[]` each, of what a policy says of right solutions.
+  """Makes the probe `params -> metrics`, float32 `[]` each, from teacher-forced passes over right solutions.
 
   Args:
     model: the network of policy and reference.
     ref_params: the reference's parameters.
     known_digits: N.
     extra_digits: k.
-    temperature: of the policy and of the reference.
-    num_problems: of N and of N + k digits each, whose solutions are read whole.
-    num_critical: of N + k digits, whose solutions are read as far as their last critical token.
-    seed: of the problems.
+    temperature: temperature of policy and reference.
+    num_problems: problems of N and of N + k digits each, whose solutions are read whole.
+    num_critical: problems of N + k digits whose solutions are read up to their last critical token.
+    seed: seed of the problems.
 
   Returns:
-    The probe. `critical/probability` is that of the right token at the critical tokens of N + k digits, and
-    `critical/first_comma` and so on at each kind of them (`addition.critical_kinds`; figures 4 and 7 of arXiv
-    2502.06533); `critical/kl` is exact KL(policy || reference) there, in nats a token. `probe_kl_other` and
-    `probe_kl_known` are that KL at the other tokens, and at the tokens of N digits, none of which is critical.
+    The probe. At the critical tokens of N + k digits: `critical/probability` of the right token, the same for each kind
+    of critical token (`critical/first_comma`, ...; `addition.critical_kinds`; figures 4 and 7 of arXiv 2502.06533), and
+    `critical/kl`, exact KL(policy || reference) in nats per token. `probe_kl_other` and `probe_kl_known`: the KL at the
+    other tokens of N + k digits, and at the tokens of N digits, none of which is critical.
   """
   longest = known_digits + extra_digits
   task = addition(known_digits, longest, lambda key: plus_lengths(key, known_digits, extra_digits), length_margin=0)
@@ -82,36 +84,40 @@ def make_probe(model: GPT2, ref_params: Any, known_digits: int, extra_digits: in
 
 
 def begin_solutions(task: Task, problems: Any) -> tuple[Rollout, Solution]:
-  """Returns the right solutions of problems `[B]` as far as their last critical token, as a rollout and as they are,
-  `[B, T]`; one token if there is no critical one."""
+  """Cuts the right solutions of problems `[B]` after the last critical token of any of them.
+
+  Returns:
+    The cut solutions as a `Rollout` and as a `Solution`, `[B, T]`; T is 1 if there is no critical token.
+  """
   solutions = jax.vmap(task.solution)(problems)
   length = int(np.max(np.flatnonzero(np.asarray(solutions.critical).any(0)), initial=0)) + 1
   solutions = jax.tree.map(lambda x: x[:, :length], solutions)
   return as_rollout(jax.vmap(task.prompt)(problems), solutions), solutions
 
 
-def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
-              temperature: float = 1.0, batch_size: int = 128, seed: int = SEED, progress: bool = False) -> Callable:
+def make_members_test(model: LanguageModel, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
+                      temperature: float = 1.0, batch_size: int = 128, seed: int = SEED, progress: bool = False
+                      ) -> Callable:
   """Makes the test of the members of a population, on fixed problems of N and of N + k digits (`plus`).
 
   Args:
     model: the network of the policies and their reference.
     known_digits: N.
     extra_digits: k.
-    num_problems: B, of each number of digits.
-    mesh: of `population.init_population`, of members alone.
-    temperature: of sampled answers, and of policy and reference where these are read.
-    batch_size: problems answered at a time.
-    seed: of problems and samples.
-    progress: whether to show it, batch by batch.
+    num_problems: B, problems of each number of digits.
+    mesh: mesh of `population.init_population`, over members alone.
+    temperature: temperature of sampled answers, and of policy and reference in teacher-forced passes.
+    batch_size: problems in a batch.
+    seed: seed of problems and samples.
+    progress: whether to show a progress bar.
 
   Returns:
-    `(params [P], ref_params) -> list` of a dict for each member: for `N` and `N+k` another dict, of the rewards
-    `greedy` and `sampled`, NumPy bool `[B]`, and of sampled answers `format_errors`, the share that is not well
-    formed, and of the first 128 of them `kl_critical` and `kl_other`, exact KL(policy || reference) in nats a token, at
-    critical tokens up to the first error and at all others; NaN where there are none. For `N+k` also
-    `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens of each
-    problem's solution.
+    `(params [P], ref_params) -> list` with a dict for each member; its keys `N` and `N+k` hold dicts with: `greedy` and
+    `sampled`, NumPy bool `[B]`, whether the answer is right; `format_errors`, the share of sampled answers that are not
+    well formed; `kl_critical` and `kl_other`, exact KL(policy || reference) in nats per token over the first
+    `READ_PROBLEMS` sampled answers, at critical tokens up to the first error and at all others (NaN without tokens).
+    `N+k` also has `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens
+    of each problem's solution.
   """
   task, longest = plus_task(known_digits, extra_digits), known_digits + extra_digits
   answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}
@@ -159,7 +165,7 @@ def make_test(model: GPT2, known_digits: int, extra_digits: int, num_problems: i
 
 
 def _batches(drawn, number, size):
-  """Yields the first place and the rows of batches of one size, the last filled up from the start."""
+  """Yields `(start, batch)` for batches of equal size; the last batch is filled up with the first problems."""
   for start in range(0, number, size):
     own = (start + np.arange(size)) % number
     yield start, jax.tree.map(lambda x, own=own: x[own], drawn)
@@ -167,24 +173,25 @@ def _batches(drawn, number, size):
 
 def _of_member(greedy, sampled):
   with np.errstate(invalid='ignore'):
-    return {'greedy': greedy['reward'] > 0, 'sampled': sampled['reward'] > 0,
+    return {'greedy': greedy['right'] > 0, 'sampled': sampled['right'] > 0,
             'format_errors': float(1 - sampled['formed'].mean()),
             **{f'kl_{place}': float(np.divide(sampled[f'kl_{place}'].sum(), sampled[f'number_{place}'].sum()))
                for place in ('critical', 'other')}}
 
 
-def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: bool = False) -> Callable:
-  """Makes `(params, ref_params, problems, key) -> dict` of arrays `[B]`; to `read` adds sums over tokens."""
+def _answer(model: LanguageModel, task: Task, temperature: float, greedy: bool, read: bool = False) -> Callable:
+  """Makes `(params, ref_params, problems, key) -> dict` of arrays `[B]`; `read` adds sums of the KL over tokens."""
 
   def answer(params, ref_params, problems, key):
     rollout = respond(model, params, task, problems, key, temperature=temperature, greedy=greedy)
-    found = {'reward': jax.vmap(task.reward)(problems, rollout.actions, rollout.mask),
-             'formed': jax.vmap(task.well_formed)(rollout.actions, rollout.mask)}
+    rewards = jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
+    found = {'right': successes(task, rewards),
+             'formed': jax.vmap(task.well_formed)(problems, rollout.actions, rollout.mask)}
     if not read:
       return found
     logits, ref_logits = (score(model, some, rollout)[0] / temperature for some in (params, ref_params))
     kl = token_kl(logits, ref_logits)
-    critical = on_path(task, problems, rollout) & jax.vmap(task.solution)(problems).critical
+    critical = critical_tokens(task, problems, rollout)
     for name, where in (('critical', critical), ('other', rollout.mask & ~critical)):
       found[f'kl_{name}'] = jnp.sum(jnp.where(where, kl, 0.0), 1)
       found[f'number_{name}'] = jnp.sum(where, 1, dtype=jnp.int32)
@@ -193,8 +200,8 @@ def _answer(model: GPT2, task: Task, temperature: float, greedy: bool, read: boo
   return answer
 
 
-def _right_probability(model: GPT2, temperature: float) -> Callable:
-  """Makes `(params, rollout, solutions) -> [B]`: the mean probability of the right token at critical ones."""
+def _right_probability(model: LanguageModel, temperature: float) -> Callable:
+  """Makes `(params, rollout, solutions) -> [B]`: the mean probability of the right token at critical tokens."""
 
   def right(params, rollout, solutions):
     logits = score(model, params, rollout)[0] / temperature

@@ -1,4 +1,4 @@
-"""The page of a study of runs: results.json, results.csv, pictures, and Markdown that any repository shows."""
+"""Writes the page of a study of runs: `results.json`, `results.csv`, pictures and Markdown."""
 
 import math
 import pathlib
@@ -8,24 +8,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from critkl_jax import storage
 from critkl_jax.analysis.curves import plot_study
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.style import REFERENCE, WIDTH, colours_of, panel_title, save, split_label
+from critkl_jax.runtime import storage
 from critkl_jax.studies.catalog import PRIORITIZED, Study
 from critkl_jax.studies.files import FEW, TOLD_APART, interval_text, pairs_text, signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
 from critkl_jax.studies.results import FIGURES, TARGETS
 
-DOTS = ('greedy', 'area', 'greedy_known', 'critical_probability')  # drawn of each arm, after what the study judges by
+DOTS = ('greedy', 'area', 'greedy_known', 'critical_probability')  # drawn for each arm, after the primary metrics
 TARGET_TEXT = ' / '.join(f'{100 * target:.0f}' for target in TARGETS)
 CONTRASTED = ('greedy', 'sampled', 'greedy_known', 'area', 'episodes_to_50', 'episodes_to_80', 'episodes_to_90',
               'critical_probability', 'kl_critical', 'kl_other')
 
 
 def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Path:
-  """Writes a study of runs under `WORKDIR/studies/NAME`, and returns that directory."""
+  """Writes the page of a study of runs under `WORKDIR/studies/NAME`, and returns that directory."""
   home = plan.workdir / 'studies' / study.name
   home.mkdir(parents=True, exist_ok=True)
   write_files(home, results, results['runs'])
@@ -45,15 +45,17 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
 
 
 def arm_colours(study: Study) -> dict[str, str]:
-  """Returns label -> colour of a study's arms; an arm that changes nothing is the prioritized penalty by any name."""
+  """Chooses the colours of a study's arms, label -> colour; an arm without changes has the prioritized penalty's."""
   unchanged = {arm.label: PRIORITIZED for arm in study.arms if not (arm.changes or arm.matches or arm.ensemble)}
   return colours_of([arm.label for arm in study.arms], unchanged)
 
 
 def plot_arms(results: dict[str, Any], path: pathlib.Path, colours: dict[str, str]) -> None:
-  """Draws the interquartile mean of each arm with its interval, a panel for each figure that the study judges by or
-  that all studies show, and every run as a dot; `colours` has each arm's."""
-  names, heights = list(dict.fromkeys((*results['judged'], *DOTS)))[:len(DOTS)], _heights(results['arms'])
+  """Draws the interquartile mean of each arm with its interval, and every run as a dot.
+
+  Panels are the primary metrics and `DOTS`; `colours` maps labels to colours.
+  """
+  names, heights = list(dict.fromkeys((*results['primary_metrics'], *DOTS)))[:len(DOTS)], _heights(results['arms'])
   figure = Figure(figsize=(WIDTH, 0.26 * max(heights.values()) + 1.9), layout='constrained')
   axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
   for axis, name in zip(axes, names):
@@ -73,7 +75,7 @@ def plot_arms(results: dict[str, Any], path: pathlib.Path, colours: dict[str, st
 
 
 def _heights(labels):
-  """Returns where each arm is drawn: arms of one condition together."""
+  """Returns the height at which each arm is drawn, with the arms of a condition together."""
   heights, height, before = {}, -1.0, None
   for label in labels:
     condition = split_label(label)[1]
@@ -94,7 +96,7 @@ def _draw_arm(axis, name, label, arm, height, colour, results):
 
 
 def page_of(results: dict[str, Any]) -> str:
-  """Returns the page of a study of runs."""
+  """Formats the Markdown page of a study of runs."""
   lines = [f'# {results["study"]}', '', f'{results["question"]} Counterpart: {results["counterpart"]}.', '',
            _design(results), '']
   if results['note']:
@@ -119,8 +121,8 @@ def page_of(results: dict[str, Any]) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-  """Returns each contrast as a sentence for each figure by which the study judges: what its interval allows to say."""
-  return [_verdict(row, name, results) for row in results['contrasts'] for name in results['judged']]
+  """Writes the verdict of each contrast on each primary metric as a sentence."""
+  return [_verdict(row, name, results) for row in results['contrasts'] for name in results['primary_metrics']]
 
 
 def _verdict(row, name, results):
@@ -138,9 +140,9 @@ def _verdict(row, name, results):
 
 
 def _judged_table(results):
-  rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['judged'])]
+  rows = [[f'{row["arm"]} minus {row["against"]}', *(_judged_cell(row, name) for name in results['primary_metrics'])]
           for row in results['contrasts']]
-  heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['judged']]
+  heads = [_named(name, results) + ' (points)' * FIGURES[name][1] for name in results['primary_metrics']]
   return [f'Mean differences, {TOLD_APART}, and in how many pairs of runs they are above zero; ties are pairs in which '
           f'they are zero. There are {len(rows) * len(heads)}; intervals are not corrected for that.', '',
           *table(['arms', *heads], rows)] if rows else ['- No two arms can be compared yet.']
@@ -153,8 +155,7 @@ def _judged_cell(row, name):
 
 
 def _told_apart(found):
-  """Returns 2 where the intervals of mean and interquartile mean both leave out zero, 1 where that of the mean alone
-  does, else 0, as where there are no intervals."""
+  """Returns 2 if the intervals of mean and interquartile mean both exclude zero, 1 if only the mean's does, else 0."""
   apart = [low > 0 or high < 0 for _, low, high in (found['difference'], found['iqm_difference'])]
   return 1 + apart[1] if apart[0] else 0
 
@@ -189,7 +190,7 @@ def _kinds_table(results):
 
 
 def _contrasts_table(results):
-  names = dict.fromkeys((*CONTRASTED, *results['judged']))
+  names = dict.fromkeys((*CONTRASTED, *results['primary_metrics']))
   rows = [[row['arm'], row['against'], *(_cell(name, row['figures'][name]['difference'], '+') for name in names),
            _cell('', row['figures']['greedy']['improvement'])] for row in results['contrasts']]
   heads = ['arm', 'minus', *(_named(name, results) for name in names), 'probability of improvement (greedy)']
@@ -197,7 +198,7 @@ def _contrasts_table(results):
 
 
 def _design(results):
-  """Says what was done, and what its figures mean."""
+  """Describes how the study was made and what its metrics mean."""
   return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           f"seeds and, of accuracies, over problems, widened by Student's quantile for few seeds. {FEW} Pairs share "
@@ -239,7 +240,7 @@ def _origin(results):
 
 
 def _title(results):
-  """Returns the title of a picture: the question, and what is trained on what."""
+  """Writes the title of a picture: the question, the model and the training problems."""
   return (f'{results["question"]}\nReferences {_known(results)} digits, fine-tuned on N + {results["extra_digits"]} '
           'digits')
 
@@ -254,7 +255,7 @@ def _named(name, results):
 
 
 def _cell(name, value, sign=''):
-  """Returns a figure with its interval, if it has one: shares in percent, others with three digits."""
+  """Formats a metric with its interval, if it has one: shares in percent, others with three digits."""
   if value is None:
     return ''
   share = name in FIGURES and FIGURES[name][1]

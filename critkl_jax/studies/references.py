@@ -1,20 +1,20 @@
-"""The references of a study's runs: the one that comes with the package, or others, pre-trained where they are missing.
-"""
+"""The references of a study's runs: the shipped one, or others, pre-trained when they are first needed."""
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from critkl_jax import checkpoint, hosts
-from critkl_jax.checkpoint import Checkpoint, CheckpointError
-from critkl_jax.config import PretrainConfig, replace
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
-from critkl_jax.pretraining import pretrain
+from critkl_jax.config import replace
+from critkl_jax.runtime import checkpoint, hosts
+from critkl_jax.runtime.checkpoint import Checkpoint, CheckpointError
+from critkl_jax.runtime.pretraining import pretrain
 from critkl_jax.studies.catalog import OF_PRESET, Study
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.training.config import PretrainConfig
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
-SHIPPED_PRESET = 'tiny'  # that of the reference in the package; of its checkpoints the one of step 2200 was taken
+SHIPPED_PRESET = 'tiny'  # preset of the shipped reference, which is its checkpoint of step 2200
 
 
 def references_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -23,7 +23,7 @@ def references_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def pretrain_config(preset: str, changes: Mapping[str, Any]) -> PretrainConfig:
-  """Returns the config of a reference's pre-training.
+  """Returns the config of a reference's pre-training: the preset with changes.
 
   Raises:
     ValueError: if a change is not allowed.
@@ -32,12 +32,15 @@ def pretrain_config(preset: str, changes: Mapping[str, Any]) -> PretrainConfig:
 
 
 def suited(study: Study, preset: str) -> Study:
-  """Returns a study without the arms that make no sense at a preset, which its note names: those whose reference is
-  pre-trained as the preset's own is, and those whose N + k digits do not fit into the context."""
-  extra_digits, left_out = FINETUNE_PRESETS[preset].extra_digits, []
+  """Removes the arms of a study that make no sense at a preset, and names them in its note.
+
+  It removes arms whose changes give the preset's own pre-training, and arms with such changes whose N + k digits do not
+  fit into the context.
+  """
+  extra_digits, left_out = FINETUNE_PRESETS[preset].addition.extra_digits, []
   for arm in study.arms:
     config = pretrain_config(preset, arm.pretraining)
-    task = plus_task(config.known_digits, extra_digits)
+    task = plus_task(config.addition.known_digits, extra_digits)
     too_long = task.prompt_length + task.response_length > config.model.context_length
     if arm.pretraining and (too_long or config == pretrain_config(preset, {})):
       left_out.append(arm.label)
@@ -51,11 +54,11 @@ def suited(study: Study, preset: str) -> Study:
 
 
 def with_numbers(study: Study, preset: str) -> Study:
-  """Returns a study whose labels have the preset's own number of digits and width in the place of `OF_PRESET`."""
+  """Replaces `OF_PRESET` in a study's labels by the preset's number of digits or width."""
   config = pretrain_config(preset, {})
 
   def name(label):
-    return label.replace(f'N {OF_PRESET}', f'N = {config.known_digits}').replace(
+    return label.replace(f'N {OF_PRESET}', f'N = {config.addition.known_digits}').replace(
         f'width {OF_PRESET}', f'width {config.model.width}')
 
   arms = tuple(dataclasses.replace(arm, label=name(arm.label), condition=name(arm.condition)) for arm in study.arms)
@@ -64,18 +67,18 @@ def with_numbers(study: Study, preset: str) -> Study:
 
 def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: pathlib.Path, damaged: str = 'skip'
                    ) -> Checkpoint:
-  """Returns a reference, and pre-trains it first if it is not there.
+  """Loads a reference; pre-trains it first if it does not exist.
 
   Args:
-    preset: of the studies.
-    name: of the reference, `catalog.reference_name` of its changes; empty for the preset's own.
+    preset: preset of the studies.
+    name: name of the reference, `catalog.reference_name` of its changes; empty for the preset's own.
     changes: field -> value, where its pre-training differs from the preset's.
-    workdir: of the studies.
-    damaged: as in `runner.run`.
+    workdir: directory of the studies.
+    damaged: as in `loop.run`.
 
   Raises:
-    CheckpointError: as `runner.run`, or if it is the result of a run, which is gone.
-    Interrupted: as `runner.run`.
+    CheckpointError: as `loop.run`, or if the reference was the result of a run and is gone.
+    Interrupted: as `loop.run`.
   """
   home = references_path(workdir, name)
   if checkpoint.latest(home / 'reference') is None:

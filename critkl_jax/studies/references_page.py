@@ -1,4 +1,4 @@
-"""What pages of studies say of references: how many digits they know, and where they are sure and unsure."""
+"""Sections on references in pages of studies: accuracy by digits, certainty, overconfidence."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from critkl_jax.analysis.style import BEHIND_TEXT, PALE, WIDTH, colours_of, save
-from critkl_jax.studies.certainty import PAPER_GAPS
+from critkl_jax.studies.certainty_gap import PAPER_GAPS
 from critkl_jax.studies.files import interval_text, table
 
 # Tables 4 and 5 of arXiv 2502.06533: N -> accuracy in percent at N, N+1, ..., operands of identical / varying length.
@@ -22,10 +22,10 @@ PAPER_LEVELS = {
 
 
 def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-  """Formats tables 4 and 5 of the paper, theirs below ours.
+  """Formats tables 4 and 5 of the paper, with the paper's rows below ours.
 
   Args:
-    levels: of each reference rows of `evaluate.accuracy_table`.
+    levels: of each reference rows of `evaluation.accuracy_table`.
   """
   cells, most = [], 4
   for name, rows in levels.items():
@@ -42,11 +42,16 @@ def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]
 
 
 def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path) -> None:
-  """Draws the accuracy of each reference by the digits beyond its N, a panel for each distribution of lengths, and the
-  paper's references in grey; arguments as of `levels_lines`."""
+  """Draws the accuracy of each reference by the digits beyond its N, with the paper's references in grey.
+
+  Panels are the distributions of lengths; arguments as in `levels_lines`.
+  """
   figure = Figure(figsize=(WIDTH, 4.2), layout='constrained')
-  own = sorted(levels.values(), key=lambda rows: min(row['digits'] for row in rows))
-  colours = colours_of(f'N = {min(row["digits"] for row in rows)}' for rows in own)
+  known = {name: min(row['digits'] for row in rows) for name, rows in levels.items()}
+  names = sorted(levels, key=lambda name: (known[name], name))
+  shared = len(set(known.values())) < len(known)
+  own, labels = [levels[name] for name in names], [name or 'base' if shared else f'N = {known[name]}' for name in names]
+  colours = colours_of(labels)
   for i, (axis, lengths) in enumerate(zip(figure.subplots(1, 2, sharey=True), ('identical', 'varying'))):
     for n, cells in PAPER_LEVELS.items():
       shares = [float(cell.split(' / ')[i]) for cell in cells]
@@ -54,7 +59,7 @@ def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib
       axis.plot(range(len(shares)), shares, '--', color=PALE, linewidth=1)
       axis.annotate(f'paper, N = {n}', (place, shares[place]), (4, 2), textcoords='offset points', fontsize=8,
                     color='#6b7885', bbox=BEHIND_TEXT)
-    for label, rows in zip(colours, own):
+    for label, rows in zip(labels, own):
       _draw_levels(axis, [row for row in rows if row['distribution'] == lengths], label, colours[label])
     axis.set_title(f'operands of {lengths} length')
     axis.set_xlabel('digits of the problem beyond N')
@@ -73,7 +78,7 @@ def _draw_levels(axis, rows, label, colour):
 
 
 def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra_digits: int) -> list[str]:
-  """Formats table 1 of the paper, theirs below ours.
+  """Formats table 1 of the paper, with the paper's rows below ours.
 
   Args:
     certainty: of each reference `certainty.certainty_results`, and `known_digits`.
@@ -97,7 +102,7 @@ def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra_digits: in
 
 
 def overconfidence_lines(found: Mapping[str, Any]) -> list[str]:
-  """Formats what `certainty.overconfidence` found."""
+  """Formats the results of `certainty_gap.overconfidence`."""
   names = ['the reference', *(f'another one, {i}' for i in range(1, len(found['references'])))]
   return [f'Of {found["critical_tokens"]} critical tokens in generations of the reference, those at which more than '
           '0.9 goes to a wrong token:', '', *table(['', 'share (%)'], [

@@ -1,4 +1,4 @@
-"""What the runs of a study say: figures of each run, of each arm, and of the contrasts between arms, with intervals."""
+"""Results of a study: metrics of each run, of each arm, and of the contrasts between arms, with intervals."""
 
 import collections
 import itertools
@@ -6,26 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from critkl_jax.analysis.intervals import clip_interval, of_difference, of_share, share_interval
 from critkl_jax.analysis.statistics import (
-    area_under_curve,
-    count_pairs,
-    paired_statistics,
-    problem_statistics,
-    seed_statistics,
-    smooth,
-    steps_to_target,
+  area_under_curve,
+  count_pairs,
+  paired_statistics,
+  problem_statistics,
+  seed_statistics,
+  smooth,
+  steps_to_target,
 )
-from critkl_jax.config import FinetuneConfig
-from critkl_jax.intervals import clip_interval, of_difference, of_share, share_interval
-from critkl_jax.signatures import signatures, unmoved
+from critkl_jax.runtime.failure_signatures import signatures, unmoved
 from critkl_jax.studies.catalog import Study, reference_name
 from critkl_jax.studies.measures import CRITICAL_PROBLEMS
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, RecordError
 from critkl_jax.tasks.addition import CRITICAL_KINDS
+from critkl_jax.training.config import FinetuneConfig
 
-TARGETS = (0.5, 0.8, 0.9)  # accuracies of sampled answers to N + k digits, for the episodes that they take
-# name -> (what it is, whether it is a share, to be shown in points)
+TARGETS = (0.5, 0.8, 0.9)  # sampled accuracies on N + k digits for the metrics `episodes_to_...`
+# name -> (label, whether it is a share, which is shown in points)
 FIGURES = {
     'greedy': ('greedy accuracy, N+k', True),
     'sampled': ('sampled accuracy, N+k', True),
@@ -45,14 +45,14 @@ _OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled')
 
 
 def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
-  """Returns the figures of a run: `[B]`, of each problem, of accuracies and probabilities, `[]` of the others.
+  """Computes the metrics of a run: accuracies and probabilities `[B]`, one for each problem; all other metrics `[]`.
 
-  The learning curve is the accuracy of the rollouts, and of the sampled answers of the test at its end. Targets are
-  sought in the smoothed one, which begins with the sampled answers of the reference's test, if `comparable`; a run that
-  never reaches a target counts with all of its episodes. What is paid has the KL coefficient in it.
+  The learning curve is the accuracy of the rollouts, followed by the sampled accuracy of the test. Targets are sought
+  in the smoothed curve, which starts at the reference's sampled accuracy if `comparable`; a run that never reaches a
+  target counts with all of its episodes. `paid` is the effective coefficient.
 
   Raises:
-    RecordError: if one of the records is of an older version, without the figures of the test.
+    RecordError: if a record is from an older version, without the metrics of the test.
   """
   for one in (record, reference):
     if 'critical_probability' not in one.longer:
@@ -71,8 +71,10 @@ def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
 
 
 def _kinds(records):
-  """Returns the probability of the right token at each kind of critical token, at the `start`, `after_one` iteration
-  and `before_last` update, where all of the records have it."""
+  """Returns the probability of the right token at each kind of critical token that all records have.
+
+  Taken at the `start`, `after_one` iteration and `before_last` update.
+  """
   found = {}
   for kind in (*CRITICAL_KINDS, 'probability'):
     columns = np.array([one.column(f'critical/{kind}') for one in records])
@@ -83,8 +85,11 @@ def _kinds(records):
 
 
 def run_signatures(record: Record, reference: Record | None) -> list[str]:
-  """Names the signatures of failure of a run. Whether it explored is told from many problems, of the tests if the
-  reference's is `comparable`, or of the probe; without either it is not said."""
+  """Names the failure signatures of a run.
+
+  `no_exploration` is judged by the tests of run and reference if they are `comparable`, else by the probe; without both
+  it is left out.
+  """
   found = signatures(record.metrics)
   if reference is not None and comparable(record, reference):
     before, after = (one.longer['critical_probability'].mean() for one in (reference, record))
@@ -95,7 +100,7 @@ def run_signatures(record: Record, reference: Record | None) -> list[str]:
 
 
 def comparable(record: Record, other: Record) -> bool:
-  """Returns whether what was sampled or read of two runs compares: whether that was at one temperature."""
+  """Tells whether sampled answers and probabilities of two runs are comparable, i.e. at the same temperature."""
   configs = [FinetuneConfig() if one.config is None else one.config for one in (record, other)]
   return configs[0].loss.temperature == configs[1].loss.temperature
 
@@ -112,28 +117,29 @@ def _smooth_curve(record, reference):
 
 
 def _reached(records, reference):
-  """Returns how many of the learning curves reach each target."""
+  """Counts the learning curves that reach each target."""
   tops = np.array([_smooth_curve(one, reference).max() for one in records])
   return {f'{100 * target:.0f}': int((tops >= target).sum()) for target in TARGETS}
 
 
 def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> dict[str, Any]:
-  """Returns what the finished runs of a study say.
+  """Computes the results of a study from its finished runs.
 
   Args:
     study: the study.
-    plan: knows its runs.
-    references: records of the references of its arms, by name; those that are not there yet are missing.
+    plan: plan of its runs.
+    references: name -> record of the arms' references; references that do not exist yet are missing.
 
   Returns:
-    `question`, `counterpart`, `judged` figures, `extra_digits`, `num_missing` runs; `references`, by name their
-    `known_digits`, `num_problems` and figures; `arms`, of each label what it `changes` and the name of its
-    `reference`, its `seeds`, `figures` (name -> `seed_statistics`), `gain` in greedy accuracy over its reference
-    (`paired_statistics`), how many runs `reached` each target (in percent), `signatures` (name -> number of runs),
-    whether what is sampled of it `compares_with_reference`, `critical_kinds`, and the `mean_weight` of the penalty;
-    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (name -> `paired_statistics`, and `pairs`, of
-    `count_pairs`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
-    Everything is plain JSON but for NaN, which stands where there is no value and for bounds that there are not.
+    Plain JSON, except that missing values and bounds are NaN:
+    `question`, `counterpart`, `primary_metrics`, `extra_digits`, `num_missing` runs;
+    `references`, for each name its `known_digits`, `num_problems` and metrics;
+    `arms`, for each label its `changes` in words, the name of its `reference`, its `seeds`, `figures` (metric ->
+    `seed_statistics`), the `gain` in greedy accuracy over its reference (`paired_statistics`), the number of runs that
+    `reached` each target (in percent), `signatures` (name -> number of runs), `compares_with_reference` (see
+    `comparable`), `critical_kinds`, and the `mean_weight` of the penalty;
+    `contrasts`, rows with `arm`, `against`, `seeds` and `figures` (metric -> `paired_statistics`, with `count_pairs` as
+    `pairs`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
   """
   records = plan.records(study)
   names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
@@ -149,9 +155,9 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   contrasts = [_contrast(arm, against, records, figures, most) for arm, against in study.contrasts
                if figures[arm].keys() & figures[against].keys()]
   return {
-      'study': study.name, 'judged': study.judged, 'note': study.note,
+      'study': study.name, 'primary_metrics': study.primary_metrics, 'note': study.note,
       'question': study.question, 'counterpart': study.counterpart,
-      'extra_digits': plan.base.extra_digits, 'num_missing': plan.number_missing(study),
+      'extra_digits': plan.base.addition.extra_digits, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
       'runs': [_row(label, seed, records[label][seed], figures[label][seed], seen[label][seed])
@@ -175,7 +181,7 @@ def _arm(records, figures, reference, seen, most):
 
 
 def _changes(study, label):
-  """Returns in words what an arm changes in the preset."""
+  """Describes in words the changes of an arm to the preset."""
   arm = next(arm for arm in study.arms if arm.label == label)
   parts = [f'{name}={value}' for name, value in arm.changes.items()]
   parts += [f'{name} times {factor:g}' for name, factor in arm.times.items()]
@@ -186,22 +192,21 @@ def _changes(study, label):
 
 
 def _most(records):
-  """Returns name -> the most that a figure can be; no figure is negative."""
+  """Returns the upper limit of each metric, name -> limit; the lower limit of all is 0."""
   most = {name: 1.0 if share else np.inf for name, (_, share) in FIGURES.items()}
   episodes = float(max((len(one.metrics) * one.config.episodes for one in records), default=np.inf))
   return most | {name: episodes for name in FIGURES if name.startswith('episodes_to_')}
 
 
 def _bounded(name, statistics, number, most):
-  """Returns `seed_statistics` of a figure within what it can be; shares have a width where all runs are alike: that of
-  a test of `number` problems."""
+  """Clips the `seed_statistics` of a metric to its limits; intervals of shares get a width (`of_share`)."""
   share = FIGURES[name][1]
   return {kind: of_share(value, number) if share else clip_interval(value, 0.0, most[name])
           for kind, value in statistics.items()}
 
 
 def _bounded_difference(name, statistics, number, most):
-  """Returns `paired_statistics` of a figure as `_bounded` does."""
+  """Like `_bounded`, for the `paired_statistics` of a metric."""
   share = FIGURES[name][1]
   return {kind: value if kind == 'improvement' else of_difference(value, number) if share else
           clip_interval(value, -most[name], most[name]) for kind, value in statistics.items()}

@@ -1,4 +1,4 @@
-"""A browser without a window, driven by the Chrome DevTools protocol over two pipes."""
+"""Drives a headless browser by the Chrome DevTools protocol over two pipes."""
 
 import base64
 import fcntl
@@ -69,16 +69,16 @@ class Browser:
     return json.loads(message)
 
   def open(self, address, width=1280, height=900):
-    """Opens a page in a window of this size, of a telephone if it is narrow, and waits until all is loaded."""
+    """Opens a page in a window of this size (emulating a phone if narrow) and waits until it has loaded."""
     self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
     self.send('Emulation.setTouchEmulationEnabled', enabled=width < 600)
-    self.send('Page.navigate', url='about:blank')  # another address alone, behind its #, would load nothing
+    self.send('Page.navigate', url='about:blank')  # a change after the # alone would not load the page again
     self.send('Page.navigate', url=address)
     assert self.run('new Promise(done => document.readyState === "complete" ? done(innerWidth) : '
                     'addEventListener("load", () => done(innerWidth)))') == width
 
   def run(self, script):
-    """Returns the value of an expression."""
+    """Evaluates a JavaScript expression and returns its value."""
     found = self.send('Runtime.evaluate', expression=script, awaitPromise=True, returnByValue=True)
     assert 'exceptionDetails' not in found, found
     return found['result'].get('value')
@@ -101,5 +101,5 @@ class Browser:
     self.run('new Promise(done => setTimeout(done, 300))')
 
   def screenshot(self, path):
-    """Writes what the window shows as a PNG file."""
+    """Writes a screenshot of the window as a PNG file."""
     path.write_bytes(base64.b64decode(self.send('Page.captureScreenshot')['data']))

@@ -1,4 +1,4 @@
-"""The page in a real browser, without a window."""
+"""Tests the page in a headless browser."""
 
 import html
 import json
@@ -17,7 +17,7 @@ needs_browser = pytest.mark.skipif(BINARY is None, reason="no chromium here: apt
 
 
 def tokens_of(num_responses, length=80, seed=0):
-  """Arrays like those of `read_tokens`, of random numbers."""
+  """Makes random arrays in the format of `read_tokens`."""
   rng = np.random.default_rng(seed)
   ids = rng.integers(1, TOKENIZER.vocab_size, (num_responses, length))
   lengths = rng.integers(length - 30, length + 1, num_responses)
@@ -26,8 +26,9 @@ def tokens_of(num_responses, length=80, seed=0):
   on_path = mask & (np.arange(length)[None] <= first_error)
   share = lambda *shape: rng.random((num_responses, length, *shape)).astype(np.float32)
   tokens = {'problem': np.array([f'{i}+1' for i in range(num_responses)], object),
-            'digits': np.where(np.arange(num_responses) % 2, 6, 5), 'reward': (np.arange(num_responses) % 3 == 0) * 1.0,
-            'response': np.array([TOKENIZER.decode(row, own) for row, own in zip(ids, mask)], object),
+            'set': np.where(np.arange(num_responses) % 2, '6', '5').astype(object),
+            'success': (np.arange(num_responses) % 3 == 0) * 1.0,
+            'response': np.array([TOKENIZER.decode(row, own) for row, own in zip(ids, mask)], object), 'token': ids,
             'mask': mask, 'on_path': on_path, 'right': on_path & (np.arange(length)[None] < first_error)}
   tokens |= {name: share() for name in ('certainty', 'weight', 'kl', 'right_prob', 'ref_right_prob')}
   tokens |= {name: share(5) for name in ('top_prob', 'ref_top_prob')}
@@ -40,11 +41,24 @@ def steps_of(num_steps=3, length=30):
   rng = np.random.default_rng(1)
   mask = np.arange(length)[None] < np.array([[20], [30]])
   curves = {name: np.linspace(0.1, 0.9, num_steps) for name in (
-      'short', 'long', 'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
-  return {'digits': np.array([5, 6]), 'step': np.arange(num_steps) * 4, **curves, 'mask': mask,
+      'critical_prob', 'other_prob', 'critical_kl', 'other_kl')}
+  return {'sets': np.array(['5', '6'], object), 'accuracy': np.linspace([0.1, 0.2], 0.9, num_steps),
+          'step': np.arange(num_steps) * 4, **curves, 'mask': mask,
           'right_prob': rng.random((num_steps, 2, length)),
           'critical': mask & (rng.random(mask.shape) < 0.2),
-          'response': np.array(['x' * 20, 'y' * 30], object), 'problem': np.array(['1+2', '3+4'], object)}
+          'token': np.where(mask, [[7], [8]], 0), 'problem': np.array(['1+2', '3+4'], object)}
+
+
+class Nasty:
+  """A vocabulary with one long token of any text; the others are characters."""
+
+  ID = 2**16 + 1  # as large as in today's vocabularies
+
+  def __init__(self, text):
+    self.text = text
+
+  def token_texts(self, tokens):
+    return [self.text if token == self.ID else TOKENIZER.token_texts([token])[0] for token in tokens]
 
 
 def page(tmp_path, num_responses, runs=1, nasty=''):
@@ -53,18 +67,18 @@ def page(tmp_path, num_responses, runs=1, nasty=''):
   for i in range(runs):
     tokens = tokens_of(num_responses, seed=i)
     if nasty:
-      tokens['response'][0] = nasty + 'a' * (int(tokens['mask'][0].sum()) - len(nasty))
+      tokens['token'][0, 0] = Nasty.ID
       tokens['problem'][0] = nasty
     shown.append(Run(f'run {i}{nasty}', f'from {nasty}', tokens, {f'picture {nasty}': tmp_path / 'picture.png'},
                      steps_of() if i == 0 else None, ('prioritized', 'standard', '')[i]))
   table = Table(f'T{nasty}', ('', 'a', 'b'), [(f'row {nasty}', nasty, '1' * 60)], f'note {nasty}')
-  write_page(tmp_path / 'report.html', shown, TOKENIZER.alphabet, 'about', [table])
+  write_page(tmp_path / 'report.html', shown, Nasty(nasty) if nasty else TOKENIZER, 'about', [table], 'digits')
   return tmp_path / 'report.html'
 
 
 def shown_order(tokens):
-  """Returns the responses as the page orders them: the longest problems first, among them wrong answers first."""
-  return sorted(range(len(tokens['reward'])), key=lambda i: (-tokens['digits'][i], tokens['reward'][i]))
+  """Returns the responses in the page's order: longest problems first, and wrong answers first among them."""
+  return sorted(range(len(tokens['success'])), key=lambda i: (-int(tokens['set'][i]), tokens['success'][i]))
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +89,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-  """Opens a page at a state of its address, and returns its elements after its script as text."""
+  """Opens a page with a state in its address, and returns its rendered HTML."""
 
   def opened(path, state='', **size):
     browser.open(f'{path.as_uri()}#{state}', **size)
@@ -96,14 +110,14 @@ def box_of(browser, selector):
 
 
 def middle(browser, number):
-  """Returns the middle of a token, by its number among all that are shown; it is scrolled into the window."""
+  """Scrolls a token into view, by its number among the shown tokens, and returns its centre."""
   browser.run(f'window.token = document.querySelectorAll("#responses span[data-k]")[{number}]; '
               'token.scrollIntoView({block: "center"})')
   return browser.run('(b => [b.left + b.width / 2, b.top + b.height / 2])(token.getBoundingClientRect())')
 
 
 def spans(dom):
-  """Returns the tokens of the responses that are shown: (classes, background, text)."""
+  """Returns the shown responses' tokens as (classes, background, text)."""
   box = dom[dom.index('<div id="responses">'):]
   return [(re.search(r'class="([^"]*)"', attributes), re.search(r'background: ([^;"]*)', attributes),
            html.unescape(text)) for attributes, text in re.findall(r'<span((?=[^>]*data-k)[^>]*)>([^<]*)</span>', box)]
@@ -127,7 +141,7 @@ def test_every_response_can_be_seen(opened, tmp_path, num_responses):
 @needs_browser
 def test_filters_and_colours(opened, tmp_path):
   path, tokens = page(tmp_path, 30), tokens_of(30)
-  wrong = [i for i in shown_order(tokens) if not tokens['reward'][i]]
+  wrong = [i for i in shown_order(tokens) if not tokens['success'][i]]
   dom = opened(path, 'wrong=1&detector=1&critical=1')
   assert f'1 to {len(wrong)} of {len(wrong)}' in dom
   shown = spans(dom)
@@ -136,7 +150,7 @@ def test_filters_and_colours(opened, tmp_path):
   assert all(classes and ('critical' in classes[1]) != ('pale' in classes[1]) for classes, _, _ in shown)
   assert sum('error' in classes[1].split() for classes, _, _ in shown) == sum(
       (tokens['on_path'][i] & ~tokens['right'][i]).any() for i in wrong)
-  assert ' of 15' in opened(path, 'digits=6')
+  assert ' of 15' in opened(path, 'set=2')
   colours = {state: [b and b[1] for _, b, _ in spans(opened(path, f'colour={state}'))]
              for state in ('certainty', 'weight', 'kl', 'right')}
   assert all(len(set(some)) > 3 for some in colours.values())
@@ -188,10 +202,10 @@ def test_what_is_no_number_breaks_nothing(opened, tmp_path):
   tokens, steps = tokens_of(2), steps_of()
   for name in ('kl', 'right_prob', 'top_prob'):
     tokens[name][:] = np.nan
-  tokens['reward'] = np.full(2, np.nan)
+  tokens['success'] = np.full(2, np.nan)
   steps['critical_kl'][1] = np.nan
   steps['right_prob'][1] = np.nan
-  write_page(tmp_path / 'nan.html', [Run('nan', '', tokens, {}, steps)], TOKENIZER.alphabet, '')
+  write_page(tmp_path / 'nan.html', [Run('nan', '', tokens, {}, steps)], TOKENIZER, '')
   dom = opened(tmp_path / 'nan.html', 'colour=kl&step=1&run=x&detector=9')
   assert all(background is None for _, background, _ in spans(dom))
   assert 'right solution' in dom
@@ -237,16 +251,16 @@ def test_definitions_then_responses_then_pictures_then_tables(browser, opened, t
 def test_the_scale_is_logarithmic_and_of_what_occurs(browser, opened, tmp_path):
   tokens = tokens_of(4)
   tokens['certainty'] = 1 - 10 ** (-3.9 * tokens['certainty'])  # 0 to 0.9999
-  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER.alphabet, '')
+  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER, '')
   opened(tmp_path / 'log.html')
   ticks = browser.run('[...document.querySelectorAll("#scale span")]'
                       '.map(e => [e.textContent, parseFloat(e.style.left)])')
   assert ticks == [['0', 0], ['0.9', 25], ['0.99', 50], ['0.999', 75], ['0.9999', 100]]
   tokens['certainty'] = 1 - (1 - tokens['certainty']) / 100
-  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER.alphabet, '')
+  write_page(tmp_path / 'log.html', [Run('a', '', tokens, {})], TOKENIZER, '')
   opened(tmp_path / 'log.html')
   ticks = browser.run('[...document.querySelectorAll("#scale span")].map(e => e.textContent)')
-  assert ticks == ['0.99', '0.999', '0.9999', '0.99999']  # beyond it all are alike
+  assert ticks == ['0.99', '0.999', '0.9999', '0.99999']  # the axis ends there
   assert len(set(browser.run('[...document.querySelectorAll("#responses span")].map(e => e.style.background)'))) > 30
 
 
@@ -384,4 +398,4 @@ def test_runs_must_have_been_read_alike(tmp_path):
   one, two = (Run('a', '', tokens_of(1), {}) for _ in range(2))
   del two.tokens['critical/threshold']
   with pytest.raises(ValueError, match='read with the same detectors'):
-    write_page(tmp_path / 'x.html', [one, two], TOKENIZER.alphabet, '')
+    write_page(tmp_path / 'x.html', [one, two], TOKENIZER, '')

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 from checkpoints import SMOKE, finetuned_workdir, noisy, write
 from matplotlib.figure import Figure
+from passes import logits
 
-from critkl_jax import checkpoint
 from critkl_jax.analysis.charts import plot_certainty, plot_positions, plot_steps, reliability
 from critkl_jax.analysis.comparison import compare, parameter_drift
-from critkl_jax.analysis.reading import find_reference, load_pair, model_of, read_steps, read_tokens, reference_model_of
+from critkl_jax.analysis.reading import load_pair, model_of, read_steps, read_tokens, reference_model_of, reference_path
 from critkl_jax.analysis.summary import summarize
-from critkl_jax.checkpoint import CheckpointError, load_checkpoint
-from critkl_jax.confidence import certainty, kl_weight
 from critkl_jax.config import replace
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.rl.certainties import certainty, kl_weight
+from critkl_jax.runtime import checkpoint
+from critkl_jax.runtime.checkpoint import CheckpointError, load_checkpoint
 from critkl_jax.tasks.addition import TOKENIZER
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training.presets import FINETUNE_PRESETS
 
 
 @pytest.fixture(scope='module')
@@ -29,14 +31,15 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(params=[
-    pytest.param({}, marks=pytest.mark.slow), {'scan_layers': True, 'attention': 'xla', 'value_head': 'mlp'}])
+    pytest.param({}, marks=pytest.mark.slow),
+    {'scan_layers': True, 'attention': 'xla', 'advantage': 'gae', 'value_head': 'mlp'}])
 def workdir_of_equals(request, tmp_path, standard_promotion):
-  """A run in bfloat16 that has not moved from its reference in float32."""
-  reference = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.3)
+  """Makes a run in bfloat16 whose parameters equal those of its float32 reference."""
+  reference = noisy(gpt2(SMOKE.model).init(jax.random.key(0)), 0.3)
   write(tmp_path / 'reference', reference, 7)
   training = replace(FINETUNE_PRESETS['smoke'], dtype='bfloat16', kl='standard', **request.param)
   model = training.model_of(SMOKE.model)
-  params = {**reference, 'value_head': init_params(GPT2(model), jax.random.key(1))['value_head']}
+  params = {**reference, 'value_head': gpt2(model).init(jax.random.key(1))['value_head']}
   write(tmp_path / 'checkpoints', params, 4, training, model)
   return tmp_path
 
@@ -52,12 +55,12 @@ def solutions(workdir):
 
 
 def test_what_is_read_is_what_the_models_say(workdir, solutions):
-  """Each number once more, from the logits of a plain pass over one text."""
+  """Recomputes each statistic from the logits of a plain pass over one text."""
   policy, reference = load_checkpoint(workdir), load_checkpoint(workdir / 'reference')
   i, text = 4, solutions['response'][4]
   prompt = f'Input:\n{solutions["problem"][i]}\nTarget:'
   tokens = jnp.asarray(TOKENIZER.encode(prompt + text))[None]
-  log_pi, log_ref = (np.asarray(jax.nn.log_softmax(GPT2(c.info.model).apply({'params': c.params}, tokens).logits))[
+  log_pi, log_ref = (np.asarray(jax.nn.log_softmax(logits(gpt2(c.info.model), c.params, tokens)))[
       0, len(prompt) - 1:-1] for c in (policy, reference))
   n, actions = len(text), np.asarray(tokens[0, len(prompt):])
   assert solutions['mask'][i].sum() == n
@@ -75,7 +78,7 @@ def test_what_is_read_is_what_the_models_say(workdir, solutions):
     np.testing.assert_allclose(own[name], wanted, rtol=2e-4, atol=2e-6, err_msg=name)
   np.testing.assert_array_equal(own['top'], np.argsort(-log_pi, 1, kind='stable')[:, :5])
   np.testing.assert_allclose(own['ref_top_prob'], -np.sort(-np.exp(log_ref), 1)[:, :5], rtol=1e-4)
-  assert ''.join(own['character']) == text
+  assert ''.join(own['text']) == text
   assert own['right'].all()
   assert own['on_path'].all()
 
@@ -84,17 +87,17 @@ def test_what_is_read_is_what_the_models_say(workdir, solutions):
 def test_reference_and_policy_are_read_by_one_network_that_runs_here(attention, here):
   training = replace(FINETUNE_PRESETS['smoke'], dtype='bfloat16', attention=attention, remat=True, scan_layers=True)
   policy, reference = (
-      checkpoint.Checkpoint(None, checkpoint.CheckpointInfo(model, 1, config), 0, pathlib.Path())
+      checkpoint.Checkpoint(None, checkpoint.CheckpointInfo(model, Addition(1), config), 0, pathlib.Path())
       for model, config in ((training.model_of(SMOKE.model), training), (SMOKE.model, SMOKE)))
   found = reference_model_of(policy, reference)
   assert found == model_of(policy)
   assert (found.config.dtype, found.config.attention, found.config.scan_layers) == ('bfloat16', here, True)
-  assert model_of(reference).config == SMOKE.model  # by itself it is read as it was pre-trained
+  assert model_of(reference).config == SMOKE.model  # without a policy it is read as in pre-training
 
 
 @pytest.mark.slow
 def test_a_policy_that_equals_its_reference_has_no_divergence(workdir_of_equals):
-  """In bfloat16 the reference's own float32 would be 0.01 nats away at single tokens."""
+  """Read in its own float32, the reference would differ by 0.01 nats at single tokens of a bfloat16 policy."""
   found = read_tokens(workdir_of_equals, num_problems=2, responses='solution')
   assert found['mask'].sum() > 100
   for name in ('kl', 'penalty'):
@@ -110,7 +113,7 @@ def test_a_policy_that_equals_its_reference_has_no_divergence(workdir_of_equals)
 def test_responses_of_the_policy(greedy):
   num, length = greedy['mask'].shape
   assert num == 6
-  assert greedy['digits'].tolist() == [1, 1, 1, 2, 2, 2]
+  assert greedy['set'].tolist() == ['1', '1', '1', '2', '2', '2']
   for name, x in greedy.items():
     assert x.shape[0] == num, name
     assert x.ndim == 1 or x.shape[1] == length, name
@@ -119,7 +122,7 @@ def test_responses_of_the_policy(greedy):
   assert greedy['on_path'][rows, first_wrong].all()
   assert not greedy['on_path'][rows, first_wrong + 1].any()
   best = greedy['top'][..., 0]
-  assert (best == greedy['token'])[greedy['mask']].mean() > 0.999  # greedy, but for ties
+  assert (best == greedy['token'])[greedy['mask']].mean() > 0.999  # greedy, except for ties
 
 
 @pytest.mark.slow
@@ -136,10 +139,10 @@ def test_the_same_seed_reads_the_same(workdir, greedy):
 def test_references_are_found(workdir, tmp_path):
   policy, reference = load_pair(workdir)
   assert reference.path == (workdir / 'reference' / '7').resolve()
-  assert find_reference(reference) == reference.path
+  assert reference_path(reference) == reference.path
   elsewhere = tmp_path / 'copied'
   write(elsewhere / '4', policy.params, 4, training=policy.info.training)
-  assert find_reference(load_checkpoint(elsewhere / '4')) == load_checkpoint().path
+  assert reference_path(load_checkpoint(elsewhere / '4')) == load_checkpoint().path
   with pytest.raises(CheckpointError, match='known_digits is 1, but 5 in the reference'):
     load_pair(elsewhere / '4')
   lost = tmp_path / 'lost'
@@ -147,7 +150,7 @@ def test_references_are_found(workdir, tmp_path):
     write(lost, policy.params, step, training=replace(policy.info.training, reference='/gone'))
   with pytest.raises(CheckpointError, match='/gone: no such directory'):
     load_pair(lost)
-  shutil.rmtree(lost / '1' / 'params' / 'd')  # as a process leaves it that was killed while it removed the step
+  shutil.rmtree(lost / '1' / 'params' / 'd')  # as left by a process killed while removing the step
   assert read_steps(lost, workdir / 'reference', num_problems=1)['step'].tolist() == [2, 4]
   assert load_pair(elsewhere / '4', workdir / 'reference')[1].step == 7
   with pytest.raises(ValueError, match='responses: expected one of'):
@@ -159,13 +162,13 @@ def test_references_are_found(workdir, tmp_path):
 @pytest.mark.slow
 def test_another_temperature_is_that_of_samples_policy_and_reference(tmp_path):
   finetuned_workdir(tmp_path, steps=(2,), temperature=2.0, certainty='max_prob', certainty_temperature=4.0)
-  one = read_tokens(tmp_path, num_problems=2, digits=[1], responses='sampled')
+  one = read_tokens(tmp_path, num_problems=2, sets=[1], responses='sampled')
   policy = load_checkpoint(tmp_path)
   i, n = 0, int(one['mask'][0].sum())
   text = f'Input:\n{one["problem"][i]}\nTarget:' + one['response'][i]
   tokens = jnp.asarray(TOKENIZER.encode(text))[None]
-  logits = GPT2(policy.info.model).apply({'params': policy.params}, tokens).logits[0, -n - 1:-1]
-  wanted = jnp.take_along_axis(jax.nn.log_softmax(logits / 2), tokens[0, -n:, None], 1)[:, 0]
+  said = logits(gpt2(policy.info.model), policy.params, tokens)[0, -n - 1:-1]
+  wanted = jnp.take_along_axis(jax.nn.log_softmax(said / 2), tokens[0, -n:, None], 1)[:, 0]
   np.testing.assert_allclose(one['log_prob'][i, :n], wanted, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(one['certainty'], one['certainty/max_prob'], rtol=1e-5)
   np.testing.assert_array_equal(one['critical/threshold'], one['mask'] & (one['certainty'] < 0.9))
@@ -181,13 +184,13 @@ def test_summary(greedy, solutions):
   gaps = [solutions['certainty'][i][critical[i]].mean() - solutions['certainty'][i][here[i] & ~critical[i]].mean()
           for i in range(6) if critical[i].any()]
   assert found['certainty_gap'][0] == pytest.approx(np.mean(gaps), rel=1e-5)
-  assert found['accuracy'] == {}  # nobody answered
+  assert found['accuracy'] == {}  # solutions are not answers
   assert set(found['agreement']) == {'oracle'}
   assert set(found['agreement']['oracle']) == {'threshold', 'quantile'}
   own = summarize(greedy)
   assert own['accuracy']['2']['accuracy'] == 0
   assert own['places']['after_error']['right_prob'] is None
-  assert own['certainty_gap'] is None  # these never come to a critical token
+  assert own['certainty_gap'] is None  # no response reaches a critical token
 
 
 def test_reliability_of_a_reference(solutions):
@@ -201,7 +204,7 @@ def test_reliability_of_a_reference(solutions):
 @pytest.mark.slow
 def test_steps(workdir, tmp_path):
   steps = read_steps(workdir, num_problems=2, num_solutions=2)
-  assert steps['step'].tolist() == [0, 2, 4]  # the reference, and what was saved
+  assert steps['step'].tolist() == [0, 2, 4]  # the reference, and the saved steps
   assert steps['critical_kl'][0] == pytest.approx(0, abs=1e-6)
   assert steps['critical_kl'][0] < steps['critical_kl'][1] < steps['critical_kl'][2]
   assert steps['right_prob'].shape == (3, *steps['mask'].shape)
@@ -246,7 +249,7 @@ def test_a_checkpoint_against_itself(workdir):
   assert found['kl']['mean'] == pytest.approx(0, abs=1e-7)
   mean, low, high = found['answers']['1']['difference']
   assert mean == 0
-  assert low == -high < -0.5  # of two problems, none of which differs
+  assert low == -high < -0.5  # two problems with equal answers
 
 
 @pytest.mark.slow
@@ -266,10 +269,10 @@ def test_a_checkpoint_against_another(workdir):
 
 @pytest.mark.slow
 def test_models_of_other_sizes_are_compared_by_what_they_say(workdir):
-  wide = GPT2(SMOKE.model.__class__(context_length=384, num_layers=1, num_heads=2, width=16))
+  wide = gpt2(SMOKE.model.__class__(context_length=384, num_layers=1, num_heads=2, width=16))
   one = load_checkpoint(workdir)
-  two = checkpoint.Checkpoint(init_params(wide, jax.random.key(0)), checkpoint.CheckpointInfo(wide.config, 1, SMOKE), 0,
-                              one.path.parent)
+  info = checkpoint.CheckpointInfo(wide.config, Addition(1), SMOKE)
+  two = checkpoint.Checkpoint(wide.init(jax.random.key(0)), info, 0, one.path.parent)
   found = compare(one, two, num_problems=2)
   assert [row['layer'] for row in found['drift']] == ['value_head']
   assert 'wte/embedding' in found['left_out']

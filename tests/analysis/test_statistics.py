@@ -90,7 +90,7 @@ def test_few_seeds_have_no_interval(seeds):
   found = paired_statistics(values, np.zeros_like(values))
   for name in ('difference', 'iqm_difference'):
     assert np.isnan(found[name][1:]).all()
-  _, low, high = found['improvement']  # is exact for any number
+  _, low, high = found['improvement']  # exact for any number of seeds
   assert 0 < low < high == 1
   mean, low, high = curve_band(values)
   np.testing.assert_allclose(mean, values.mean(0))
@@ -110,7 +110,7 @@ def test_one_model_has_an_interval_over_problems():
   value, low, high = problem_statistics(rewards)
   assert value == 0.3
   np.testing.assert_allclose((low, high), 0.3 + 1.96 * np.sqrt(0.21 / 100) * np.array([-1, 1]), atol=0.015)
-  with pytest.raises(ValueError, match=r'expected \[M\]'):
+  with pytest.raises(ValueError, match=r'expected \[num_problems\]'):
     problem_statistics(np.zeros((2, 3)))
 
 

@@ -1,7 +1,7 @@
-"""Checks many command lines of one binary in one process, as it would check its own before it starts anything.
+"""Checks many command lines of one binary in one process, with the binary's own `check`.
 
-    python command_lines.py finetune 500    # that Hypothesis makes up
-    python command_lines.py finetune        # those on the standard input, a JSON list of lists
+    python command_lines.py finetune 500    # 500 lines that Hypothesis generates
+    python command_lines.py finetune        # lines from the standard input, a JSON list of lists
 
 Prints JSON: for each line its words, the exit code (0 if it passed), what was printed, an exception that was no exit,
 the seconds, and the files that it left.
@@ -30,7 +30,7 @@ from experiments import parsing  # noqa: E402
 
 
 def load(binary):
-  """Loads a binary as its own process does: its function that checks, its arguments, and the names of its flags."""
+  """Loads a binary and returns its `check`, its positional arguments, and the names of its flags."""
   found, shared = [], set(flags.FLAGS)
   flags_lib.run = lambda main, check, *arguments: found.append((check, arguments))
   sys.argv = [str(ROOT / 'experiments' / f'{binary}.py')]
@@ -40,7 +40,7 @@ def load(binary):
 
 
 def tried(check, arguments, line, folder):
-  """Checks one command line and returns how that ended."""
+  """Checks one command line and returns the outcome."""
   flags.FLAGS.unparse_flags()
   for name in flags.FLAGS:
     flags.FLAGS[name].unparse()
@@ -74,7 +74,7 @@ WORDS = st.one_of(
 
 
 def lines_of(own, arguments):
-  """Returns a strategy of command lines: flags of the binary with words for values, misspelt ones, and arguments."""
+  """Returns a strategy of command lines: the binary's flags with words as values, misspelt flags, and arguments."""
   name = st.one_of(st.sampled_from(own), st.sampled_from(own), st.sampled_from(own), st.text('abcdelr_', max_size=8),
                    st.sampled_from(own).map(lambda x: x[:-1]), st.sampled_from(own).map('no{}'.format))
   valued = st.builds('--{}={}'.format, name, WORDS)

@@ -9,7 +9,7 @@ OLD, NEW = {'problems': 1, 'seed': 0}, {'problems': 2, 'seed': 0}
 
 @pytest.fixture
 def workdir(tmp_path):
-  """A workdir that holds an analysis and a file of its user."""
+  """Makes a workdir with an analysis and a file of the user."""
   claim_workdir(tmp_path, OLD, ['a.png', 'page'])
   for name in ('a.png', 'page', 'mine'):
     (tmp_path / name).write_text(name)
@@ -27,12 +27,12 @@ def test_a_new_workdir_is_free_and_not_made(tmp_path):
 
 def test_the_same_analysis_is_replaced(workdir):
   assert check_workdir(workdir, dict(OLD), ['page', 'b.png'], overwrite=False)
-  assert names(workdir) == ['a.png', 'analysis.json', 'mine', 'page']  # nothing is deleted before there is a new one
+  assert names(workdir) == ['a.png', 'analysis.json', 'mine', 'page']  # nothing is deleted before the new files exist
   claim_workdir(workdir, OLD, ['page', 'b.png'])
   assert names(workdir) == ['a.png', 'analysis.json', 'mine', 'page']
-  assert check_workdir(workdir, OLD, ['page', 'a.png'], overwrite=False)  # a process that ends here leaves no stranger
+  assert check_workdir(workdir, OLD, ['page', 'a.png'], overwrite=False)  # a kill here leaves no unknown file
   finish_workdir(workdir, OLD, ['page', 'b.png'])
-  assert names(workdir) == ['analysis.json', 'mine', 'page']  # no stale picture
+  assert names(workdir) == ['analysis.json', 'mine', 'page']  # the old picture is deleted
 
 
 def test_another_analysis_needs_leave(workdir):
@@ -45,7 +45,7 @@ def test_another_analysis_needs_leave(workdir):
 
 @pytest.mark.parametrize('overwrite', [False, True])
 def test_files_of_anything_else_are_kept(workdir, overwrite):
-  with pytest.raises(ValueError, match='mine exists and is not of an analysis'):
+  with pytest.raises(ValueError, match='mine exists and was not written by an analysis'):
     check_workdir(workdir, OLD, ['page', 'mine'], overwrite)
 
 

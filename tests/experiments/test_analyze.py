@@ -1,4 +1,4 @@
-"""The binaries that look inside checkpoints, as a user starts them."""
+"""The binaries that analyse checkpoints, as a user starts them."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import pytest
 from checkpoints import finetuned_workdir
 from processes import refused, run
 
-from critkl_jax import checkpoint
+from critkl_jax.runtime import checkpoint
 
 SMALL = ('--problems=2', '--steps=2')
 
@@ -26,7 +26,7 @@ def test_analyze_writes_tables_pictures_and_the_page(workdir, tmp_path):
              '--responses=solution', '--counterfactual=2', '--samples=1')
   lines = said.splitlines()
   assert lines[0] == 'Loading 2 checkpoints and the reference of each'
-  assert sum(line.startswith('Reading 4 responses of ') for line in lines) == 2
+  assert sum(line.startswith('Reading up to 4 responses of ') for line in lines) == 2
   assert sum(line.startswith('Reading 2 checkpoints of ') for line in lines) == 2
   assert lines[-1] == str(tmp_path / 'report.html')
   assert 'Detectors of critical tokens against oracle' in said
@@ -74,7 +74,7 @@ def test_compare_checkpoints(workdir, tmp_path):
 
 def test_results_of_something_else_are_not_overwritten(workdir, tmp_path):
   (tmp_path / 'summary.json').write_text('of a run')
-  assert 'summary.json exists and is not of an analysis' in refused(
+  assert 'summary.json exists and was not written by an analysis' in refused(
       'analyze', f'--checkpoints={workdir}', f'--workdir={tmp_path}', '--overwrite', *SMALL)
   assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [('summary.json', 'of a run')]
 

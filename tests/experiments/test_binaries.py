@@ -12,8 +12,8 @@ import pytest
 from checkpoints import SMOKE, write
 from processes import finish, metrics, refused, run, start
 
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.interruption import STOPPED
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime.interruption import STOPPED
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_settings_that_change_no_update(reference, tmp_path):
 def test_what_was_trained_with_an_attention_that_is_not_here_is_read_and_trained_with_another(tmp_path):
   model = dataclasses.replace(SMOKE.model, dtype='bfloat16', attention='cudnn')
   training = dataclasses.replace(SMOKE, model=model)
-  write(tmp_path / 'reference', init_params(GPT2(SMOKE.model), jax.random.key(0)), 4, training, model)
+  write(tmp_path / 'reference', gpt2(SMOKE.model).init(jax.random.key(0)), 4, training, model)
   out = run('evaluate', f'--checkpoint={tmp_path / "reference"}', '--digits=1', '--num_problems=2')
   assert "'cudnn' needs an NVIDIA GPU" in out
   flags = finetune(tmp_path / 'reference', tmp_path / 'run', '--num_iterations=1', '--eval_problems=0')
@@ -198,4 +198,4 @@ def test_a_study_that_cannot_be_is_refused(reference, tmp_path):
   assert '--certainty_exponents: expected numbers' in refused(
       'sweep', *finetune(reference, tmp_path, '--certainty_exponents=0,x'))
   line = refused('sweep', *finetune(reference, tmp_path, '--episodes=4000000', '--minibatches=1', '--eval_problems=0'))
-  assert 'GiB are free: some 0 would fit' in line
+  assert 'GiB are free: about 0 would fit' in line

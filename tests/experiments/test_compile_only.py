@@ -1,4 +1,4 @@
-"""What is said of a program before it is run."""
+"""`compile_only` reports whether a program fits."""
 
 import importlib.util
 import json

@@ -5,7 +5,8 @@ import re
 import pytest
 from processes import run
 
-from critkl_jax.config import FinetuneConfig, PretrainConfig, flat_fields
+from critkl_jax.config import flat_fields
+from critkl_jax.training.config import FinetuneConfig, PretrainConfig
 from experiments.help import GROUPS
 
 GROUPED = [name for names in GROUPS.values() for name in names]

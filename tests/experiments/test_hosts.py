@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from processes import finish, metrics, refused, run, start
 
-from critkl_jax import checkpoint
-from critkl_jax.interruption import STOPPED
+from critkl_jax.runtime import checkpoint
+from critkl_jax.runtime.interruption import STOPPED
 
 TIMEOUT = 20
 
@@ -23,7 +23,7 @@ def reference(tmp_path_factory):
 
 
 def start_hosts(binary, *flags, devices=2):
-  """Starts two processes of some devices each."""
+  """Starts two processes with several devices each."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'

@@ -1,7 +1,8 @@
-"""Wrong input of every binary: refused in one line that names the flag, before anything is started or written."""
+"""Every binary refuses wrong input in one line that names the flag, before anything is started or written."""
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ BINARIES = sorted(programs())
 TRAINING = ('finetune', 'sweep')
 ARGUMENTS = {'compare_checkpoints': [SHIPPED, SHIPPED]}
 
-# Flags that cannot be -> words of the line that says so. FOLDER holds a file, a broken link, a folder of broken files.
+# Invalid flags -> words of the error. FOLDER holds a file, a broken link, and a folder of broken files.
 WORKDIRS = {
     '--workdir=': 'expected a directory, got an empty name',
     '--workdir=FOLDER/file': 'not a directory',
@@ -59,35 +60,59 @@ FINETUNED = TRAINED | {
 } | {
     '--temperature=1e-320': 'float32', '--temperature=1e-9': '1e-06 to', '--certainty_temperature=1e-320': 'float32',
     '--extra_digits=1000000000': '--extra_digits: expected 0 to 1000', '--extra_digits=900': 'need a context of',
-    '--critic_warmup=13': "--critic_warmup: only advantage='gae'", '--certainty_ensemble=,,,': 'separated by commas',
+    '--critic_warmup=13': "--critic_warmup: has no effect with advantage='group_relative', got 13; leave it out, or "
+                          "set advantage='gae'.", '--certainty_ensemble=,,,': 'separated by commas',
+    '--kl=none --kl_coefficient=5': "--kl_coefficient: has no effect with kl='none', got 5.0",
+    '--kl=none --kl_coefficient=0.5': "--kl_coefficient: has no effect with kl='none', got 0.5",
+    '--kl=standard --certainty_exponent=500': "--certainty_exponent: has no effect with kl='standard'",
+    '--algorithm=a2c --clip_ratio=.1': "--clip_ratio: has no effect with algorithm='a2c'",
+    '--gae_lambda=.9': "--gae_lambda: has no effect with advantage='group_relative'",
+    '--preset=paper --advantage=leave_one_out --gae_lambda=.95': '--gae_lambda: has no effect',
+    '--value_coefficient=1': '--value_coefficient: has no effect', '--value_head=mlp': '--value_head: has no effect',
+    '--gate_threshold=.5': "--gate_threshold: has no effect with kl_gate='none'",
+    '--rollout=cached --window=8': '--window: has no effect',
     '--reference=FOLDER/none': 'no such directory', '--reference=FOLDER': 'no complete checkpoint',
     '--reference=FOLDER/file': 'no such directory', f'--reference={"x" * 300}': 'cannot be read',
+    '--model=FOLDER': "--model: has no effect with task='addition'", '--task=question': "the nearest is 'questions'",
+    '--task=questions': "--prompts: the task 'questions' needs a file", '--stop=x': '--stop: has no effect',
+    '--task=questions --prompts=FOLDER/file': "'questions' needs a reference for it", '--chat': '--chat: has no effect',
+    '--task=questions --prompts=FOLDER/file --model=FOLDER': '--model: FOLDER: has no config.json',
+    '--task=questions --prompts=p --extra_digits=2': "--extra_digits: has no effect with task='questions'",
+    '--task=questions --prompts=p --model=m --reference=r': '--model: its weights are the reference',
+    '--task=questions --prompts=p --chat_options=[] --chat': '--chat_options: expected a JSON object',
     '--kl=standart': "the nearest is 'standard'", '--beta=1': 'the nearest is --certainty_exponent',
 }
 BAD = {
     'finetune': WORKDIRS | FINETUNED,
     'sweep': WORKDIRS | FINETUNED | {
-        '--certainty_exponents=1,1.0,1e0': '--certainty_exponents: 1 stands in it twice',
+        '--certainty_exponents=1,1.0,1e0': '--certainty_exponents: 1 appears twice',
         '--penalties=standard,standard': '--penalties: expected none twice',
         '--penalties=standard,nome': "--penalties: expected one of ('prioritized', 'standard', 'none'), got 'nome'",
+        '--penalties=standard,none --certainty_exponents=1,2': '--certainty_exponents: has no effect with kl=',
+        '--penalties=standard,none --certainty_exponent=10': '--certainty_exponent: has no effect on any member',
         '--certainty_exponents=': 'numbers separated by commas', '--kl_coefficients=1,,2': 'separated by commas',
         '--temperatures=a': '--temperatures: expected numbers', '--temperatures=1,inf': '--temperatures: expected numb',
         '--learning_rates=-1': '--learning_rates: expected a positive', '--penalties=': '--penalties: expected names',
         '--seeds=1000000000': 'are more than a study takes', '--seeds=0': '--seeds=0',
         '--population_map=vmapp': 'the nearest is vmap'},
     'pretrain': WORKDIRS | TRAINED | {
-        '--vocab_size=5': '--vocab_size: the task has 41 characters, got 5', '--known_digits=1000000000': '1 to 1000',
+        '--vocab_size=5': '--vocab_size: the task has 41 tokens, got a model of 5',
+        '--vocab_size=50257': 'the task has 41 tokens, got a model of 50257; ',
+        '--known_digits=1000000000': '1 to 1000',
         '--known_digits=900': '--context_length: N+2 = 902', '--warmup_steps=2401': 'expected at most num_steps=2400',
         '--num_layers=1000000000': '1 to 10000', '--weight_decay=inf': 'finite number'},
     'evaluate': FILES | {
         '--temperature=nan': '--temperature', '--temperature=inf': '--temperature', '--temperature=1e-320': 'range',
         '--digits=a': '--digits: expected whole numbers', '--digits=': '--digits', '--digits=0': '1 to 1000',
-        '--digits=5,5': '5 stands in it twice', '--digits=1000000000': '1 to 1000', '--digits=300': 'need a context',
+        '--digits=5,5': '5 appears twice', '--digits=1000000000': '1 to 1000', '--digits=300': 'need a context',
         f'--digits={"9" * 5000}': '--digits', f'--seed={2**64}': '--seed', f'--num_problems={2**40}': '--num_problems',
         '--checkpoint=': 'expected a path', '--checkpoint=FOLDER/none': 'no such directory', '--step=3': 'no step 3',
+        '--model=FOLDER': '--model: needs --task=questions and --prompts=FILE', '--task=questions': 'without --model',
+        '--model=FOLDER --task=questions --prompts=FOLDER/file': '--model: FOLDER: has no config.json',
         '--distribution=vary': 'the nearest is varying', f'--checkpoint={"x" * 300}': 'cannot be read'},
     'analyze': WORKDIRS | {
-        '--workdir=FOLDER/broken': 'analysis.json',
+        '--model=FOLDER --task=questions --prompts=FOLDER/file': '--model: FOLDER: has no config.json',
+        '--model=FOLDER': 'needs --task=questions', '--workdir=FOLDER/broken': 'analysis.json',
         '--digits=a': '--digits: expected whole numbers', '--digits=1000000000': '1 to 1000', '--digits=400': 'context',
         '--checkpoints=': '--checkpoints: expected names', '--checkpoints=a,,b': '--checkpoints: expected names',
         '--checkpoints=FOLDER/none': 'no such directory', '--reference=': '--reference: expected a path',
@@ -100,7 +125,16 @@ BAD = {
     'compile_only': FILES | {
         '--topology=v5:2x2': "the nearest is 'v5", '--topology=': '--topology: expected one of',
         '--topology=v5e:twoxtwo': '--topology', '--mesh=data:²': '--mesh', '--mesh=,': '--mesh',
-        '--extra_digits=900': 'need a context', '--members=1000000000': '--members', '--preset=released': 'no sizes'},
+        '--extra_digits=900': 'need a context', '--members=1000000000': '--members', '--preset=released': 'no sizes',
+        '--model=qwen': 'The nearest of the names', '--response_length=9': '--response_length: has no effect on',
+        '--model=qwen3_0_6b --response_length=50000': 'need a context of'},
+    'export': {
+        f'--directory{flag.removeprefix("--workdir")}': words for flag, words in WORKDIRS.items()} | {
+        '--directory=FOLDER': 'exists, and is kept',
+        '--directory=FOLDER/new --checkpoint=': 'expected a path', '--checkpoint=FOLDER': 'no complete checkpoint',
+        '--directory=FOLDER/new --checkpoint=FOLDER/none': 'no such directory',
+        '--directory=FOLDER/new --step=3': 'no step 3', '--directory=FOLDER/new --dtype=int8': 'the nearest is',
+        '--folder=FOLDER/new': 'the nearest is'},
     'reproduce': WORKDIRS | {
         '--workdir=FOLDER/broken': 'studies.json',
         '--study=': '--study: expected names', '--study=drif': "the nearest is 'drift'", '--study=drift,,': '--study',
@@ -110,7 +144,7 @@ BAD = {
 
 
 def checked(binary, lines, examples=0):
-  """Checks command lines in one process and returns how each ended; see command_lines.py."""
+  """Checks command lines in one process and returns their outcomes; see command_lines.py."""
   done = subprocess.run(
       [sys.executable, ROOT / 'tests' / 'experiments' / 'command_lines.py', binary, str(examples)],
       input=json.dumps(lines), text=True, capture_output=True, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
@@ -119,7 +153,7 @@ def checked(binary, lines, examples=0):
 
 
 def children_seconds():
-  """Seconds of processors, which a busy machine does not lengthen as it does those of a clock."""
+  """Returns CPU seconds of child processes, which depend less on the load of the machine than wall-clock time."""
   used = resource.getrusage(resource.RUSAGE_CHILDREN)
   return used.ru_utime + used.ru_stime
 
@@ -137,9 +171,9 @@ def assert_passed_or_refused(found):
 @pytest.mark.parametrize('binary', [
     binary if binary == 'finetune' else pytest.param(binary, marks=pytest.mark.slow) for binary in BINARIES])
 def test_what_cannot_be_is_refused_by_the_name_of_its_flag(binary):
-  lines = [[flag, *ARGUMENTS.get(binary, [])] for flag in BAD[binary]]
+  lines = [[*re.split(' (?=--)', line), *ARGUMENTS.get(binary, [])] for line in BAD[binary]]
   found = checked(binary, [[*ARGUMENTS.get(binary, [])], *lines])
-  if binary != 'compile_only':  # whose compiler is seldom there
+  if binary != 'compile_only':  # its compiler is seldom installed
     assert found[0]['code'] == 0, found[0]
   for one, words in zip(found[1:], BAD[binary].values(), strict=True):
     assert_passed_or_refused(one)
@@ -175,5 +209,5 @@ def test_a_process_refuses_in_time_with_status_2_and_leaves_nothing(binary, tmp_
     assert (code, out) == (2, ''), (line, out, err)
     assert err.startswith('error: '), err
     assert err.count('\n') == 1, err
-    assert children_seconds() - before < 6  # of one core: 2 to 3 where nothing else is done
+    assert children_seconds() - before < 6  # on one core: 2 to 3 on an idle machine
     assert [path.name for path in tmp_path.iterdir()] == ['file']

@@ -1,4 +1,4 @@
-"""The reference of a run is kept under its workdir, and what others left there is never removed."""
+"""A run keeps its reference in its workdir, and never removes files of others."""
 
 import json
 import shutil
@@ -7,19 +7,20 @@ import jax
 import pytest
 from checkpoints import SMOKE, noisy, write
 
-from critkl_jax import checkpoint, storage
 from critkl_jax.config import replace
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import FINETUNE_PRESETS
-from critkl_jax.storage import WorkdirError
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime import checkpoint, storage
+from critkl_jax.runtime.storage import WorkdirError
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training.presets import FINETUNE_PRESETS
 from experiments import reference
 from experiments.reference import keep_reference, load_reference
 
 
 @pytest.fixture(scope='module')
 def sources(tmp_path_factory):
-  """Two checkpoints of the same step to start from."""
-  params = init_params(GPT2(SMOKE.model), jax.random.key(0))
+  """Makes two checkpoints of the same step to start from."""
+  params = gpt2(SMOKE.model).init(jax.random.key(0))
   paths = [tmp_path_factory.mktemp('sources') / name for name in ('one', 'two')]
   for seed, path in enumerate(paths):
     write(path, noisy(params, 0.1, seed), 7)
@@ -59,7 +60,7 @@ def test_the_users_only_copy_is_used_where_it_is(sources, tmp_path):
   kept = tmp_path / 'reference'
   shutil.copytree(sources[0], kept)
   before = contents(tmp_path)
-  for source in (kept, checkpoint.latest(kept), sources[0]):  # the last one holds the same
+  for source in (kept, checkpoint.latest(kept), sources[0]):  # the last one has the same parameters
     begin(source, tmp_path)
     assert contents(tmp_path) == before
 
@@ -67,7 +68,7 @@ def test_the_users_only_copy_is_used_where_it_is(sources, tmp_path):
 def test_another_reference_of_the_user_is_refused_by_name_and_kept(sources, tmp_path):
   shutil.copytree(sources[0], tmp_path / 'reference')
   before = contents(tmp_path)
-  with pytest.raises(WorkdirError, match='reference is there, and this run did not make it: it is kept'):
+  with pytest.raises(WorkdirError, match='reference exists, and this run did not make it: it is kept'):
     begin(sources[1], tmp_path)
   assert contents(tmp_path) == before
 
@@ -125,13 +126,13 @@ def test_a_process_that_ends_while_it_keeps_loses_nothing(sources, tmp_path, mon
 def test_a_folder_of_the_user_with_a_name_of_ours_is_kept(sources, tmp_path, name):
   (tmp_path / name).mkdir()
   (tmp_path / name / 'novel.txt').write_text('mine')
-  with pytest.raises(WorkdirError, match='no run left it; move it away'):
+  with pytest.raises(WorkdirError, match='no run wrote it; move it away'):
     begin(sources[0], tmp_path)
   assert (tmp_path / name / 'novel.txt').read_text() == 'mine'
 
 
 def test_a_run_of_an_older_version_goes_on(sources, tmp_path):
-  """It has checkpoints, and a reference without a mark."""
+  """Runs of older versions have checkpoints, and a reference without a mark."""
   shutil.copytree(sources[0], tmp_path / 'reference')
   write(tmp_path / 'checkpoints', checkpoint.load_checkpoint(sources[0]).params, 2, config(sources[0]))
   before = contents(tmp_path)
@@ -152,7 +153,7 @@ def test_the_references_test_is_read_again_where_it_was_made_alike(sources, tmp_
 
   def times(expected, of=usual, params=found.params):
     asked.clear()
-    assert reference.tested_before(test, params, of, tmp_path) == result
+    assert reference.tested_before(test, params, of, Addition(1, 1), tmp_path) == result
     assert len(asked) == expected
 
   times(1)

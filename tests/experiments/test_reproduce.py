@@ -5,19 +5,19 @@ import json
 import pytest
 from processes import refused, run
 
-from critkl_jax import checkpoint
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.runtime import checkpoint
 from critkl_jax.studies.records import read_record
+from critkl_jax.training.presets import FINETUNE_PRESETS
 
 
 @pytest.mark.slow
 def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   flags = ('--preset=smoke', '--seeds=1', '--problems=6', f'--workdir={tmp_path}')
   out = run('reproduce', *flags, '--study=drift,certainty_gap', '--minutes=0', devices=None)
-  assert '3 runs are left; the same command goes on with them.' in out
+  assert '3 runs are left; the same command makes them.' in out
   assert 'certainty_gap: Is the reference less certain' in out
   out = run('reproduce', *flags, '--study=drift,certainty_gap,pretraining_levels')
-  assert 'certainty_gap: is there' in out
+  assert 'certainty_gap: already made' in out
   assert '3 runs to make, 3 now: seed=0' in out
   records = {path.stem: read_record(path) for path in (tmp_path / 'runs').glob('*.json')}
   assert set(records) == {'seed=0', 'kl=standard-seed=0', 'kl=none-seed=0'}
@@ -30,7 +30,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert all(abs(record.column('probe_kl_other')[0]) < 1e-6 for record in records.values())
   assert len({float(record.column('critical/probability')[0]) for record in records.values()}) == 1
   policy = checkpoint.load_checkpoint(tmp_path / 'working' / 'runs' / 'seed=0')
-  assert (policy.step, policy.info.known_digits, policy.info.training) == (2, 1, one.config)
+  assert (policy.step, policy.info.task.known_digits, policy.info.training) == (2, 1, one.config)
   assert (tmp_path / 'working' / 'runs' / 'seed=0' / 'reference').resolve() == (
       tmp_path / 'working' / 'references' / 'base' / 'reference').resolve()
   page = (tmp_path / 'studies' / 'drift' / 'README.md').read_text()

@@ -1,4 +1,4 @@
-"""Each binary once, as a user starts it, at its smallest: what it writes is there and holds finite numbers."""
+"""Each binary runs once at its smallest settings, and writes its files with finite numbers."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import math
 import pytest
 from checkpoints import finetuned_workdir
 from processes import metrics, run
+
+from critkl_jax.models.huggingface import load_pretrained
 
 
 @pytest.fixture(scope='module')
@@ -51,6 +53,11 @@ def test_sweep(workdir, tmp_path):
   members = read(tmp_path, 'results.json')['members']
   assert len(members) == 2
   assert all([row['step'] for row in metrics(tmp_path / 'members' / one['name'])] == [1] for one in members)
+
+
+def test_export(workdir, tmp_path):
+  run('export', f'--checkpoint={workdir}', f'--directory={tmp_path / "model"}')
+  assert load_pretrained(tmp_path / 'model').model.config.width == 32
 
 
 def test_compare_checkpoints(workdir, tmp_path):

@@ -1,4 +1,4 @@
-"""Every file of JSON that a run writes is read by strict parsers when numbers in it are not finite, and by us."""
+"""Strict JSON parsers, and our own readers, can read every file of a run whose numbers are not finite."""
 
 import importlib
 import json
@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from absl import flags
 
-from critkl_jax import population, runner, trackers
 from critkl_jax.config import replace
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.runtime import loop, trackers
 from critkl_jax.studies import files
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training import population
+from critkl_jax.training.memory import Memory
+from critkl_jax.training.presets import FINETUNE_PRESETS
 from experiments import reference
 
 CONFIG = replace(FINETUNE_PRESETS['smoke'], eval_problems=4)
@@ -24,13 +27,13 @@ def no_events(monkeypatch):
 
 
 def read(path):
-  """Reads JSON, or lines of it, as strict parsers do."""
+  """Reads JSON, or lines of JSON, as strict parsers do."""
   lines = path.read_text().splitlines() if path.suffix == '.jsonl' else [path.read_text()]
   return [json.loads(line, parse_constant=lambda name: pytest.fail(f'{path.name} holds {name}')) for line in lines]
 
 
 def binary(name):
-  """Imports a binary and forgets its flags, which another one of this process would define again."""
+  """Imports a binary and removes its flags, so that another binary can define them in the same process."""
   module = importlib.import_module(f'experiments.{name}')
   for flag in list(flags.FLAGS):
     if flags.FLAGS.find_module_defining_flag(flag) == module.__name__:
@@ -40,7 +43,7 @@ def binary(name):
 
 def write_metrics(workdir):
   workdir.mkdir(parents=True, exist_ok=True)
-  writer = runner.MetricsWriter(workdir, 0)
+  writer = loop.MetricsWriter(workdir, 0)
   for step in (1, 2):
     writer.write(step, {'loss': np.nan, 'grad_norm': np.float32(np.inf), 'kl': 0.5, 'accuracy': np.nan, 'seconds': 1.0,
                         'num_tokens': 8.0})
@@ -52,8 +55,8 @@ def test_a_run_of_nothing_but_nan(tmp_path, capsys):
   assert (first['loss'], first['grad_norm'], first['kl']) == (None, None, 0.5)
   tested = {'N': math.nan, 'N+1': 0.5, 'tokens': {'critical_probability': math.nan, 'critical_certainty': None}}
   for _ in range(2):  # the second time it is read from the workdir
-    before = reference.tested_before(lambda params: (tested, {}), {}, CONFIG, tmp_path)
-    binary('finetune').report(CONFIG, 1, before, tested, tmp_path, 3.0)
+    before = reference.tested_before(lambda params: (tested, {}), {}, CONFIG, Addition(1, 1), tmp_path)
+    binary('finetune').report(CONFIG, Addition(1, 1), before, tested, tmp_path, 3.0)
     (summary,), (kept,) = read(tmp_path / 'summary.json'), read(tmp_path / 'before.json')
     assert kept['N'] is summary['accuracy']['before']['N'] is summary['accuracy']['after']['N'] is None
     assert summary['last_iteration']['loss'] is None
@@ -66,8 +69,8 @@ def test_a_sweep_of_nothing_but_nan(tmp_path, capsys):
     write_metrics(tmp_path / 'members' / name)
   tested = {'N': math.nan, 'N+1': 0.5, 'tokens': {'critical_probability': math.nan}}
   tests = [(tested, {name: np.full(4, np.nan) for name in ('N', 'N+1')})] * 2
-  memory = population.Memory(0, 0, 0, 2, 'vmap')
-  binary('sweep').report(CONFIG, configs, 1, {'N': None, 'N+1': 0.5}, tests, memory, tmp_path, 3.0)
+  memory = Memory(0, 0, 0, 2, 'vmap')
+  binary('sweep').report(CONFIG, configs, Addition(1, 1), {'N': None, 'N+1': 0.5}, tests, memory, tmp_path, 3.0)
   (result,) = read(tmp_path / 'results.json')
   assert result['members'][0]['N'] is result['members'][0]['last_iteration']['loss'] is None
   assert result['comparison']['N'][0]['accuracy'] is None

@@ -1,16 +1,20 @@
-"""Tables as people see them."""
+"""Tables of a sweep: values, intervals and layout."""
 
 import numpy as np
 
-from critkl_jax.config import FinetuneConfig, replace
-from critkl_jax.evaluate import accuracy_interval
-from critkl_jax.intervals import share_interval
+from critkl_jax.analysis.evaluation import accuracy_interval
+from critkl_jax.analysis.intervals import share_interval
+from critkl_jax.config import replace
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.tasks.addition.wording import named_sets
+from critkl_jax.training import population
+from critkl_jax.training.config import FinetuneConfig
 from experiments import tables
-from experiments.groups import Group, compare
+from experiments.groups import Group, baseline_of, compare, groups_of
 
 
 def compared(rewards):
-  """The rows of two groups, prioritized and standard, whose rewards are `[2, S, M]`."""
+  """Compares two groups, prioritized and standard, with rewards `[2, num_seeds, num_problems]`."""
   seeds = rewards.shape[1]
   groups = [Group('prioritized', FinetuneConfig(), tuple(range(seeds))),
             Group('standard', replace(FinetuneConfig(), kl='standard'), tuple(range(seeds, 2 * seeds)))]
@@ -73,10 +77,20 @@ def test_twenty_of_twenty_have_an_interval():
   low, high = accuracy_interval(1.0, 20)
   row = {'digits': 5, 'distribution': 'plus', 'accuracy': 1.0, 'low': low, 'high': high, 'num_problems': 20}
   assert tables.accuracy_rows([row]) == '       5   100.0% [ 83.2,100.0]'
-  text = tables.before_after_rows({when: {'N': 1.0, 'N+1': 0.0} for when in ('before', 'after')}, 5, 1, 20)
+  text = tables.before_after_rows({when: {'N': 1.0, 'N+1': 0.0} for when in ('before', 'after')},
+                                  named_sets(Addition(5, 1)), 20)
   assert text.count('100.0% [83.2, 100.0]') == 2
   assert text.count('0.0% [0.0, 16.8]') == 2
 
 
 def test_commands_are_those_of_this_package():
   assert tables.command('analyze', '--checkpoints=a b') == "python -m experiments.analyze '--checkpoints=a b'"
+
+
+def test_the_baseline_of_a_group_is_the_standard_penalty_that_is_else_the_same():
+  base = replace(FinetuneConfig(), kl_coefficient=5.0, certainty='min_entropy', kl_estimator='k3')
+  groups = groups_of(population.product(base, kl=('prioritized', 'standard', 'none'), temperature=(1.0, 2.0)))
+  found = {group.label: baseline_of(group, groups) for group in groups}
+  assert {label: baseline and baseline.label for label, baseline in found.items()} == {
+      f'kl={kl} temperature={t}': None if kl == 'standard' else f'kl=standard temperature={t}'
+      for kl in ('prioritized', 'standard', 'none') for t in (1.0, 2.0)}

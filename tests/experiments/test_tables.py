@@ -1,4 +1,4 @@
-"""Tables as the binaries print them."""
+"""Tables of checkpoints: numbers, columns and layout."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_three_digits_and_near_one_those_that_tell_it_from_one(value, text):
 
 
 def test_one_checkpoint_has_places_as_columns():
-  accuracy, places, reference, detectors = tables.summary_tables({'a': summary(1)})
+  accuracy, places, reference, detectors = tables.summary_tables({'a': summary(1)}, 'digits')
   assert list(accuracy.columns) == ['', 'a']
   assert accuracy.rows == [['6 digits, 8 problems', '50.0% [25.0, 75.0]']]
   assert list(places.columns) == ['', 'critical tokens', 'other tokens', 'after the first error']
@@ -39,7 +39,7 @@ def test_one_checkpoint_has_places_as_columns():
 
 
 def test_checkpoints_are_columns():
-  found = tables.summary_tables({'a': summary(1), 'b': summary(2)})
+  found = tables.summary_tables({'a': summary(1), 'b': summary(2)}, 'digits')
   assert all(list(table.columns) == ['', 'a', 'b'] for table in found)
   assert all(len(row) == 3 for table in found for row in table.rows)
   titles = [table.title for table in found]
@@ -50,7 +50,7 @@ def test_checkpoints_are_columns():
 
 
 def test_columns_line_up_in_a_terminal():
-  text = tables.text_of(tables.summary_tables({'a': summary(1), 'much longer': summary(2)}))
+  text = tables.text_of(tables.summary_tables({'a': summary(1), 'much longer': summary(2)}, 'digits'))
   lines = text.split('\n')
   start = lines.index('Means over tokens: critical tokens') + 1
   where = lines[start].index('much longer')

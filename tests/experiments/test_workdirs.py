@@ -1,14 +1,14 @@
-"""A workdir that holds results of something else is refused, and nothing in it is touched."""
+"""A workdir with results of another binary is refused, and nothing in it changes."""
 
 import pytest
 from checkpoints import SMOKE, finetuned_workdir, write
 from processes import refused
 
-from critkl_jax import checkpoint, locks, runner
 from critkl_jax.config import replace
-from critkl_jax.presets import FINETUNE_PRESETS
-from critkl_jax.pretraining import pretrain
-from critkl_jax.storage import WorkdirError
+from critkl_jax.runtime import checkpoint, locks, loop
+from critkl_jax.runtime.pretraining import pretrain
+from critkl_jax.runtime.storage import WorkdirError
+from critkl_jax.training.presets import FINETUNE_PRESETS
 from experiments import paths, workdirs
 
 
@@ -64,7 +64,7 @@ def test_the_reference_of_another_pretraining_is_refused(finetuned, tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match=r'learning_rate: 0\.\d+ then, 0\.5 now'):
     pretrain(replace(SMOKE, learning_rate=0.5), tmp_path)
   assert not (tmp_path / 'metrics.jsonl').exists()
-  assert runner.read_metrics(tmp_path / 'metrics.jsonl') == []
+  assert loop.read_metrics(tmp_path / 'metrics.jsonl') == []
 
 
 def test_a_pretraining_does_not_go_on_from_a_fine_tuning(finetuned):
@@ -77,7 +77,7 @@ def claim(workdir, binary):
     workdirs.claim(workdir, binary)
 
 
-MARKS = {'members.json', 'studies.json', 'comparison.json'}  # by them a run of an older version is known
+MARKS = {'members.json', 'studies.json', 'comparison.json'}  # they identify runs of older versions
 WRITTEN = [(binary, name) for binary, names in workdirs._WRITES.items() for name in names if name not in MARKS]
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_a_run_would_write_over_is_refused_by_name(tmp_path, binary,
   mine = tmp_path / name if '.' in name else tmp_path / name / 'mine'
   mine.parent.mkdir(exist_ok=True)
   mine.write_text('mine')
-  with pytest.raises(WorkdirError, match=f'{tmp_path / name} is there, and no run left it; move it away'):
+  with pytest.raises(WorkdirError, match=f'{tmp_path / name} exists, and no run wrote it; move it away'):
     claim(tmp_path, binary)
   assert contents(tmp_path) == {mine: b'mine'}
   (tmp_path / locks.LOCK).touch()  # a run has been here
@@ -120,7 +120,7 @@ def test_a_table_is_not_written_over_a_file_of_others(tmp_path, capsys, text):
   with pytest.raises(SystemExit) as end:
     workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')
   assert end.value.code == 2
-  assert f'--json: {file} is there, and this command did not write it' in capsys.readouterr().err
+  assert f'--json: {file} exists, and this command did not write it' in capsys.readouterr().err
   file.write_text('{"checkpoint": "x", "step": 3}')
   workdirs.refuse_other_file(str(file), ('checkpoint', 'step'), 'json')
 

@@ -8,12 +8,13 @@ import sys
 
 import jax.numpy as jnp
 
-from critkl_jax import checkpoint, runner
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from critkl_jax.records import TrainState
+from critkl_jax.runtime import checkpoint, loop
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 from experiments.flags import run
 
-INFO = checkpoint.CheckpointInfo(PRETRAIN_PRESETS['smoke'].model, 1, FINETUNE_PRESETS['smoke'])
+INFO = checkpoint.CheckpointInfo(PRETRAIN_PRESETS['smoke'].model, Addition(1), FINETUNE_PRESETS['smoke'])
 
 
 def main(workdir, steps, kilobytes, limit='0'):
@@ -26,7 +27,7 @@ def main(workdir, steps, kilobytes, limit='0'):
     moved = {'w': state.params['w'] * 1.01}
     return state.replace(params=moved, step=state.step + 1), {'loss': moved['w'][1], 'num_tokens': jnp.float32(1)}
 
-  state = runner.run(step, start, int(steps), INFO, workdir, 1)
+  state = loop.run(step, start, int(steps), INFO, workdir, 1)
   print('finished', int(state.step))
 
 

@@ -46,7 +46,7 @@ def test_finetune_evaluate_and_analyze(root):
   given = root / 'bucket' / 'given' / 'reference'
   flags = ('--preset=smoke', f'--reference={given}', '--eval_problems=2', '--workdir=gs://bucket/run')
   assert 'cannot be locked' in run(root, 'finetune', *flags, '--num_iterations=1')
-  assert 'Going on from step 1 of 2 in gs://bucket/run.' in run(root, 'finetune', *flags, '--num_iterations=2')
+  assert 'Resuming from step 1 of 2 in gs://bucket/run.' in run(root, 'finetune', *flags, '--num_iterations=2')
   home = root / 'bucket' / 'run'
   assert [json.loads(line)['step'] for line in (home / 'metrics.jsonl').read_text().splitlines()] == [1, 2]
   assert (home / 'curves.png').read_bytes().startswith(b'\x89PNG')

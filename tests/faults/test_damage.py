@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from checkpoints import SMOKE
 
-from critkl_jax import checkpoint
-from critkl_jax.gpt2 import GPT2
-from critkl_jax.pretrain_step import init_pretraining
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime import checkpoint
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training.pretrain_step import init_pretraining
 
-INFO = checkpoint.CheckpointInfo(SMOKE.model, SMOKE.known_digits, SMOKE)
+INFO = checkpoint.CheckpointInfo(SMOKE.model, Addition(SMOKE.addition.known_digits), SMOKE)
 STEP = 3
 
 
 @pytest.fixture(scope='module')
 def state():
   """Parameters and optimizer state that nothing but the checkpoint holds: no zeros, which would not be stored."""
-  shapes = jax.eval_shape(lambda: init_pretraining(GPT2(SMOKE.model), SMOKE))
+  shapes = jax.eval_shape(lambda: init_pretraining(gpt2(SMOKE.model), SMOKE))
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes).replace(
       ref_params=None, step=np.int32(STEP))

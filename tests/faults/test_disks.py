@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from critkl_jax import checkpoint
+from critkl_jax.runtime import checkpoint
 from experiments import flags
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_what_cannot_be_written_is_one_sentence():
       'error: No space left on device: a/b; the last whole checkpoint in a is step 3; free some space and give the '
       'same command again.')
   assert flags.sentence_of(PermissionError(errno.EACCES, 'Permission denied', 'c')) == (
-      'error: Permission denied: c; mend that and give the same command again.')
+      'error: Permission denied: c; fix that and give the same command again.')
 
 
 @pytest.mark.slow
@@ -87,5 +87,5 @@ def test_a_full_disk(disk):
     subprocess.run(['rm', '-r', disk / 'run' / 'checkpoints' / str(step)], check=True)
   code, out, _ = fill(disk / 'run', steps[-1] + 1, 500)
   assert code == 0
-  assert f'Going on from step {steps[-1]} ' in out
+  assert f'Resuming from step {steps[-1]} ' in out
   assert f'finished {steps[-1] + 1}' in out

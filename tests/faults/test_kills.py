@@ -13,8 +13,8 @@ import pytest
 from checkpoints import finetuned_workdir, write
 from processes import catches, finish, metrics, run, start
 
-from critkl_jax import checkpoint
-from critkl_jax.interruption import STOPPED
+from critkl_jax.runtime import checkpoint
+from critkl_jax.runtime.interruption import STOPPED
 
 pytestmark = pytest.mark.skipif(not pathlib.Path('/proc/self/status').is_file(), reason='asks Linux for handlers')
 SAVE_EVERY = 2
@@ -83,9 +83,7 @@ def saved(workdir):
 
 
 def is_writing(workdir, since):
-  with contextlib.suppress(FileNotFoundError):  # finished while it was looked at
-    return any(path.stat().st_mtime >= since for path in workdir.rglob('*orbax-checkpoint-tmp*'))
-  return False
+  return any(path.stat().st_mtime >= since for path in workdir.rglob('*orbax-checkpoint-tmp*'))
 
 
 def wait_for(moment, process, workdir, command, rng):
@@ -93,7 +91,13 @@ def wait_for(moment, process, workdir, command, rng):
   since, before = time.time(), lines(workdir)
   reached = {'any': lambda: True, 'in a write': lambda: is_writing(workdir, since),
              'in the steps': lambda: lines(workdir) != before}[moment]
-  while not (catches(process, signal.SIGTERM) and reached()) and process.poll() is None:
+
+  def is_there():
+    with contextlib.suppress(FileNotFoundError):  # files come and go while they are looked at
+      return catches(process, signal.SIGTERM) and reached()
+    return False
+
+  while not is_there() and process.poll() is None:
     time.sleep(0.001)
   time.sleep(rng.uniform(0, command.seconds if moment == 'any' else 0.1))
 

@@ -12,24 +12,28 @@ from letters import TOKENIZER, letter_task
 from processes import refused, run
 from tiers import slow_except
 
-from critkl_jax import checkpoint, finite, population, runner, sharding, train_step
 from critkl_jax import config as config_lib
-from critkl_jax.config import FinetuneConfig, GPT2Config
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.initial_state import Hyperparameters, init_finetuning
-from critkl_jax.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
-from critkl_jax.records import TrainState
+from critkl_jax import sharding
+from critkl_jax.models.gpt2 import GPT2Config, gpt2
+from critkl_jax.records import Experience, TrainState
+from critkl_jax.runtime import checkpoint, loop
+from critkl_jax.sampling import scoring
+from critkl_jax.tasks.addition.config import Addition
+from critkl_jax.training import finite, population, train_step
+from critkl_jax.training.config import FinetuneConfig
+from critkl_jax.training.initial_state import Hyperparameters, init_finetuning
+from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 CONFIG = FinetuneConfig(episodes=8, minibatches=2, learning_rate=1e-2)
-MODEL = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=1, num_heads=2, width=16))
+MODEL = gpt2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=8, num_layers=1, num_heads=2, width=16))
 KEY = jax.random.key(3)
 BAD = (np.nan, np.inf, -np.inf)
 
 
 @pytest.fixture(scope='module')
 def reference():
-  return init_params(MODEL, jax.random.key(0))
+  return MODEL.init(jax.random.key(0))
 
 
 def assert_same(one, two):
@@ -44,7 +48,36 @@ def small_update(terms, params, grads):
   optimizer = optax.adam(0.1)
   before = params, optimizer.init(params)
   updates, opt_state = optimizer.update(grads, before[1], params)
-  return before, finite.guarded(before, (optax.apply_updates(params, updates), opt_state), terms, grads)
+  return before, finite.guarded(before, lambda *_: (optax.apply_updates(params, updates), opt_state), terms, grads)
+
+
+@pytest.mark.parametrize('from_size', [0, 2**26])
+def test_an_update_in_place_is_the_update(standard_promotion, monkeypatch, from_size):
+  """It is computed for the check, for the parameters and for the optimizer's state; members of a population differ."""
+  monkeypatch.setattr(finite, 'IN_PLACE', from_size)
+  optimizer = optax.adam(0.1)
+
+  def update(before, grads):
+    updates, opt_state = optimizer.update(grads, before[1], before[0])
+    return optax.apply_updates(before[0], updates), opt_state
+
+  @jax.jit
+  @jax.vmap
+  def step(before, grads):
+    return finite.guarded(before, update, {}, grads)
+
+  params = {'a': jnp.arange(12.0).reshape(3, 2, 2), 'b': jnp.ones((3, 5))}
+  before = params, jax.vmap(optimizer.init)(params)
+  for i in range(3):
+    grads = jax.tree.map(lambda x, i=i: x / (i + 1.0) + 1.0, params)
+    bad = jax.tree.map(lambda x: x.at[1].set(jnp.nan), grads)
+    wanted = jax.jit(jax.vmap(update))(before, grads)
+    wanted = jax.tree.map(lambda new, old: new.at[1].set(old[1]), wanted, before)
+    before, number = step(before, bad)
+    assert np.asarray(number).astype(bool).tolist() == [False, True, False]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), before, wanted)
+  assert not np.array_equal(before[0]['a'][0], params['a'][0])
+  np.testing.assert_array_equal(before[0]['a'][1], params['a'][1])
 
 
 def sound():
@@ -88,7 +121,7 @@ def test_every_gradient_is_named_and_skips_the_update(name, value):
 @pytest.mark.parametrize('name', ['a', 'b/kernel'])
 def test_every_parameter_is_named_and_skips_the_update(name):
   terms, params, grads = sound()
-  kept, number = finite.guarded((params, ()), (spoiled(params, name, jnp.inf), ()), terms, grads)
+  kept, number = finite.guarded((params, ()), lambda *_: (spoiled(params, name, jnp.inf), ()), terms, grads)
   assert_same(kept[0], params)
   assert finite.term_of(number, params) == f'parameter {name}'
 
@@ -108,47 +141,51 @@ def test_members_skip_by_themselves():
 def iteration(advantage):
   """A rollout and what an update takes, and the update, compiled."""
   config = config_lib.replace(CONFIG, advantage=advantage)
-  state = init_finetuning(MODEL, config, init_params(MODEL, jax.random.key(0)))
+  state = init_finetuning(MODEL, config, MODEL.init(jax.random.key(0)))
   numbers = Hyperparameters.of(config)
-  _, rollout, rewards = train_step.collect(MODEL, letter_task(), config, state.params, KEY, 1.0)
-  ref_output = train_step.reference_pass(MODEL, config, state.ref_params, rollout)
-  batch = train_step.make_batch(MODEL, config, state, rollout, 1.0 + rewards, ref_output, numbers)
-  update = jax.jit(functools.partial(train_step.update, MODEL, config))
-  return update, state, rollout, ref_output, batch.replace(gate=jnp.ones(rollout.mask.shape)), numbers
+  setup = train_step.Setup.of(MODEL, letter_task(), config)
+  _, rollout, rewards = train_step.collect(setup, state.params, KEY, 1.0)
+  reference = train_step.reference_pass(setup, state.ref_params, rollout)
+  batch = train_step.make_batch(setup, state, rollout, 1.0 + rewards, reference, numbers)
+  update = jax.jit(functools.partial(train_step.update, setup))
+  return update, state, Experience(rollout, reference, batch.replace(weight=jnp.ones(rollout.mask.shape))), numbers
 
 
 @pytest.mark.parametrize('value', slow_except((np.nan,), BAD))
-@pytest.mark.parametrize('name', ['reference', 'log_probs', 'advantages', 'returns', 'values', 'gate'])
+@pytest.mark.parametrize('name', ['reference', 'log_probs', 'advantages', 'returns', 'values', 'weight'])
 def test_only_the_minibatch_with_the_fault_is_skipped(name, value):
-  update, state, rollout, ref_output, batch, numbers = iteration('gae')
+  update, state, experience, numbers = iteration('gae')
   if name == 'reference':
-    ref_output = ref_output.at[5, 0].set(value)
+    experience = experience.replace(reference=experience.reference.at[5, 0].set(value))
   else:
-    batch = batch.replace(**{name: getattr(batch, name).at[5, 0].set(value)})
-  after, metrics = update(state, rollout, ref_output, batch, KEY, numbers)
+    batch = experience.batch
+    experience = experience.replace(batch=batch.replace(**{name: getattr(batch, name).at[5, 0].set(value)}))
+  after, metrics = update(state, experience, KEY, numbers)
   assert metrics['skipped_updates'] == 1
-  assert finite.term_of(metrics['not_finite'], state.params) == finite.TERMS[name]
+  term = finite.TERMS['penalty_weight' if name == 'weight' else name]
+  assert finite.term_of(metrics['not_finite'], state.params) == term
   assert not finite.not_finite_in((after.params, after.opt_state))
   assert jnp.any(after.params['wte']['embedding'] != state.params['wte']['embedding'])
   assert after.opt_state.inner_state[1][0].count == 1
 
 
 def test_what_is_masked_may_be_anything():
-  update, state, rollout, ref_output, batch, numbers = iteration('gae')
-  masked = jnp.argwhere(~rollout.mask)
+  update, state, experience, numbers = iteration('gae')
+  batch, masked = experience.batch, jnp.argwhere(~experience.rollout.mask)
   assert masked.size
   b, t = masked[0]
-  clean = update(state, rollout, ref_output, batch, KEY, numbers)
+  clean = update(state, experience, KEY, numbers)
   batch = batch.replace(**{name: getattr(batch, name).at[b, t].set(jnp.nan)
-                           for name in ('log_probs', 'values', 'advantages', 'returns', 'gate')})
-  after, metrics = update(state, rollout, ref_output.at[b, t].set(jnp.nan), batch, KEY, numbers)
+                           for name in ('log_probs', 'values', 'advantages', 'returns', 'weight')})
+  reference = experience.reference.at[b, t].set(jnp.nan)
+  after, metrics = update(state, experience.replace(reference=reference, batch=batch), KEY, numbers)
   assert metrics['skipped_updates'] == 0
   assert_same(after.params, clean[0].params)
 
 
 def test_a_learning_rate_beyond_all_bounds_leaves_the_last_finite_parameters():
-  update, state, rollout, ref_output, batch, numbers = iteration('gae')
-  after, metrics = update(state, rollout, ref_output, batch, KEY, numbers.replace(learning_rate=jnp.float32(3e38)))
+  update, state, experience, numbers = iteration('gae')
+  after, metrics = update(state, experience, KEY, numbers.replace(learning_rate=jnp.float32(3e38)))
   assert metrics['skipped_updates'] >= 1
   assert not finite.not_finite_in((after.params, after.opt_state))
 
@@ -159,10 +196,11 @@ def test_a_gradient_that_is_not_finite_where_the_loss_is(monkeypatch):
     value, metrics = ppo_loss(logits, *rest)
     return value + jnp.sum(jnp.sqrt(0.0 * logits)), metrics
 
-  ppo_loss = train_step.ppo_loss
-  monkeypatch.setattr(train_step, 'ppo_loss', loss)
-  _, state, *rest, numbers = iteration('group_relative')
-  after, metrics = train_step.update(MODEL, CONFIG, state, *rest, KEY, numbers)
+  ppo_loss = scoring.ppo_loss
+  monkeypatch.setattr(scoring, 'ppo_loss', loss)
+  _, state, experience, numbers = iteration('group_relative')
+  setup = train_step.Setup.of(MODEL, letter_task(), CONFIG)
+  after, metrics = train_step.update(setup, state, experience, KEY, numbers)
   assert finite.term_of(metrics['not_finite'], state.params).startswith('gradient of ')
   assert metrics['skipped_updates'] == 2
   assert jnp.isfinite(metrics['loss'])
@@ -224,7 +262,7 @@ def test_all_devices_of_a_mesh_decide_alike(reference):
 
 
 INFO = checkpoint.CheckpointInfo(
-    model=PRETRAIN_PRESETS['smoke'].model, known_digits=1, training=FINETUNE_PRESETS['smoke'])
+    model=PRETRAIN_PRESETS['smoke'].model, task=Addition(1), training=FINETUNE_PRESETS['smoke'])
 UPDATES, PATIENCE = INFO.training.num_updates, INFO.training.max_skipped
 
 
@@ -243,7 +281,7 @@ def skipping(bad):
 
 def run_of(workdir, bad, num_steps=8, save_every=2):
   state = TrainState(params={'w': jnp.zeros(2)}, opt_state={'m': jnp.ones(2)}, step=jnp.int32(0))
-  return runner.run(skipping(bad), state, num_steps, INFO, workdir, save_every, track=lambda *_: ())
+  return loop.run(skipping(bad), state, num_steps, INFO, workdir, save_every, track=lambda *_: ())
 
 
 def saved(workdir):
@@ -256,7 +294,7 @@ def test_a_run_goes_on_after_some_steps_without_an_update(tmp_path, caplog):
   state = run_of(tmp_path, bad=(2, 3, 5))
   assert state.step == 8
   assert state.params['w'][0] == 5
-  rows = runner.read_metrics(tmp_path / 'metrics.jsonl')
+  rows = loop.read_metrics(tmp_path / 'metrics.jsonl')
   assert [row['skipped_updates'] for row in rows] == [0, UPDATES, UPDATES, 0, UPDATES, 0, 0, 0]
   assert all('not_finite' not in row for row in rows)
   warnings = [record.getMessage() for record in caplog.records if 'not finite' in record.getMessage()]
@@ -284,7 +322,7 @@ def test_a_run_whose_last_step_makes_no_update_fails(tmp_path):
 
 def test_a_population_stops_when_no_member_makes_an_update(tmp_path):
   configs = population.product(INFO.training, seed=(0, 1))
-  infos = {name: checkpoint.CheckpointInfo(INFO.model, 1, config)
+  infos = {name: checkpoint.CheckpointInfo(INFO.model, Addition(1), config)
            for name, config in zip(population.names(configs), configs)}
 
   def run_population(workdir, bad):
@@ -296,7 +334,7 @@ def test_a_population_stops_when_no_member_makes_an_update(tmp_path):
       return state.replace(params=moved, step=state.step + 1), metrics
 
     state = TrainState(params={'w': jnp.zeros((2, 3))}, opt_state={'m': jnp.ones((2, 3))}, step=jnp.int32(0))
-    return runner.run_population(step, state, 8, infos, workdir, 2, track=lambda *_: ())
+    return loop.run_population(step, state, 8, infos, workdir, 2, track=lambda *_: ())
 
   state = run_population(tmp_path / 'one', (99, 3))
   np.testing.assert_array_equal(state.params['w'][:, 0], [8, 2])
@@ -306,9 +344,9 @@ def test_a_population_stops_when_no_member_makes_an_update(tmp_path):
 
 
 def test_parameters_that_are_not_finite_are_not_read(tmp_path):
-  params = init_params(MODEL, jax.random.key(0))
+  params = MODEL.init(jax.random.key(0))
   params['ln_f']['scale'] = params['ln_f']['scale'].at[3].set(np.nan)
-  checkpoint.save_params(tmp_path, params, checkpoint.CheckpointInfo(MODEL.config, 1, INFO.training), 1)
+  checkpoint.save_params(tmp_path, params, checkpoint.CheckpointInfo(MODEL.config, Addition(1), INFO.training), 1)
   with pytest.raises(checkpoint.CheckpointError, match='params is not finite: ln_f/scale'):
     checkpoint.load_checkpoint(tmp_path)
 

@@ -12,7 +12,7 @@ import time
 import pytest
 from processes import finish, metrics, refused, run, start
 
-from critkl_jax import checkpoint, locks
+from critkl_jax.runtime import checkpoint, locks
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def test_a_folder_of_that_name_is_kept_and_refused(references, tmp_path, binary)
   (tmp_path / 'reference').mkdir()
   (tmp_path / 'reference' / 'notes.txt').write_text('mine')
   line = refused(binary, *finetune(references[0], tmp_path))
-  assert f'{tmp_path / "reference"} is there, and this run did not make it: it is kept.' in line
+  assert f'{tmp_path / "reference"} exists, and this run did not make it: it is kept.' in line
   assert contents(tmp_path) == {'reference/notes.txt': b'mine'}
 
 
@@ -105,7 +105,7 @@ def test_a_second_run_is_refused_while_the_first_lives(references, tmp_path):
 
 def test_both_hosts_end_where_the_first_one_is_refused(references, tmp_path):
   holder = subprocess.Popen(
-      [sys.executable, '-c', 'import sys; from critkl_jax import locks\nwith locks.hold(sys.argv[1]):\n'
+      [sys.executable, '-c', 'import sys; from critkl_jax.runtime import locks\nwith locks.hold(sys.argv[1]):\n'
        '  print(1, flush=True); sys.stdin.read()', str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   holder.stdout.readline()
   with socket.socket() as free:

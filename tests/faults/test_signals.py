@@ -12,7 +12,7 @@ import pytest
 from checkpoints import finetuned_workdir
 from processes import ROOT, catches, finish, run, start
 
-from critkl_jax.interruption import STOPPED
+from critkl_jax.runtime.interruption import STOPPED
 from experiments.__main__ import programs
 
 pytestmark = pytest.mark.skipif(not pathlib.Path('/proc/self/status').is_file(), reason='asks Linux for handlers')
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Runs a binary that stays where it calls a function for the n-th time, or has called it, until a signal comes.
 STAYS = '''
 import ctypes, importlib, runpy, sys
-from critkl_jax import interruption
+from critkl_jax.runtime import interruption
 
 def stay():
   print('stays', file=sys.stderr, flush=True)
@@ -110,12 +110,13 @@ def test_who_imports_the_binaries_keeps_their_own_handlers():
 BEFORE = 'before anything had to be saved'
 STAGES = {
     'reading flags': (signal.SIGINT, ('in', 1, 'experiments.flags:read_config'), BEFORE),
-    'saving the reference': (signal.SIGTERM, ('in', 1, 'critkl_jax.checkpoint:save'), BEFORE),
-    'before the step is compiled': (signal.SIGINT, ('in', 1, 'critkl_jax.train_step:make_train_step'), BEFORE),
-    'before the first step': (signal.SIGTERM, ('after', 1, 'critkl_jax.runner:resume'), BEFORE),
-    'saving a step': (signal.SIGINT, ('in', 2, 'critkl_jax.checkpoint:save'), 'of 2; step 1 is saved in'),
-    'saving the last step': (signal.SIGTERM, ('in', 3, 'critkl_jax.checkpoint:save'), 'of 2; step 2 is saved in'),
-    'before the last test': (signal.SIGINT, ('after', 1, 'critkl_jax.runner:run'), '; step 2 is saved in'),
+    'saving the reference': (signal.SIGTERM, ('in', 1, 'critkl_jax.runtime.checkpoint:save'), BEFORE),
+    'before the step is compiled': (signal.SIGINT, ('in', 1, 'critkl_jax.training.train_step:make_train_step'), BEFORE),
+    'before the first step': (signal.SIGTERM, ('after', 1, 'critkl_jax.runtime.loop:resume'), BEFORE),
+    'saving a step': (signal.SIGINT, ('in', 2, 'critkl_jax.runtime.checkpoint:save'), 'of 2; step 1 is saved in'),
+    'saving the last step': (signal.SIGTERM, ('in', 3, 'critkl_jax.runtime.checkpoint:save'),
+                             'of 2; step 2 is saved in'),
+    'before the last test': (signal.SIGINT, ('after', 1, 'critkl_jax.runtime.loop:run'), '; step 2 is saved in'),
     'drawing': (signal.SIGTERM, ('in', 1, 'critkl_jax.analysis.curves:plot_learning_curves'), '; step 2 is saved in'),
 }
 
@@ -136,14 +137,15 @@ def test_finetune_is_stopped_with_a_sentence(workdir, tmp_path, stage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('binary', 'flags', 'place'), [
-    ('pretrain', ('--preset=smoke', '--workdir={home}'), ('after', 1, 'critkl_jax.pretraining:pretrain')),
+    ('pretrain', ('--preset=smoke', '--workdir={home}'), ('after', 1, 'critkl_jax.runtime.pretraining:pretrain')),
     ('sweep', ('--preset=smoke', '--seeds=1', '--reference={workdir}/reference', '--eval_problems=2',
-               '--workdir={home}'), ('after', 1, 'critkl_jax.runner:run_population')),
-    ('reproduce', ('--preset=smoke', '--workdir={home}'), ('in', 2, 'critkl_jax.checkpoint:save')),
-    ('evaluate', ('--checkpoint={workdir}',), ('after', 1, 'critkl_jax.checkpoint:load_checkpoint')),
-    ('analyze', ('--checkpoints={workdir}', '--workdir={home}'), ('after', 1, 'critkl_jax.checkpoint:load_checkpoint')),
+               '--workdir={home}'), ('after', 1, 'critkl_jax.runtime.loop:run_population')),
+    ('reproduce', ('--preset=smoke', '--workdir={home}'), ('in', 2, 'critkl_jax.runtime.checkpoint:save')),
+    ('evaluate', ('--checkpoint={workdir}',), ('after', 1, 'critkl_jax.runtime.checkpoint:load_checkpoint')),
+    ('analyze', ('--checkpoints={workdir}', '--workdir={home}'),
+     ('after', 1, 'critkl_jax.runtime.checkpoint:load_checkpoint')),
     ('compare_checkpoints', ('{workdir}', '{workdir}/reference'),
-     ('after', 1, 'critkl_jax.checkpoint:load_checkpoint')),
+     ('after', 1, 'critkl_jax.runtime.checkpoint:load_checkpoint')),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_the_other_binaries_are_stopped_with_a_sentence(workdir, tmp_path, binary, flags, place):
   number = SIGNALS[len(binary) % 2]

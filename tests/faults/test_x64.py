@@ -9,7 +9,7 @@ import pytest
 from checkpoints import finetuned_workdir
 from processes import metrics, run
 
-from critkl_jax import checkpoint
+from critkl_jax.runtime import checkpoint
 from critkl_jax.tasks.addition import plus_task
 
 BINARIES = {

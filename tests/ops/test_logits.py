@@ -42,7 +42,7 @@ def ruled_out(x, rng):
   return x
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'fused'])
+@pytest.mark.parametrize('implementation', ['plain', 'fused'])
 @pytest.mark.parametrize('kind', LOGITS)
 @pytest.mark.parametrize('size', [(3, 47), (4, 50257)])
 def test_logits_against_float64(kind, implementation, size):
@@ -78,7 +78,7 @@ def test_values_and_gradients_of_low_precision_logits():
   assert_values(record, values)
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'fused'])
+@pytest.mark.parametrize('implementation', ['plain', 'fused'])
 @pytest.mark.parametrize('kind', ['negentropy', 'min_entropy', 'max_prob'])
 def test_certainty_and_weight_are_those_of_confidence(kind, implementation):
   rng = np.random.default_rng(2)

@@ -1,4 +1,4 @@
-"""The comparisons with float64 notice what they are there for: each of these breaks one line, and must be caught."""
+"""Mutation tests: each breaks one line of the operation, and the comparison with float64 must fail."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +10,9 @@ from critkl_jax.ops.weighted_kl import api, chunked, logits, statistics
 
 
 def assert_true(way):
-  """Holds values, gradients and weight of one way to float64, at a vocabulary that blocks do not fill."""
+  """Compares values, gradients and weight of one implementation with float64, at a vocabulary with a remainder."""
   arrays, cotangents = exact_problem((252, 507, 31), 3, 'apart')
-  # Not the compiled function, which may be from before something was broken.
+  # Not the cached jitted function, which may have been compiled before the mutation.
   (dhidden, dembedding), record = grads_and_record.__wrapped__(*arrays, cotangents, **WAYS[way])
   values, expected_hidden, expected_embedding = linear_truth(arrays, cotangents)
   assert_values(record, values)
@@ -22,18 +22,18 @@ def assert_true(way):
 
 
 def break_gradient(field):
-  """Returns gradients of logits that leave out one of the three terms."""
+  """Makes a gradient of the logits that lacks one of the three terms."""
   return lambda z, v, is_action, row, g: statistics.logit_gradients(
       z, v, is_action, row, g.replace(**{field: jnp.zeros_like(g.kl)}))
 
 
 def no_action(z, v, is_action, row, g):
-  """Gradients of logits in which the action is like any other token."""
+  """Computes gradients of the logits that ignore the action."""
   return statistics.logit_gradients(z, v, jnp.zeros_like(is_action), row, g)
 
 
 def no_mean(z, v, is_action, row, g):
-  """Gradients of logits that do not sum to 0 over the vocabulary."""
+  """Computes gradients of the logits that do not sum to 0 over the vocabulary."""
   return statistics.logit_gradients(z, v, is_action, row.replace(mean_t=jnp.zeros_like(row.mean_t)), g)
 
 

@@ -71,27 +71,27 @@ OPTIONS = {
 
 @pytest.mark.parametrize('option', slow_except(('all at once',), OPTIONS))
 def test_options_mean_what_they_mean_to_chunked(option, interpreted, monkeypatch):
-  monkeypatch.setattr(pallas_gpu, 'MEMORY_BUDGET', 4 * 128 * 70)  # blocks of 128, of which the last repeats columns
+  monkeypatch.setattr(pallas_gpu, 'MEMORY_BUDGET', 4 * 128 * 70)  # blocks of 128; the last one overlaps the one before
   arrays, cotangents = exact_problem(RAGGED, 1, 'apart')
   allowed = np.flatnonzero(OPTIONS[option]['bias'] > -np.inf)
-  arrays = (*arrays[:4], allowed[arrays[4] % len(allowed)])  # no policy draws what it rules out
+  arrays = (*arrays[:4], allowed[arrays[4] % len(allowed)])  # a policy never samples a token that it rules out
   found, expected = (grads_and_record(arrays, cotangents, way, **OPTIONS[option]) for way in ('pallas_gpu', 'chunked'))
-  assert_same(found, expected, 1e-4)  # ruled-out tokens count 1e4 nats, and rounding follows
+  assert_same(found, expected, 1e-4)  # ruled-out tokens add up to 1e4 nats, so rounding errors are larger
 
 
 @pytest.mark.slow
 def test_low_precision_is_no_worse_than_plain(interpreted):
-  """But for a tenth and, in gradients, for the rounding of those of the logits to bfloat16."""
+  """Errors are at most 1.1 times those of `plain`, plus, in gradients, bfloat16 rounding of the logits' gradient."""
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem(RAGGED, 3, 'apart')
   arrays = (*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding, ref_hidden, ref_embedding)), actions)
   values, *expected = linear_truth([*(np.asarray(x, np.float64) for x in arrays[:4]), actions], cotangents)
   errors = {}
-  for way in ('reference', 'pallas_gpu'):
+  for way in ('plain', 'pallas_gpu'):
     gradients, record = grads_and_record(arrays, cotangents, way)
     assert {x.dtype for x in gradients} == {jnp.dtype(jnp.bfloat16)}
     errors[way] = [error(record.kl, values['kl']), error(record.entropy, values['entropy']),
                    *(error(x.astype(jnp.float32), y) for x, y in zip(gradients, expected))]
-  for plain, fused, rounding in zip(errors['reference'], errors['pallas_gpu'], (1e-6, 1e-6, 2**-10, 2**-10)):
+  for plain, fused, rounding in zip(errors['plain'], errors['pallas_gpu'], (1e-6, 1e-6, 2**-10, 2**-10)):
     assert fused <= 1.1 * plain + rounding
 
 
@@ -125,23 +125,23 @@ def test_a_missing_mask_shows(mistake, interpreted, monkeypatch):
   arrays, cotangents = exact_problem(SMALL, 1, 'apart')
   _, record = grads_and_record(arrays, cotangents, 'pallas_gpu')
   entropy = linear_truth(arrays, cotangents)[0]['entropy']
-  assert not np.max(np.abs(record.entropy - entropy)) < 1e-2  # NaN is wrong, too
+  assert not np.max(np.abs(record.entropy - entropy)) < 1e-2  # NaN counts as wrong too
 
 
-# What is lowered for a GPU.
+# The program lowered for a GPU.
 
 
 H100 = AbstractDevice(*('NVIDIA H100 80GB HBM3', 132, 'gpu')[:len(dataclasses.fields(AbstractDevice))])
 
 
 def lowered(loss, *arrays, axis_sizes=(), axis_names=()):
-  """Returns the program for an H100, or a mesh of them, of the value and the gradients of a loss."""
+  """Lowers value and gradients of a loss for an H100 or a mesh of H100s."""
   mesh = AbstractMesh(axis_sizes, axis_names, (AxisType.Auto,) * len(axis_sizes), abstract_device=H100)
   unchecked = [jax.export.DisabledSafetyCheck.custom_call('__gpu$xla.gpu.triton')]
   shapes = [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)) for x in arrays]
   program = jax.export.export(
       jax.jit(jax.value_and_grad(loss, (0, 1))), platforms=['cuda'], disabled_checks=unchecked)
-  with jax.sharding.use_abstract_mesh(mesh):  # since jax 0.12 the kernels are lowered for a kind of GPU
+  with jax.sharding.use_abstract_mesh(mesh):  # since jax 0.12 kernels are lowered for a specific GPU
     return program(*shapes).mlir_module()
 
 
@@ -204,5 +204,5 @@ def test_no_warning_of_triton_stops_a_program():
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     assert 'weighted_kl_forward' in lowered(loss, *arrays)
-    with pytest.raises(DeprecationWarning, match='another'):  # others are not silenced
+    with pytest.raises(DeprecationWarning, match='another'):  # other warnings are not silenced
       warnings.warn('another', DeprecationWarning, stacklevel=1)

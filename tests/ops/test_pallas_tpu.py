@@ -27,14 +27,14 @@ OPTIONS = {
 
 
 def problem(size, dtype=np.float32, ref_width=None):
-  """Returns hidden states and embeddings of policy and reference, actions, and cotangents `[3, N]`."""
+  """Returns hidden states and embeddings of policy and reference, actions, and cotangents `[3, R]`."""
   num_tokens, vocab_size, width = size
   ref_width = ref_width or width
   rng = np.random.default_rng(0)
   shapes = (num_tokens, width), (vocab_size, width), (num_tokens, ref_width), (vocab_size, ref_width)
   arrays = [jnp.asarray(rng.normal(size=s) * f / s[1]**(f > 1 and 0.5), dtype) for s, f in zip(shapes, (3, 1, 3, 1))]
   actions = rng.integers(0, vocab_size, num_tokens)
-  actions -= actions % 5 == 1  # no policy draws what it rules out
+  actions -= actions % 5 == 1  # a policy never samples a token that it rules out
   return arrays, jnp.asarray(actions, jnp.int32), jnp.asarray(rng.normal(size=(3, num_tokens)), jnp.float32)
 
 
@@ -45,7 +45,7 @@ def biases(vocab_size):
 
 
 def outcome(size, option, implementation, dtype=np.float32, exact=False, ref_width=None):
-  """Returns the record and the gradients with respect to hidden states, embedding and bias, if any."""
+  """Computes the record and the gradients with respect to hidden states, embedding and, if any, bias."""
   arrays, actions, cotangents = problem(size, dtype, ref_width)
   arrays = [x.astype(jnp.float32) for x in arrays] if exact else arrays
   options = dict(OPTIONS[option])
@@ -92,7 +92,7 @@ def test_values_and_gradients(monkeypatch, capfd, size, option, blocks):
 
 
 def use_plain_interpreter(monkeypatch):
-  """Makes the kernels run in Pallas's generic interpreter; that for the TPU pads ragged outputs that are aliased."""
+  """Runs the kernels in Pallas's generic interpreter, because the TPU interpreter pads ragged aliased outputs."""
   for table, function in ((linear.FORWARD, pallas_tpu.forward), (linear.BACKWARD, pallas_tpu.backward)):
     monkeypatch.setitem(table, 'pallas_tpu', lambda plan, function=function: functools.partial(
         function, settings=plan.settings, interpret=True))
@@ -106,7 +106,7 @@ def test_several_calls_of_ragged_blocks(monkeypatch):
 
 @pytest.mark.slow
 def test_low_precision_rounds_the_gradient_of_the_logits_and_no_more(monkeypatch):
-  """Held to `chunked` with its products rounded alike, not to plain bfloat16, which on the CPU does not round them."""
+  """Compares with `chunked` with equally rounded products; plain bfloat16 does not round them on the CPU."""
   size = 40, 300, 40
   use_plain_interpreter(monkeypatch)
   cut(monkeypatch, Blocks(16, 128, 3))
@@ -129,7 +129,7 @@ def test_a_low_precision_embedding_is_rounded_once_a_call(monkeypatch):
   for end in (16, 32, 40):
     some = jax.tree.map(lambda x, end=end: jnp.where(np.arange(40)[:, None] < end, x, 0), cotangents)
     partial.append(embedding_gradient(monkeypatch, operands, row, some, Blocks(16, 128, 3)))
-  half_ulp = 2.0**-9 * (1 + 2.0**-7)  # of bfloat16; what was rounded is itself known to 2^-9
+  half_ulp = 2.0**-9 * (1 + 2.0**-7)  # of bfloat16; the unrounded value is itself known to 2^-9
   assert 0 < np.abs(one - three).max() <= half_ulp * (sum(np.abs(x).max() for x in partial) + np.abs(one).max())
 
 
@@ -186,14 +186,14 @@ def test_members_and_temperatures_are_vmapped(monkeypatch):
   assert_close(found, expected)
 
 
-# What the tests above would notice.
+# Mutations that the tests above must detect.
 
 
 @pytest.mark.parametrize('broken', ['vocabulary tail', 'rows of factors'])
 @pytest.mark.slow
 def test_without_its_masks_it_is_wrong(monkeypatch, broken):
   use_plain_interpreter(monkeypatch)
-  cut(monkeypatch, Blocks(16, 128, 3))  # and no soft cap, which turns NaN into -inf
+  cut(monkeypatch, Blocks(16, 128, 3))  # without a soft cap, which would turn NaN into -inf
   if broken == 'vocabulary tail':
     columns = pallas_tpu._columns
     monkeypatch.setattr(pallas_tpu, '_columns', lambda *args: (columns(*args)[0], None))
@@ -203,7 +203,7 @@ def test_without_its_masks_it_is_wrong(monkeypatch, broken):
     assert_close(outcome((40, 300, 40), 'plain', 'pallas_tpu'), outcome((40, 300, 40), 'plain', 'chunked'))
 
 
-# Which program it is.
+# The lowered program.
 
 
 def gradients_of(**options):

@@ -1,4 +1,4 @@
-"""Actions outside the vocabulary: NaN where the mask counts the token, nothing where it does not, in every way."""
+"""Actions outside the vocabulary give NaN where the mask is true and nothing elsewhere, in every implementation."""
 
 import functools
 
@@ -11,10 +11,11 @@ from tiers import slow_except
 from truth import WAYS, combined, exact_problem
 
 from critkl_jax import linear_weighted_kl, linear_weighted_kl_loss, token_kl, weighted_kl
-from critkl_jax.losses import action_log_probs, masked_mean
 from critkl_jax.ops.weighted_kl import linear, pallas_gpu, pallas_tpu
+from critkl_jax.rl.aggregation import masked_mean
+from critkl_jax.rl.losses import action_log_probs
 
-SIZE = 6, 300, 5  # blocks of 128 and 64 leave a rest
+SIZE = 6, 300, 5  # not a multiple of blocks of 128 and 64
 PADDING = 301  # inside the last block, beyond the vocabulary
 UNKNOWN = (300, PADDING, -1, -100, 2**31 - 1)
 KERNELS = {'pallas_tpu': pallas_tpu, 'pallas_gpu': pallas_gpu}
@@ -23,7 +24,7 @@ BAD = 2  # the token whose action is unknown
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Makes both kernels run in Pallas's generic interpreter."""
+  """Runs both kernels in Pallas's generic interpreter."""
   for name, kernel in KERNELS.items():
     for table, function in ((linear.FORWARD, kernel.forward), (linear.BACKWARD, kernel.backward)):
       monkeypatch.setitem(table, name, lambda plan, function=function: functools.partial(
@@ -59,7 +60,7 @@ def test_unknown_actions(way, interpreted):
     (dhidden, dembedding), record = run(wrong, everything)
     assert np.isnan([record.log_prob[BAD], record.ref_log_prob[BAD]]).all(), unknown
     for name in ('log_prob', 'ref_log_prob', 'entropy', 'kl', 'certainty', 'weight'):
-      same = others if 'log_prob' in name else everything  # entropy and KL do not ask for the action
+      same = others if 'log_prob' in name else everything  # entropy and KL do not depend on the action
       np.testing.assert_array_equal(getattr(record, name)[same], getattr(right[1], name)[same])
     assert np.isnan(dhidden[BAD]).all()
     np.testing.assert_array_equal(dhidden[others], right[0][0][others])
@@ -146,7 +147,7 @@ def test_log_probabilities_of_unknown_actions(dtype):
       action_log_probs(np.where(mask[:, None], logits, np.nan), actions, mask)[mask],
       jax.nn.log_softmax(logits)[[0, 1, 3], [1, 2, 6]])
 
-  def loss(logits, mask=None, after=None):  # a ratio of importance: NaN times 0 is NaN, so its mask has to come before
+  def loss(logits, mask=None, after=None):  # importance ratio: NaN * 0 is NaN, so it is masked first
     ratio = jnp.exp(action_log_probs(logits, actions, mask))
     return jnp.sum(ratio if after is None else jnp.where(after, ratio, 0.0))
 

@@ -1,4 +1,4 @@
-"""The fused weighted KL against float64 NumPy: values, gradients, masks, ragged sizes, and what it must not do."""
+"""The fused weighted KL against float64 NumPy: values, gradients, masks, ragged sizes, and memory."""
 
 import functools
 
@@ -52,18 +52,18 @@ def test_no_tokens(way):
 
 @pytest.mark.parametrize('way', slow_except(('chunked, small tiles',), WAYS))
 def test_low_precision_is_no_worse_than_plain(way):
-  """The rule of ml-cross-entropy: no further from float64 than plain bfloat16, but for a tenth."""
+  """The criterion of ml-cross-entropy: errors against float64 are at most 1.1 times those of plain bfloat16."""
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((252, 507, 123), 3, 'apart')
   arrays = (*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, embedding, ref_hidden, ref_embedding)), actions)
   expected = linear_truth([*(np.asarray(x, np.float64) for x in arrays[:4]), actions], cotangents)
   errors = {}
-  for name in ('reference', way):
+  for name in ('plain', way):
     (dhidden, dembedding), record = grads_and_record(*arrays, cotangents, **WAYS[name])
     assert dhidden.dtype == dembedding.dtype == jnp.bfloat16
     assert record.kl.dtype == jnp.float32
     errors[name] = [error(record.kl, expected[0]['kl']), error(record.entropy, expected[0]['entropy']),
                     *(error(x.astype(jnp.float32), y) for x, y in zip((dhidden, dembedding), expected[1:]))]
-  for plain, fused in zip(errors['reference'], errors[way]):
+  for plain, fused in zip(errors['plain'], errors[way]):
     assert fused <= 1.1 * plain + 1e-6
 
 
@@ -87,7 +87,7 @@ OPTIONS |= {
 def test_options_mean_the_same_everywhere(option, budget):
   (hidden, embedding, ref_hidden, ref_embedding, actions), cotangents = exact_problem((100, 300, 31), 1, 'apart')
   options = OPTIONS[option]
-  allowed = np.flatnonzero(options.get('bias', np.zeros(300)) > -np.inf)  # no policy draws what it rules out
+  allowed = np.flatnonzero(options.get('bias', np.zeros(300)) > -np.inf)  # a policy never samples ruled-out tokens
   actions = allowed[actions % len(allowed)]
 
   def logits(side, bias):
@@ -102,7 +102,7 @@ def test_options_mean_the_same_everywhere(option, budget):
     z = logits((hidden, embedding), options.get('bias'))
     v = logits((ref_hidden, ref_embedding), options.get('ref_bias'))
     return combined(weighted_kl(
-        z, v, actions, exponent=9.0, implementation='reference',
+        z, v, actions, exponent=9.0, implementation='plain',
         **{k: x for k, x in options.items() if 'temperature' in k}), cotangents)
 
   def fused(hidden, embedding):
@@ -110,7 +110,7 @@ def test_options_mean_the_same_everywhere(option, budget):
                                        implementation='chunked', memory_budget=budget, **options), cotangents)
 
   for one, two in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, embedding)) for f in (plain, fused))):
-    assert error(one, two, 1e-12 if one.ndim else 10.0) <= TOLERANCE  # the loss is a sum of 100 losses of either sign
+    assert error(one, two, 1e-12 if one.ndim else 10.0) <= TOLERANCE  # the loss sums 100 losses of both signs
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -226,10 +226,10 @@ def test_nothing_flows_to_reference_certainty_and_weight(way):
     np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
-# The loss of each token in one pass.
+# Per-token losses in one pass.
 
 
-@pytest.mark.parametrize('way', slow_except(('chunked', 'chunked, small tiles'), WAYS))
+@pytest.mark.parametrize('way', slow_except(('chunked, small tiles',), WAYS))
 @pytest.mark.parametrize('masked', slow_except((True,), (False, True)))
 def test_the_summed_loss_is_the_sum_of_the_losses(way, masked):
   (hidden, embedding, ref_hidden, ref_embedding, actions), _ = exact_problem((252, 507, 123), 1, 'apart')
@@ -277,7 +277,7 @@ def test_one_pass_in_low_precision():
 
   for budget in (2**26, 8 * 507 * 100):
     assert pick_held(252, 507, budget) is not None
-    for one, two in zip(gradients('chunked', memory_budget=budget), gradients('reference')):
+    for one, two in zip(gradients('chunked', memory_budget=budget), gradients('plain')):
       assert one.dtype == jnp.bfloat16
       assert error(one.astype(jnp.float32), two.astype(jnp.float32)) <= 2**-7
 
@@ -335,7 +335,7 @@ def test_a_vocabulary_over_four_devices(way):
     assert error(found[1], expected_embedding) <= TOLERANCE
 
 
-# What is refused, and what is chosen.
+# Errors, and the default implementation.
 
 
 def test_bad_arguments_are_named():
@@ -378,9 +378,25 @@ def test_chunked_never_holds_all_logits():
     loss = lambda *x: jnp.sum(linear_weighted_kl(*x, exponent=2.0, **options).kl)
     return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, actions).compile()
 
-  plain = compiled(implementation='reference')
+  plain = compiled(implementation='plain')
   assert f'f32[{num_tokens},{vocab_size}]' in plain.as_text()
   for budget in (8 * 128 * num_tokens, 8 * 128 * 64):
     program = compiled(implementation='chunked', memory_budget=budget)
     assert f'[{num_tokens},{vocab_size}]' not in program.as_text()
     assert program.memory_analysis().temp_size_in_bytes < plain.memory_analysis().temp_size_in_bytes / 4
+
+
+@pytest.mark.parametrize('implementation', ['plain', 'fused', 'chunked', 'partitioned'])
+def test_no_gradient_flows_into_values_that_the_loss_closes_over(implementation):
+  keys = jax.random.split(jax.random.key(0), 5)
+  hidden, ref_hidden = (jax.random.normal(key, (40, 4)) for key in keys[:2])
+  embedding, ref_embedding = (jax.random.normal(key, (2000, 4)) for key in keys[2:4])
+  actions = jax.random.randint(keys[4], (40,), 0, 2000)
+
+  def loss(coefficient, hidden):
+    return linear_weighted_kl_loss(lambda record: coefficient * record.kl, hidden, embedding, ref_hidden, ref_embedding,
+                                   actions, exponent=1.0, implementation=implementation)[0]
+
+  of_coefficient, of_hidden = jax.jit(jax.grad(loss, (0, 1)))(2.0, hidden)
+  assert of_coefficient == 0
+  assert np.any(of_hidden)

@@ -1,4 +1,4 @@
-"""What the weighted KL is, in float64 NumPy, and how far an implementation is from it."""
+"""The weighted KL in float64 NumPy, and the errors of implementations against it."""
 
 import functools
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-5  # of float32 against float64, relative to the largest entry
 
 
 def truth(z, v, actions, cotangents, v_sure=None):
-  """Returns values and the gradient with respect to z, in float64; ruled-out tokens as the docstrings say."""
+  """Computes values and the gradient with respect to z in float64; ruled-out tokens as in `statistics`."""
   z, v = np.asarray(z, np.float64), np.asarray(v, np.float64)
   v_sure = v if v_sure is None else np.asarray(v_sure, np.float64)
   log_p, log_q, log_s = map(log_softmax, (z, v, v_sure))
@@ -45,7 +45,7 @@ def error(found, expected, unit=1e-12):
 
 
 def assert_values(record, values, tolerance=TOLERANCE):
-  """Holds a record to float64: the divergence relative to itself however small, the rest relative to a nat or more."""
+  """Compares a record with float64: the KL by its relative error however small it is, other fields in nats."""
   for name, value in values.items():
     assert error(getattr(record, name), value, 1e-12 if name == 'kl' else 1.0) <= tolerance, name
 
@@ -55,7 +55,7 @@ def combined(record, cotangents):
 
 
 def exact_problem(size, scale, kind, seed=0):
-  """Returns operands whose logits are exact in float32, so that what is measured is not the rounding of a product."""
+  """Makes operands whose logits are exact in float32, so that errors exclude the rounding of matrix products."""
   num_tokens, vocab_size, width = size
   rng = np.random.default_rng(seed)
   grid = lambda x, step: (np.round(x / step) * step).astype(np.float32)
@@ -81,7 +81,7 @@ def linear_truth(arrays, cotangents):
 
 
 WAYS = {
-    'reference': {'implementation': 'reference'},
+    'plain': {'implementation': 'plain'},
     'fused': {'implementation': 'fused'},
     'chunked': {'implementation': 'chunked'},
     'chunked, small blocks': {'implementation': 'chunked', 'memory_budget': 8 * 128 * 252},

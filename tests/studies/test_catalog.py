@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 
-from critkl_jax.presets import FINETUNE_PRESETS
 from critkl_jax.studies import catalog, references
 from critkl_jax.studies.records import run_name
 from critkl_jax.tasks.addition import plus_task
+from critkl_jax.training.presets import FINETUNE_PRESETS
 
 STUDIES = list(catalog.STUDIES.values())
 
@@ -19,7 +19,7 @@ def test_arms_are_configs_and_contrasts_are_of_arms(study):
              for i, arm in enumerate(study.arms, start=1)]
     assert len(set(names)) == len(names)
     for arm in study.arms:
-      references.pretrain_config(preset, arm.pretraining)  # which checks itself
+      references.pretrain_config(preset, arm.pretraining)  # raises if the change is invalid
   for pair in study.contrasts:
     assert set(pair) <= set(labels)
     assert pair[0] != pair[1]
@@ -39,7 +39,7 @@ def test_studies_share_their_runs():
   core = [catalog.STUDIES[name] for name in catalog.CORE]
   names = [run_name(catalog.arm_config(base, arm, seed, 0.9), base)
            for study in core for arm in study.arms for seed in range(8)]
-  assert len(set(names)) == 128 < len(names)  # and 8 whose coefficient follows from others
+  assert len(set(names)) == 128 < len(names)  # and 8 whose coefficient depends on other runs
 
 
 def test_exponents_are_those_of_the_issue():
@@ -79,7 +79,7 @@ def test_at_any_preset_references_differ_and_have_room(preset):
     assert all(one != two for one, two in itertools.combinations(
         [config for condition, config in configs.items() if 'rate' not in condition], 2))
     for config in configs.values():
-      task = plus_task(config.known_digits, 1)
+      task = plus_task(config.addition.known_digits, 1)
       assert task.prompt_length + task.response_length <= config.model.context_length
     labels = {arm.label for arm in suited.arms}
     assert suited.contrasts == tuple(pair for pair in study.contrasts if set(pair) <= labels)
@@ -96,7 +96,7 @@ def test_names_of_references():
   for one, two in itertools.combinations(({}, {'width': 64}, {'known_digits': 3}, {'known_digits': 4}), 2):
     assert catalog.reference_name(one) != catalog.reference_name(two)
   for name, changes in catalog.all_references().items():
-    assert references.pretrain_config('tiny', changes).known_digits == changes.get('known_digits', 5)
+    assert references.pretrain_config('tiny', changes).addition.known_digits == changes.get('known_digits', 5)
     assert catalog.reference_name(changes) == name
   for study in STUDIES:
     for arm in study.arms:

@@ -1,4 +1,4 @@
-"""Climbs over records that were made up."""
+"""Tests climbs on made-up records."""
 
 import json
 import shutil
@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from checkpoints import SMOKE, noisy, write
 
-from critkl_jax import checkpoint
-from critkl_jax.checkpoint import CheckpointError
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.models.gpt2 import gpt2
+from critkl_jax.runtime import checkpoint
+from critkl_jax.runtime.checkpoint import CheckpointError
 from critkl_jax.studies import catalog, ladder, ladder_page
-from critkl_jax.studies.advance import record_path, run_path
 from critkl_jax.studies.files import interval_text
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, run_name, write_record
 from critkl_jax.studies.references import references_path
+from critkl_jax.studies.study_runs import record_path, run_path
+from critkl_jax.training.presets import FINETUNE_PRESETS
 
 BASE = FINETUNE_PRESETS['smoke']
 STUDY = catalog.STUDIES['ladder']
@@ -30,7 +30,7 @@ def plan(tmp_path):
 
 
 def finish(plan, arm, seed, accuracy):
-  """Gives the next run of a climb a record."""
+  """Writes a record for the next run of a climb."""
   *below, (config, record) = ladder.climb(plan, STUDY, arm, seed)
   assert record is None
   rewards = np.arange(100) < 100 * accuracy
@@ -43,7 +43,7 @@ def finish(plan, arm, seed, accuracy):
 
 
 def keep_params(plan, record):
-  params = noisy(init_params(GPT2(SMOKE.model), jax.random.key(0)), 0.1)
+  params = noisy(gpt2(SMOKE.model).init(jax.random.key(0)), 0.1)
   write(run_path(plan.workdir, record.name) / 'checkpoints', params, 2, training=record.config, known_digits=1)
   return params
 
@@ -93,7 +93,7 @@ def test_a_rung_is_tried_again_as_long_as_it_helps(plan):
   assert references()[5:] == ['rung=3-try=1', 'rung=3-try=2']
   ladder.promote(plan, STUDY, 'ladder-standard-seed=0-rung=3-try=2')
   home = references_path(plan.workdir, 'ladder-standard-seed=0-rung=3-try=2') / 'reference'
-  assert checkpoint.load_checkpoint(home).info.known_digits == 3  # as before: the rung was not reached
+  assert checkpoint.load_checkpoint(home).info.task.known_digits == 3  # unchanged: the rung was not reached
   finish(plan, STANDARD, 0, 0.34)
   assert len(references()) == 7  # a gain of less than five points
   assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known_digits == 2
@@ -101,14 +101,14 @@ def test_a_rung_is_tried_again_as_long_as_it_helps(plan):
 
 def test_a_result_becomes_a_reference_that_knows_more(plan):
   record = finish(plan, PRIORITIZED, 0, 0.9)
-  ladder.promote(plan, STUDY, '')  # no rung's
+  ladder.promote(plan, STUDY, '')  # not a rung's reference
   with pytest.raises(CheckpointError, match='the parameters of a run are gone'):
     ladder.promote(plan, STUDY, 'ladder-prioritized-seed=0-rung=1')
   params = keep_params(plan, record)
   for _ in range(2):  # the second time it is there
     ladder.promote(plan, STUDY, 'ladder-prioritized-seed=0-rung=1')
   found = checkpoint.load_checkpoint(references_path(plan.workdir, 'ladder-prioritized-seed=0-rung=1') / 'reference')
-  assert found.info.known_digits == 2
+  assert found.info.task.known_digits == 2
   np.testing.assert_array_equal(found.params['wte']['embedding'], params['wte']['embedding'])
 
 
@@ -121,17 +121,17 @@ def test_results_and_page(plan):
   kept = {ladder.climb(plan, STUDY, PRIORITIZED, 1)[0][1].name: [
       {'digits': 1, 'accuracy': 0.75, 'num_problems': 8}, {'digits': 2, 'accuracy': 0.0, 'num_problems': 8}]}
   found = ladder.ladder_results(plan, STUDY, kept)
-  assert found['num_missing'] == 3  # one of the prioritized goes on, and those without a penalty are not begun
+  assert found['num_missing'] == 3  # one prioritized climb continues; those without a penalty have not begun
   assert found['arms']['prioritized']['reached'][0] == pytest.approx((3 + 2) / 2)
   assert found['arms']['standard']['reached'][0] == 1
   assert found['arms']['prioritized']['retained'][0] == 0.75
   assert found['arms']['standard']['retained'] is None
   (row,) = found['contrasts']
   assert (row['arm'], row['against'], row['difference'][0]) == ('prioritized', 'standard', 1.5)
-  (rung,) = row['rungs']  # of the second one the standard climbs know nothing
+  (rung,) = row['rungs']  # standard climbs did not try the second rung
   assert (rung['digits'], rung['seeds']) == (2, [0, 1])
   assert rung['difference'][0] == pytest.approx(0.88)
-  assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few to say
+  assert ladder_page.ladder_verdict(row).startswith(  # two pairs are too few
       '**prioritized** is not shown to climb higher than **standard**: +1.50 digits, 2 pairs; on 2 digits, ')
   assert ladder_page.ladder_verdict(row | {'difference': (1.5, 0.5, 2.5)}) == (
       '**prioritized** climbs higher than **standard**: +1.50 [+0.50, +2.50] digits, 2 pairs; on 2 digits, the most '

@@ -2,31 +2,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from passes import logits
 
-from critkl_jax import GPT2, population
-from critkl_jax.evaluate import draw_problems
-from critkl_jax.gpt2 import GPT2Config
+from critkl_jax import gpt2
+from critkl_jax.models.gpt2 import GPT2Config
 from critkl_jax.studies import measures
 from critkl_jax.tasks.addition import plus_task
-from critkl_jax.tasks.text import TOKENIZER
+from critkl_jax.tasks.addition.problem_sets import draw_problems
+from critkl_jax.tasks.addition.text import TOKENIZER
+from critkl_jax.training import population
 
 N = 2
-MODEL = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=384, num_layers=1, num_heads=2, width=16))
+MODEL = gpt2(GPT2Config(vocab_size=TOKENIZER.vocab_size, context_length=384, num_layers=1, num_heads=2, width=16))
 
 
 def init(seed):
-  return MODEL.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))['params']
+  return MODEL.init(jax.random.key(seed))
 
 
 def right_probabilities(params, problems, task, temperature=1.0):
-  """Returns the probability of each token of the right solutions, of a pass over the whole of them."""
+  """Returns the probability of each token of the right solutions, from a pass over whole solutions."""
   prompts, solutions = jax.jit(lambda x: (jax.vmap(task.prompt)(x), jax.vmap(task.solution)(x)))(problems)
-  logits_of = jax.jit(lambda text: MODEL.apply({'params': params}, text[None]).logits[0] / temperature)
+  logits_of = jax.jit(lambda text: logits(MODEL, params, text[None])[0] / temperature)
   found = []
   for i in range(len(solutions.tokens)):
     text = np.concatenate([prompts.tokens[i][prompts.mask[i]], solutions.tokens[i][solutions.mask[i]]])
-    logits = logits_of(np.pad(text, (0, MODEL.config.context_length - len(text))))  # padding is seen by none before it
-    of_next = jax.nn.softmax(logits)[jnp.arange(len(text) - 1), text[1:]]
+    said = logits_of(np.pad(text, (0, MODEL.config.context_length - len(text))))  # causal: padding is not seen
+    of_next = jax.nn.softmax(said)[jnp.arange(len(text) - 1), text[1:]]
     own = np.full(solutions.tokens.shape[1], np.nan)
     own[np.asarray(solutions.mask[i])] = of_next[int(prompts.mask[i].sum()) - 1:]
     found.append(own)
@@ -36,7 +38,7 @@ def right_probabilities(params, problems, task, temperature=1.0):
 @pytest.mark.slow
 def test_the_test_reads_the_right_tokens_at_critical_ones():
   task, several = plus_task(N, 1), [init(seed) for seed in (0, 1)]
-  test = measures.make_test(MODEL, N, 1, 6, population.members_mesh(1), temperature=2.0, batch_size=4)
+  test = measures.make_members_test(MODEL, N, 1, 6, population.members_mesh(1), temperature=2.0, batch_size=4)
   found = test(jax.tree.map(lambda *x: jnp.stack(x), *several), several[0])
   problem_key, _ = jax.random.split(jax.random.key(measures.SEED))
   problems = draw_problems(jax.random.fold_in(problem_key, N + 1), 6, 'plus', N + 1, N, N + 1)

@@ -1,4 +1,4 @@
-"""Pictures of studies, from made up results: what they show, and in which colours."""
+"""Tests the content and colours of studies' pictures on made-up results."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ BLUE, ORANGE, GREY = PENALTIES['prioritized'], PENALTIES['standard'], PENALTIES[
 
 
 def made_up(study, compares=True):
-  """Returns results in which the figure of the number i of an arm's place is i / 10."""
+  """Makes results in which every metric of arm number i is i / 10."""
   arms = {arm.label: {'reference': '', 'compares_with_reference': compares, 'figures': {
       name: {'iqm': (i / 10, i / 10 - 0.05, i / 10 + 0.05)} for name in FIGURES}} for i, arm in enumerate(study.arms)}
   runs = [{'arm': label, **{name: own['figures'][name]['iqm'][0] for name in FIGURES}} for label, own in arms.items()]
   known = {'known_digits': 5, **dict.fromkeys(('greedy', 'greedy_known', 'critical_probability'), (0.5, 0.4, 0.6))}
-  return {'question': study.question, 'judged': study.judged, 'extra_digits': 1, 'arms': arms, 'runs': runs,
+  return {'question': study.question, 'primary_metrics': study.primary_metrics, 'extra_digits': 1, 'arms': arms,
+          'runs': runs,
           'references': {'': known}}
 
 
@@ -55,7 +56,7 @@ def test_an_arm_is_its_dots_interval_and_reference_in_its_penaltys_colour(figure
   assert (list(reference.get_xdata()), reference.get_color()) == ([0.5], REFERENCE)
   strokes = [[sum(line.get_color() == REFERENCE for line in axis.get_lines()) for axis in figure.axes]
              for figure in figures]
-  assert strokes == [[3, 0, 3, 3], [3, 0, 3, 0]]  # of greedy answers alone, where the others do not compare
+  assert strokes == [[3, 0, 3, 3], [3, 0, 3, 0]]  # only greedy answers are comparable there
 
 
 def test_every_study_has_the_penalties_colours():

@@ -1,4 +1,4 @@
-"""What pages say of references, from made up figures."""
+"""Tests the sections on references on made-up results."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_certainty_stands_above_the_papers(tmp_path):
                                   'detector': detector, 'error_correlation': (np.nan, np.nan, np.nan)}}}
   none = one | {'known_digits': 3, 'critical_tokens': 0, 'first_wrong': None, 'kinds': {'negentropy': {
       'gap': None, 'gap_deviation': None, 'lowest_other': 0.1, 'detector': {'auroc': None}}}}
-  files.write_json(tmp_path / 'a' / 'b.json', {'': one, 'known_digits=3': none})  # as they are kept
+  files.write_json(tmp_path / 'a' / 'b.json', {'': one, 'known_digits=3': none})  # as stored
   kept = json.loads((tmp_path / 'a' / 'b.json').read_text())
   assert kept['']['kinds']['negentropy']['error_correlation'] == [None] * 3
   found = cells(references_page.certainty_lines(kept, 1))

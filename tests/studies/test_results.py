@@ -1,4 +1,4 @@
-"""Studies over records that were made up: what they say must be what was put in."""
+"""Tests that studies recover the results that were put into made-up records."""
 
 import json
 import math
@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from checkpoints import SMOKE, write
 
-from critkl_jax.gpt2 import GPT2, init_params
-from critkl_jax.presets import FINETUNE_PRESETS
+from critkl_jax.models.gpt2 import gpt2
 from critkl_jax.studies import catalog, page, results
-from critkl_jax.studies.advance import next_group, record_path
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, RecordError, read_record, run_name, write_record
+from critkl_jax.studies.study_runs import next_group, record_path
+from critkl_jax.training.presets import FINETUNE_PRESETS
 
 BASE = FINETUNE_PRESETS['smoke']
 STUDY = catalog.STUDIES['matched_weight']
@@ -59,11 +59,11 @@ def test_what_is_missing_and_what_follows_from_it(plan):
   assert plan.number_missing(STUDY) == 40
   assert [run_name(c, BASE) for c in plan.missing([STUDY])][:4] == ['seed=0', 'kl=standard-seed=0', 'kl=none-seed=0',
                                                                    'seed=1']
-  assert len(plan.missing([STUDY])) == 24  # the matched ones are not known yet
+  assert len(plan.missing([STUDY])) == 24  # configs of matched arms are not known yet
   make(plan, 'prioritized', [0], greedy=0.75, sampled=0.75)
   assert 'kl=standard-kl_coefficient=0.4-seed=0' in [run_name(c, BASE) for c in plan.missing([STUDY])]  # 0.5 x 0.8
   assert plan.number_missing(STUDY) == 39
-  assert len(plan.missing([STUDY, catalog.STUDIES['drift']])) == 24  # which share theirs
+  assert len(plan.missing([STUDY, catalog.STUDIES['drift']])) == 24  # the studies share their runs
   make(plan, 'standard', [0], greedy=0.75, sampled=0.75, weight=1.0, paid=1.25)
   assert 'kl=standard-kl_coefficient=0.16-seed=0' in [run_name(c, BASE) for c in plan.missing([STUDY])]  # 0.4 / 1.25
   assert plan.seconds_per_run() == 15
@@ -89,12 +89,12 @@ def test_groups_share_a_program_and_those_under_way_come_first(plan):
   missing = plan.missing([study])
   group = next_group(missing, BASE, plan.workdir, 5, 2)
   assert [run_name(c, BASE) for c in group] == ['seed=0', 'kl=standard-seed=0', 'seed=1', 'kl=standard-seed=1']
-  assert {c.loss.kl_gate for c in next_group(missing, BASE, plan.workdir, 100, 1)} == {'none'}
+  assert {c.kl_gate for c in next_group(missing, BASE, plan.workdir, 100, 1)} == {'none'}
   assert len(next_group(missing[:1], BASE, plan.workdir, 16, 2)) == 1  # one is left for two devices
   under_way = plan.workdir / 'working' / 'groups' / 'a' / 'members.json'
   under_way.parent.mkdir(parents=True)
   under_way.write_text(json.dumps(['kl=standard-kl_gate=random-seed=3']))
-  assert [c.loss.kl_gate for c in next_group(missing, BASE, plan.workdir, 5, 2)] == ['random']
+  assert [c.kl_gate for c in next_group(missing, BASE, plan.workdir, 5, 2)] == ['random']
   under_way.write_text(json.dumps(['of another study-seed=3']))
   assert len(next_group(missing, BASE, plan.workdir, 5, 2)) == 4
 
@@ -109,8 +109,8 @@ def test_a_group_that_was_stopped_goes_on_whole_if_one_of_its_runs_is_asked_for(
   others = [config for config in missing if config not in group]
   asked = others + group[:1]
   elsewhere = next_group(asked, BASE, plan.workdir / 'elsewhere', 4, 2)
-  assert next_group(asked, BASE, plan.workdir, 4, 2) == elsewhere != group  # nothing is saved of it
-  params = init_params(GPT2(SMOKE.model), jax.random.key(0))
+  assert next_group(asked, BASE, plan.workdir, 4, 2) == elsewhere != group  # the group has no checkpoint
+  params = gpt2(SMOKE.model).init(jax.random.key(0))
   for name, config in zip(names, group):
     write(home / 'members' / name / 'checkpoints', params, 1, training=config)
   assert next_group(asked, BASE, plan.workdir, 4, 2) == group
@@ -123,7 +123,7 @@ def test_results_say_what_was_put_in(plan):
   make(plan, MATCHED, range(8), greedy=0.5, sampled=0.5, weight=1.0)
   found = results.study_results(STUDY, plan, references())
   assert 'fine-tuned on N + 1 (seeds of each arm: 8);' in page.page_of(found)
-  assert found['num_missing'] == 16  # of equal penalty, and without one
+  assert found['num_missing'] == 16  # the arms of equal penalty and of no penalty
   assert found['references']['']['num_problems'] == PROBLEMS
   assert found['arms']['prioritized']['gain']['difference'][0] == 0.25
   arm = found['arms']['prioritized']
@@ -154,7 +154,7 @@ def test_results_say_what_was_put_in(plan):
 
 
 def test_intervals_stay_where_figures_can_be(plan):
-  make(plan, 'prioritized', range(4), greedy=1.0, sampled=1.0)  # of four seeds they are almost twice as wide
+  make(plan, 'prioritized', range(4), greedy=1.0, sampled=1.0)  # for four seeds intervals are almost twice as wide
   make(plan, 'standard', [0, 1, 2], greedy=1 / PROBLEMS, sampled=1.0)
   make(plan, 'standard', [3], greedy=1 / 4, sampled=0.0)  # never reaches the target
   found = results.study_results(catalog.STUDIES['prioritized_vs_standard'], plan, references())
@@ -183,8 +183,8 @@ def test_other_temperatures_do_not_compare(plan):
   assert across['figures']['greedy']['difference'][0] == 0
   arms = found['arms']
   assert arms["the paper's, standard"]['signatures']['no_exploration'] == 2  # 0.5 where the reference has 0.9
-  assert 'no_exploration' not in arms['released, standard']['signatures']  # nobody knows what the reference has there
-  assert arms["the paper's, standard"]['figures']['episodes_to_50']['mean'][0] == 0  # the reference has a half
+  assert 'no_exploration' not in arms['released, standard']['signatures']  # the reference has another temperature
+  assert arms["the paper's, standard"]['figures']['episodes_to_50']['mean'][0] == 0  # the reference already has 0.5
   assert arms['released, standard']['figures']['episodes_to_50']['mean'][0] > 0
   assert '| none |' in page.page_of(found)
 
@@ -211,7 +211,7 @@ def test_marks_say_which_means_tell_arms_apart(plan):
     row = next(line for line in page.page_of(found).splitlines() if line.startswith('| prioritized minus standard | '))
     return row.split(' | ')[1], page.verdicts(found)[0]
 
-  for few in ([0.5], [0.5] * 2, [0.5] * 3):  # alike as they are, they do not show how much runs differ
+  for few in ([0.5], [0.5] * 2, [0.5] * 3):  # equal values do not show how much runs vary
     cell, sentence = marked(few)
     assert cell == f'+50.0; {len(few)} of {len(few)}'
     assert 'cannot be judged by so few pairs, +50.0 points; higher in ' in sentence
@@ -242,7 +242,7 @@ def test_nothing_is_claimed_where_nothing_is_shown(plan):
   found = results.study_results(study, plan, references())
   assert page.verdicts(found)[0].startswith(
       '**prioritized** minus **standard**: greedy accuracy, N+1 is not shown to differ, +6.2 [')
-  assert page.verdicts(found)[0].endswith('points; higher in 1 of 4 pairs, equal in 3.')  # a tie is no half
+  assert page.verdicts(found)[0].endswith('points; higher in 1 of 4 pairs, equal in 3.')  # ties do not count half
   assert '; 1 of 4, 3 ties | ' in page.page_of(found)
   assert [row['against'] for row in found['contrasts']] == ['standard']  # no run without a penalty
 
@@ -265,7 +265,7 @@ def test_pages_show_every_figure_and_what_is_missing(plan):
   kept = json.loads((home / 'results.json').read_text(), parse_constant=lambda name: pytest.fail(name))
   assert kept['arms']['prioritized']['figures']['greedy']['iqm'][0] == 0.75
   assert len((home / 'results.csv').read_text().splitlines()) == 13
-  # a study without any run is a page too
+  # a study without runs has a page too
   empty = Plan(BASE, plan.workdir / 'empty')
   home = page.write_study(STUDY, empty, results.study_results(STUDY, empty, references()))
   assert 'Not complete: 40 runs are missing' in (home / 'README.md').read_text()

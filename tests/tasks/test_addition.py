@@ -167,7 +167,7 @@ def test_well_formed(response, wanted):
     actions = np.full(length, TOKENIZER.pad_id, np.int32)
     actions[:len(tokens)] = tokens
     mask = jnp.arange(length) < len(tokens)
-    assert bool(jax.jit(addition.well_formed)(jnp.asarray(actions), mask)) == wanted
+    assert bool(jax.jit(addition.well_formed)(None, jnp.asarray(actions), mask)) == wanted
 
 
 def test_reward_looks_only_where_the_mask_is_true():
@@ -193,7 +193,7 @@ def test_every_solution_is_rewarded_and_no_neighbours(max_digits):
   solutions = jax.vmap(functools.partial(addition.render_solution, known_digits=1, length=length))(problems)
   rewards = jax.jit(jax.vmap(addition.reward))
   assert jnp.all(rewards(problems, solutions.tokens, solutions.mask) == 1)
-  assert jnp.all(jax.vmap(addition.well_formed)(solutions.tokens, solutions.mask))
+  assert jnp.all(jax.vmap(addition.well_formed)(problems, solutions.tokens, solutions.mask))
   others = [(a + 1, b) if len(str(a + 1)) <= max_digits else (a - 1, b) for a, b in pairs]
   assert jnp.all(rewards(stack(others, max_digits), solutions.tokens, solutions.mask) == 0)
 
@@ -270,3 +270,16 @@ def test_errors_name_the_argument():
     addition.make_problem(1, 100, 2)
   with pytest.raises(ValueError, match='known_digits'):
     addition.addition(0, 1, addition.pretraining_lengths)
+
+
+def test_wrong_answers_may_cost_and_vocabularies_may_be_padded():
+  task = addition.plus_task_of(addition.Addition(2, 1, wrong_reward=-1.0, vocab_size=50))
+  assert task.tokenizer.vocab_size == 50
+  problem = task.sample(jax.random.key(0))
+  solution = task.solution(problem)
+  assert task.reward(problem, solution.tokens, solution.mask) == 1
+  assert task.reward(problem, jnp.zeros_like(solution.tokens), solution.mask) == -1
+  tests, draw = addition.by_digits(addition.Addition(2, 1, wrong_reward=-1.0), [3, 1])
+  assert tests.reward(problem, jnp.zeros_like(solution.tokens), solution.mask) == 0  # tests count right answers
+  assert [(name, problems.lengths.max().item()) for name, problems in draw(jax.random.key(0), 4).items()] == [
+      ('3', 3), ('1', 1)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from critkl_jax.tasks.addition import make_problem, plus_task
-from critkl_jax.tasks.addition_draft import draft_addition
-from critkl_jax.tasks.text import TOKENIZER
+from critkl_jax.tasks.addition.draft import draft_addition
+from critkl_jax.tasks.addition.text import TOKENIZER
 
 TASK = plus_task(5, 1)
 SIZE = 24
@@ -13,7 +13,7 @@ draft_tokens = jax.jit(lambda problem, actions, num: draft_addition(problem, act
 
 
 def draft(problem, text, rest='%%%%'):
-  """Returns what is expected after a text; `rest` stands behind it and must not be looked at."""
+  """Returns the draft after a text; `rest` follows the text and must be ignored."""
   tokens = np.zeros(TASK.response_length, np.int32)
   written = TOKENIZER.encode(text + rest)
   tokens[:len(written)] = written

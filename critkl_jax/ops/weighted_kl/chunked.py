@@ -1,11 +1,14 @@
-"""The operation in plain JAX, some of the logits at a time: any backend, no `[N, V]` array.
+"""The operation in plain JAX, a tile of the logits at a time: for any backend, without any `[R, V]` array.
 
-Vocabulary mode (`forward`, `backward`) takes all tokens, or as many as fit, and walks through the vocabulary a block at
-a time; the gradient computes the logits of each tile again, 12 N D V operations in all. The walk begins with what the
-blocks leave over, so that none of them needs a mask.
+Vocabulary mode (`forward`, `backward`) takes all tokens, or as many as fit, and loops over blocks of the vocabulary;
+the gradient computes the logits of each tile again, 12 R D V operations in all. The loop starts with the remainder of
+the vocabulary, so that no block needs a mask.
 
-Token mode (`accumulate`) is told the loss of a token: it holds the logits of a few tokens for all of the vocabulary,
-replaces them with their gradients, and is done with these tokens, for 8 N D V.
+Token mode (`accumulate`) is given the per-token loss: for a few tokens at a time it holds the logits of the whole
+vocabulary and replaces them with their gradients, 8 R D V operations in all.
+
+Letters: R rows (tokens of all episodes on one axis), V vocabulary, D model width; `block`, entries of a block of the
+vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,28 +32,28 @@ from critkl_jax.ops.weighted_kl.operands import (
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, block_sums, finish, logit_gradients, merge
 
 MEMORY_BUDGET = 64 * 2**20
-LANES = 128  # blocks of the vocabulary are multiples of it on accelerators
-CACHED_ENTRIES = 2**19  # logits that are worked on at a time on a CPU: more leave its cache
+LANES = 128  # on accelerators, blocks of the vocabulary are multiples of this
+CACHED_ENTRIES = 2**19  # logits processed at a time on a CPU: more do not fit its cache
 CACHE_LINE = 16  # float32 numbers
-MOST_VOCABULARY = 2048  # of a block: gradients of as many rows of the embedding are held beside the logits
-# Of token mode: with fewer, reading the embedding takes longer than multiplying with it.
+MOST_VOCABULARY = 2048  # entries of a block: the gradients of as many embedding rows are held with the logits
+# Fewest tokens of token mode: with fewer, reading the embedding takes longer than multiplying with it.
 FEWEST_TOKENS, FEWEST_TOKENS_ON_CPU = 256, 32
 
 
 class Tile(NamedTuple):
-  """What vocabulary mode holds at a time: the logits of so many tokens for so many entries of the vocabulary."""
+  """Shape of the logits that vocabulary mode holds at a time: number of tokens, entries of the vocabulary."""
 
   tokens: int
   vocabulary: int
 
 
 class Held(NamedTuple):
-  """What token mode holds at a time: all logits of so many tokens.
+  """Sizes of token mode, which holds all logits of `tokens` tokens at a time.
 
   Attributes:
-    tokens: in equal parts, as many as fit.
-    rows: tokens that are worked on at a time between the products.
-    vocabulary: entries of it whose gradients are taken at a time.
+    tokens: tokens held at a time; all tokens are divided into equal parts.
+    rows: tokens processed at a time between the matrix products.
+    vocabulary: vocabulary entries whose gradients are computed at a time.
   """
 
   tokens: int
@@ -59,15 +62,16 @@ class Held(NamedTuple):
 
 
 def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET, backend: str | None = None) -> Tile:
-  """Returns the tile of vocabulary mode: all tokens, unless not even `LANES` entries of the vocabulary fit with them
-  into the budget or, on a CPU, into its cache.
+  """Chooses the tile of vocabulary mode.
+
+  It has all tokens, or fewer if the logits of all tokens for `LANES` vocabulary entries exceed the budget or, on a CPU,
+  its cache.
 
   Args:
-    num_tokens: N.
+    num_tokens: R.
     vocab_size: V.
-    memory_budget: bytes for the float32 logits that are held, of policy and reference; a few more arrays of the kind
-      are needed beside them.
-    backend: `cpu`, `tpu` or `gpu`; that of the default device if None.
+    memory_budget: bytes for the float32 logits of policy and reference; a few more arrays of their size are needed.
+    backend: `cpu`, `tpu` or `gpu`; None: the default backend.
   """
   backend = backend or jax.default_backend()
   entries = _worked_on(max(memory_budget // 8, LANES), backend)
@@ -77,8 +81,10 @@ def pick_tile(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDG
 
 def pick_held(num_tokens: int, vocab_size: int, memory_budget: int = MEMORY_BUDGET, backend: str | None = None
               ) -> Held | None:
-  """Returns what token mode holds: as many tokens as fit; None if they would be so few that vocabulary mode is faster.
-  Arguments as in `pick_tile`."""
+  """Chooses the sizes of token mode: as many tokens as fit, or None if vocabulary mode is faster for so few.
+
+  Arguments as in `pick_tile`.
+  """
   backend = backend or jax.default_backend()
   most = memory_budget // 8 // vocab_size
   if most < min(FEWEST_TOKENS_ON_CPU if backend == 'cpu' else FEWEST_TOKENS, num_tokens):
@@ -93,18 +99,18 @@ def _worked_on(entries, backend):
 
 
 def _even(total, most):
-  """Returns the size, at most `most`, of equal parts of a number of tokens; 1 if there are none."""
+  """Returns the size, at most `most`, of equal parts of `total` tokens; 1 for no tokens."""
   return _count(total, _count(total, most)) if total else 1
 
 
 def _block(most, vocab_size, backend):
   block = min(max(most // LANES, 1) * LANES, MOST_VOCABULARY)
-  # Rows a power of two apart contend for the same places in a CPU's cache.
+  # Rows at a distance of a power of two map to the same lines of a CPU's cache.
   return min(block - CACHE_LINE if backend == 'cpu' else block, vocab_size)
 
 
 def forward(operands: Operands, settings: Settings, tile: Tile) -> Sums:
-  """Returns the sums over the vocabulary of each token, float32 `[N, 1]` each."""
+  """Computes the sums over the vocabulary for each token, float32 `[R, 1]` each."""
   num_tokens = operands.actions.shape[0]
   operands = _filled_up(operands, tile.tokens)
 
@@ -119,17 +125,17 @@ def forward(operands: Operands, settings: Settings, tile: Tile) -> Sums:
 
 
 def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotangents: Cotangents) -> Side:
-  """Returns the gradients of the policy's hidden states, embedding and bias.
+  """Computes the gradients of the policy's hidden states, embedding and bias.
 
   Args:
     operands: the arrays.
-    settings: what is static.
+    settings: static settings.
     tile: tokens and vocabulary held at a time.
-    row: of each token, over the whole vocabulary.
-    cotangents: of each token.
+    row: statistics of each token over the whole vocabulary.
+    cotangents: cotangents of each token.
 
   Returns:
-    A `Side` of gradients; those of the embedding and the bias are float32 where several tiles of tokens are summed.
+    A `Side` of gradients; embedding and bias gradients are float32 if several tiles of tokens are summed.
   """
   num_tokens = operands.actions.shape[0]
   operands = _filled_up(operands, tile.tokens)
@@ -148,15 +154,15 @@ def backward(operands: Operands, settings: Settings, tile: Tile, row: Row, cotan
 
 def accumulate(operands: Operands, settings: Settings, held: Held, row_loss: Callable[..., chex.Array],
                extra: Sequence[chex.Array], with_grads: bool) -> tuple[chex.Array, Row, Side | None]:
-  """Returns the summed loss of all tokens and its gradients out of one pass over the tokens.
+  """Computes the summed loss of all tokens and its gradients in one pass over the tokens.
 
   Args:
-    operands: the arrays; all of the vocabulary is in them.
-    settings: what is static.
-    held: what is held at a time.
-    row_loss: `(row, *extra) -> losses [K]`, for K of the tokens.
-    extra: arrays `[N, ...]`.
-    with_grads: whether gradients are taken.
+    operands: the arrays, with the whole vocabulary.
+    settings: static settings.
+    held: sizes of token mode.
+    row_loss: `(row, *extra) -> losses [held.tokens]`, for the tokens held at a time.
+    extra: arrays `[R, ...]`.
+    with_grads: whether to compute gradients.
 
   Returns:
     The loss `[]`, the `Row` of all tokens, and a `Side` of gradients as in `backward`.
@@ -186,7 +192,7 @@ def accumulate(operands: Operands, settings: Settings, held: Held, row_loss: Cal
 
 
 def _row_sums(operands, settings, found, size):
-  """Returns the sums over the vocabulary of the tokens of `products`, a few rows at a time."""
+  """Computes the sums over the vocabulary from the products `found`, `size` rows at a time."""
 
   def of_part(first, size, sums):
 
@@ -203,7 +209,7 @@ def _row_sums(operands, settings, found, size):
 
 
 def _add_held_grads(grads, start, operands, settings, found, row, cotangents, block):
-  """Adds the gradients of the tokens of `products`, the first of them number `start`."""
+  """Adds the gradients of the held tokens, from token `start` on, computed from the products `found`."""
   policy = operands.policy
   z, v, _ = block_logits(operands, settings._replace(one_temperature=True), found)
   is_action = jnp.arange(z.shape[1], dtype=jnp.int32)[None] == operands.actions[:, None]
@@ -219,7 +225,7 @@ def _add_held_grads(grads, start, operands, settings, found, row, cotangents, bl
 
 
 def _token_sums(operands, settings, block):
-  """Returns the sums over the vocabulary of a few tokens."""
+  """Computes the sums over the vocabulary for the tokens of one tile."""
   count, rest = divmod(operands.policy.embedding.shape[0], block)
 
   def of_part(first, size):
@@ -235,7 +241,7 @@ def _token_sums(operands, settings, block):
 
 
 def _add_token_grads(grads, start, operands, settings, block, row, cotangents):
-  """Adds the gradients of a few tokens, the first of them number `start`."""
+  """Adds the gradients of the tokens of one tile, from token `start` on."""
   policy = operands.policy
   count, rest = divmod(policy.embedding.shape[0], block)
 
@@ -255,35 +261,35 @@ def _add_token_grads(grads, start, operands, settings, block, row, cotangents):
 
 
 def _add_block(grads, gradient, hidden, first):
-  """Adds the gradients of embedding and bias from entry `first` on, out of those `[N, K]` of their products."""
+  """Adds the gradients of embedding and bias from entry `first` on, given the gradient `[R, block]` of the logits."""
   return grads.replace(
       embedding=add_rows(grads.embedding, _sum_over_tokens(gradient, hidden), first),
       bias=None if grads.bias is None else add_rows(grads.bias, jnp.sum(gradient, 0), first))
 
 
 def _sum_over_tokens(gradient, hidden):
-  """Returns float32 `[K, D]`, the product of `[N, K]` and `[N, D]` over N.
+  """Contracts `[R, block]` and `[R, D]` over R to float32 `[block, D]`.
 
-  XLA's product on a CPU is slow over the first axis of its first factor, which is transposed beforehand; or the other
-  one and the result are, where they are smaller.
+  XLA on a CPU contracts the first axis of the first factor slowly, so that factor is transposed beforehand, or instead
+  the second factor and the result if these are smaller.
   """
   if jax.default_backend() != 'cpu':
     return dot(gradient, hidden, (0, 0))
-  apart = jax.lax.optimization_barrier  # or the transposition would become part of the product again
+  apart = jax.lax.optimization_barrier  # keeps XLA from merging the transposition into the product
   if gradient.shape[0] > hidden.shape[1]:
     return apart(dot(apart(hidden.T), gradient, (1, 0))).T
   return dot(apart(gradient.T), hidden, (1, 0))
 
 
 def _no_grads(operands: Operands, summed_once: bool) -> Side:
-  """Returns gradients of 0, in float32 where more than one tile of tokens is summed."""
+  """Makes zero gradients, in float32 if more than one tile of tokens is summed."""
   policy = operands.policy
   grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype if summed_once else jnp.float32), policy)
   return spread_like(operands, grads.replace(hidden=jnp.zeros(policy.hidden.shape, policy.hidden.dtype)))
 
 
 def _part_of(operands, first, size):
-  """Returns the operands of `size` entries of the vocabulary from `first` on."""
+  """Slices the operands to `size` vocabulary entries from `first` on."""
   policy, reference = (
       side.replace(**jax.tree.map(lambda x: _get(x, first, size), {'embedding': side.embedding, 'bias': side.bias}))
       for side in (operands.policy, operands.reference))
@@ -291,35 +297,35 @@ def _part_of(operands, first, size):
 
 
 def _block_sums(operands, logits, first, actions):
-  """Returns the sums over the entries of the vocabulary from `first` on, whose z, v and v_sure are the logits."""
+  """Computes the sums over the vocabulary entries from `first` on, given their logits z, v and v_sure."""
   z, v, v_sure = logits
   sums = block_sums(z, v, v_sure, None, can_rule_out=operands.reference.bias is not None)
   return sums.replace(action_logit=_at_action(z, first, actions), ref_action_logit=_at_action(v, first, actions))
 
 
 def _at_action(logits, first, actions):
-  """Returns the logits `[N, 1]` of the actions among the entries from `first` on, 0 for the others."""
+  """Gathers the logits `[R, 1]` of actions among the entries from `first` on; 0 for actions elsewhere."""
   place = actions[:, None] - first
   inside = (place >= 0) & (place < logits.shape[1])
   return jnp.where(inside, jnp.take_along_axis(logits, jnp.clip(place, 0, logits.shape[1] - 1), 1), 0.0)
 
 
 def _tokens_of(operands, start, count):
-  """Returns the operands of `count` tokens from `start` on."""
+  """Slices the operands to `count` tokens from `start` on."""
   policy, reference = (side.replace(hidden=_get(side.hidden, start, count))
                        for side in (operands.policy, operands.reference))
   return operands.replace(policy=policy, reference=reference, actions=_get(operands.actions, start, count))
 
 
 def _filled_up(operands, size):
-  """Returns operands with tokens of zeros after the last, so that their number is a multiple of `size`."""
+  """Pads operands with tokens of zeros, so that the number of tokens is a multiple of `size`."""
   policy, reference = (side.replace(hidden=_with_zeros(side.hidden, size))
                        for side in (operands.policy, operands.reference))
   return operands.replace(policy=policy, reference=reference, actions=_with_zeros(operands.actions, size))
 
 
 def _with_zeros(tree, size):
-  """Returns arrays with zeros after their last row, so that the number of rows is a multiple of `size`."""
+  """Pads arrays with rows of zeros, so that the number of rows is a multiple of `size`."""
   return jax.tree.map(lambda x: jnp.pad(x, [(0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)]) if len(x) % size else x,
                       tree)
 
@@ -339,5 +345,5 @@ def _get(x, start, count):
 
 
 def _set(x, new, start):
-  return new.astype(x.dtype) if x.shape == new.shape else jax.lax.dynamic_update_slice_in_dim(
-      x, new.astype(x.dtype), start, 0)
+  new = new.astype(x.dtype)
+  return new if x.shape == new.shape else jax.lax.dynamic_update_slice_in_dim(x, new, start, 0)

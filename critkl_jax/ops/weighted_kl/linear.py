@@ -1,4 +1,4 @@
-"""The operation on hidden states with its gradient, whatever implementation takes the sums."""
+"""Custom gradient of the operation on hidden states, shared by the implementations in `FORWARD`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,23 +13,27 @@ from critkl_jax.ops.weighted_kl.operands import Operands, Settings, Side, varyin
 from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, finish, merge
 
 
-class Plan(NamedTuple):
-  """How the operation is carried out; static.
+class KernelPlan(NamedTuple):
+  """Static choice of the implementation and of its tiles.
 
   Attributes:
-    implementation: a key of `FORWARD` and `BACKWARD`.
-    settings: what the arrays mean.
-    tile: tokens and vocabulary that `chunked` holds at a time in vocabulary mode.
-    held: the same in token mode; None if that mode is not worth its memory.
+    implementation: a key of `FORWARD` and `BACKWARD`, or another name in `api.LINEAR_IMPLEMENTATIONS`.
+    settings: static settings of the operation.
+    tile: the tile of `chunked` in vocabulary mode.
+    held: the tokens that `chunked` holds in token mode; None if they would be too few to be faster.
+    length: the size of the last axis of the tokens.
+    steps: the number of steps of `partitioned`.
   """
 
   implementation: str
   settings: Settings
   tile: chunked.Tile
   held: chunked.Held | None
+  length: int = 1
+  steps: int = 1
 
 
-# Kernels are imported when they are asked for: Pallas takes a third of a second, and its Triton backend will go.
+# Kernels are imported on first use: importing Pallas takes a third of a second, and its Triton backend is deprecated.
 
 
 def _pallas_tpu():
@@ -46,7 +50,8 @@ def _pallas_gpu():
   return pallas_gpu
 
 
-# Plan -> (operands) -> Sums, and -> (operands, row, cotangents) -> Side of gradients
+# Implementation -> function of a KernelPlan. It returns the forward pass `operands -> Sums`, or the backward pass
+# `(operands, row, cotangents) -> Side` with the gradients.
 FORWARD = {
     'chunked': lambda plan: functools.partial(chunked.forward, settings=plan.settings, tile=plan.tile),
     'pallas_tpu': lambda plan: functools.partial(_pallas_tpu().forward, settings=plan.settings),
@@ -60,8 +65,8 @@ BACKWARD = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def row_of(plan: Plan, policy: Side, operands: Operands) -> Row:
-  """Returns what the hidden states say of each token; gradients go to `policy`, which replaces the operands' own."""
+def row_of(plan: KernelPlan, policy: Side, operands: Operands) -> Row:
+  """Computes the statistics of each token; gradients flow to `policy`, which replaces `operands.policy`."""
   sums = FORWARD[plan.implementation](plan)(operands.replace(policy=policy))
   return finish(_of_all_parts(sums, plan.settings.axis_name))
 
@@ -82,10 +87,12 @@ row_of.defvjp(_row_forward, _row_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def accumulated(plan: Plan, row_loss: Callable[..., chex.Array], policy: Side, operands: Operands,
+def accumulated(plan: KernelPlan, row_loss: Callable[..., chex.Array], policy: Side, operands: Operands,
                 extra: Sequence[chex.Array], closed_over: Sequence[chex.Array]) -> tuple[chex.Array, Row]:
-  """Returns the summed `row_loss` of all tokens and what the hidden states say of each; the gradient of the loss is
-  taken with it, where it is asked for."""
+  """Computes the summed `row_loss` of all tokens and the statistics of each token.
+
+  Under differentiation the forward pass computes the gradient of the loss too.
+  """
   loss, row, _ = _accumulate(plan, row_loss, policy, operands, extra, closed_over, with_grads=False)
   return loss, row
 
@@ -111,7 +118,7 @@ accumulated.defvjp(_accumulated_forward, _accumulated_backward)
 
 
 def _like(grads, policy):
-  """Returns gradients in the types of the arrays, summed over the devices that hold the same array in `shard_map`."""
+  """Casts gradients to the dtypes of the arrays, summed in `shard_map` over the devices that share an array."""
 
   def one(grad, x):
     shared = tuple(varying_axes(grad) - varying_axes(x))
@@ -121,11 +128,11 @@ def _like(grads, policy):
 
 
 def _of_all_parts(sums: Sums, axis_name: str | None) -> Sums:
-  """Returns the sums over the vocabulary of all devices of a mesh axis, the same on each."""
+  """Combines the sums over the vocabulary of all devices of a mesh axis; the result is equal on all."""
   if axis_name is None:
     return sums
   count, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-  # A psum of arrays that are 0 elsewhere: unlike all_gather its result is known to be the same on all devices.
+  # Gathers by a psum of zero-padded arrays: unlike all_gather, shard_map knows its result to be equal on all devices.
   gathered = jax.tree.map(
       lambda x: jax.lax.psum(jnp.zeros((count, *x.shape), x.dtype).at[here].set(x), axis_name), sums)
   parts = [jax.tree.map(lambda x, i=i: x[i], gathered) for i in range(count)]

@@ -1,11 +1,13 @@
 """The operation in Triton kernels, written in Pallas, for NVIDIA GPUs.
 
-Forward, one kernel: a program takes a block of tokens and a share of the vocabulary, multiplies block by block, and
-keeps nothing but running sums. Backward, blocks of the vocabulary in turn: a kernel computes their logits again and
-writes the gradient G of the logits `[N, block]`; two products of XLA then make the gradients of hidden states and
-embedding of it. A call costs 12 N D V operations in all, and no `[N, V]` array exists.
+The forward pass is one kernel: a program takes a block of tokens and a share of the vocabulary, multiplies block by
+block, and keeps only running sums. The backward pass loops over blocks of the vocabulary: a kernel computes their
+logits again and writes the gradient `[R, block]` of the logits; two XLA products then give the gradients of hidden
+states and embedding. This costs 12 R D V operations in all, and no `[R, V]` array exists.
 
-Arrays may have any size: what lies past their ends is never loaded, and never counted.
+Arrays may have any size: loads and stores are masked past their ends.
+
+Letters: R rows (tokens of all episodes on one axis), V vocabulary, D model width.
 """
 
 import functools
@@ -40,18 +42,18 @@ from critkl_jax.ops.weighted_kl.statistics import (
     merge,
 )
 
-TOKENS, COLUMNS = 64, 64  # of the logits that one program holds; Triton takes powers of two
-PROGRAMS = 512  # fewer of them leave a part of the GPU idle; the vocabulary is shared out until there are as many
-_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)  # an H100 then has registers enough
-_DEPRECATED = 'The Pallas Triton backend is deprecated'  # how a warning of jax 0.12 begins
+TOKENS, COLUMNS = 64, 64  # shape of the tile of logits of one program; Triton needs powers of two
+PROGRAMS = 512  # fewer leave a part of the GPU idle; the vocabulary is divided until there are as many
+_PARAMS = plgpu.CompilerParams(num_warps=8, num_stages=3)  # fits the registers of an H100
+_DEPRECATED = 'The Pallas Triton backend is deprecated'  # beginning of a warning of jax 0.12
 
 
 def forward(operands: Operands, settings: Settings, interpret: bool = False) -> Sums:
-  """Returns the sums over the vocabulary of each token, float32 `[N, 1]` each.
+  """Computes the sums over the vocabulary for each token, float32 `[R, 1]` each.
 
   Args:
     operands: the arrays.
-    settings: what is static.
+    settings: static settings.
     interpret: whether the kernel runs in plain JAX, for tests on a machine without a GPU.
   """
   num_tokens, vocab_size = operands.actions.shape[0], operands.policy.embedding.shape[0]
@@ -75,17 +77,17 @@ def forward(operands: Operands, settings: Settings, interpret: bool = False) -> 
 
 
 def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotangents, interpret: bool = False) -> Side:
-  """Returns the gradients of the policy's hidden states, embedding and bias.
+  """Computes the gradients of the policy's hidden states, embedding and bias.
 
   Args:
     operands: the arrays.
-    settings: what is static.
-    row: of each token, over the whole vocabulary.
-    cotangents: of each token.
+    settings: static settings.
+    row: statistics of each token over the whole vocabulary.
+    cotangents: cotangents of each token.
     interpret: whether the kernel runs in plain JAX.
 
   Returns:
-    A `Side` of gradients in the types of the arrays.
+    A `Side` of gradients in the dtypes of the arrays.
   """
   policy = operands.policy
   (num_tokens, _), vocab_size = policy.hidden.shape, policy.embedding.shape[0]
@@ -97,7 +99,7 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
   given = spread_like(operands, (_kernel_operands(operands), row, cotangents))
 
   def of_block(j, grads):
-    first = jnp.minimum(j * block, vocab_size - block)  # the last block repeats some columns of the one before, as 0
+    first = jnp.minimum(j * block, vocab_size - block)  # the last block overlaps the one before, with 0
     gradient = _logit_gradient(*given, jnp.stack([first, j * block]), settings, block, interpret)
     embedding = jax.lax.dynamic_slice_in_dim(policy.embedding, first, block)
     return Side(hidden=grads.hidden + dot(gradient, embedding, (1, 0)),
@@ -111,37 +113,37 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
 
 
 def _expect_deprecation() -> None:
-  """Silences JAX's warning that the Triton backend will go, which would stop programs that make errors of warnings.
+  """Silences JAX's deprecation warning of the Triton backend, which would stop programs that treat warnings as errors.
 
-  It comes when a program is lowered, after the functions here have returned, so the filter has to stay.
+  The warning is raised when a program is lowered, after the functions here have returned, so the filter has to stay.
   """
   warnings.filterwarnings('ignore', message=_DEPRECATED, category=DeprecationWarning)
 
 
 def _pick_block(num_tokens: int, vocab_size: int, dtype: Any) -> int:
-  """Returns how many columns of the gradient of the logits are held at a time."""
+  """Returns the number of columns of the logits' gradient that are held at a time."""
   columns = MEMORY_BUDGET // (jnp.dtype(dtype).itemsize * num_tokens)
   return min(max(columns // LANES, 1) * LANES, vocab_size)
 
 
 def _gradient_type(policy: Side) -> Any:
-  """Returns the type of the gradient of the logits.
+  """Returns the dtype of the gradient of the logits.
 
-  That of a bfloat16 model is rounded to bfloat16, for products that are twice as fast as any other of its exponents.
+  For a bfloat16 model it is bfloat16, twice as fast in products as any other dtype of its exponent range.
   """
   return jnp.bfloat16 if policy.embedding.dtype == policy.hidden.dtype == jnp.bfloat16 else jnp.float32
 
 
 def _logit_gradient(operands: Operands, row: Row, cotangents: Cotangents, start: chex.Array, settings: Settings,
                     block: int, interpret: bool) -> chex.Array:
-  """Returns the gradient `[N, block]` of the logits of a block of the vocabulary, before soft cap and temperature.
+  """Computes the gradient `[R, block]` of a block of the logits before soft cap and temperature.
 
   Args:
-    operands: out of `_kernel_operands`.
-    row: of each token.
-    cotangents: of each token.
-    start: int32 `[2]`, the first column of the block, and the first one whose gradient is not 0.
-    settings: what is static.
+    operands: operands from `_kernel_operands`.
+    row: statistics of each token.
+    cotangents: cotangents of each token.
+    start: int32 `[2]`, the first column of the block, and the first column whose gradient is not set to 0.
+    settings: static settings.
     block: number of columns.
     interpret: whether the kernel runs in plain JAX.
   """
@@ -187,7 +189,7 @@ def _backward_kernel(operands: Operands, row: Row, cotangents: Cotangents, start
 
 
 def _tile(operands: Operands, settings: Settings, token: chex.Array, column: chex.Array) -> tuple[chex.Array, ...]:
-  """Returns z, v and v_sure of a tile of logits, `[TOKENS, COLUMNS]` each, as `operands.scaled` does."""
+  """Computes z, v and v_sure of a tile of logits, `[TOKENS, COLUMNS]` each, as in `operands.scaled`."""
 
   def raw(side):
     bias = None if side.bias is None else _load(side.bias, (column,), (COLUMNS,))
@@ -198,7 +200,7 @@ def _tile(operands: Operands, settings: Settings, token: chex.Array, column: che
 
 
 def _product(side: Side, token: chex.Array, column: chex.Array) -> chex.Array:
-  """Returns the product of hidden states and embedding, float32 `[TOKENS, COLUMNS]`."""
+  """Multiplies hidden states and embedding, float32 `[TOKENS, COLUMNS]`."""
   depth = 128 // side.hidden.dtype.itemsize
 
   def of_part(k, total):
@@ -211,22 +213,22 @@ def _product(side: Side, token: chex.Array, column: chex.Array) -> chex.Array:
 
 
 def _load(ref: Any, starts: tuple[Any, ...], sizes: tuple[int, ...]) -> chex.Array:
-  """Returns a part of an array, with 0 past its ends."""
+  """Loads a part of an array, with 0 past its ends."""
   mask = _inside(ref.shape, starts, sizes)
   other = None if mask is None else jnp.zeros((), ref.dtype)
   return plgpu.load(ref.at[tuple(map(pl.ds, starts, sizes))], mask=mask, other=other)
 
 
 def _store(ref: Any, starts: tuple[Any, ...], value: chex.Array):
-  """Writes what of the value is not past the ends of the array."""
+  """Stores a value, dropping entries past the ends of the array."""
   mask = _inside(ref.shape, starts, value.shape)
   plgpu.store(ref.at[tuple(map(pl.ds, starts, value.shape))], value, mask=mask)
 
 
 def _inside(shape: tuple[int, ...], starts: tuple[Any, ...], sizes: tuple[int, ...]) -> chex.Array | None:
-  """Returns which entries of a part are not past the ends of an array of some shape; None if all are.
+  """Returns the mask of the entries of a part that lie inside an array of this shape; None if all do.
 
-  Along an axis that is a multiple of a part's size no part ends past it: parts start at multiples, too.
+  No part crosses the end of an axis whose length is a multiple of the part's size, since parts start at multiples.
   """
   masks = [start + jax.lax.broadcasted_iota(jnp.int32, sizes, axis) < length
            for axis, (length, start, size) in enumerate(zip(shape, starts, sizes)) if length % size]
@@ -234,7 +236,7 @@ def _inside(shape: tuple[int, ...], starts: tuple[Any, ...], sizes: tuple[int, .
 
 
 def _blank_sums() -> Sums:
-  """Returns the sums over nothing, `[TOKENS, 1]` each: `merge` with them leaves the other part as it is."""
+  """Makes the sums over no entries, `[TOKENS, 1]` each: merging them changes nothing."""
   zero = jnp.zeros((TOKENS, 1), jnp.float32)
   low = zero + MINUS_INFINITY
   blank = Sums(**dict.fromkeys(Sums.__dataclass_fields__, zero))
@@ -242,23 +244,23 @@ def _blank_sums() -> Sums:
 
 
 def _kernel_operands(operands: Operands) -> Operands:
-  """Returns operands all of which vary over the same mesh axes, with arrays of one entry in place of scalars."""
+  """Casts operands to vary over the same mesh axes, and scalars to arrays of one entry."""
   return spread_like(operands, operands.replace(
       temperature=operands.temperature[None], certainty_temperature=operands.certainty_temperature[None]))
 
 
 def _shape_like(operands: Operands, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """Returns the shape of an array that varies over the mesh axes over which any operand does."""
+  """Returns the `ShapeDtypeStruct` of an array that varies over all mesh axes of the operands."""
   return jax.eval_shape(lambda: spread_like(operands, jnp.zeros(shape, dtype)))
 
 
 def _share_and_tokens(i, j):
-  """Returns which block of the sums a program writes."""
+  """Returns the index of the block of sums that a program writes."""
   return j, i, 0
 
 
 def _cost(operands: Operands, num_columns: int, exponentials: int) -> pl.CostEstimate:
-  """Returns what a kernel costs that computes the logits of so many columns."""
+  """Estimates the cost of a kernel that computes `num_columns` columns of the logits."""
   num_tokens, sides = operands.actions.shape[0], (operands.policy, operands.reference)
   return pl.CostEstimate(
       flops=2 * num_tokens * num_columns * sum(side.hidden.shape[1] for side in sides),

@@ -1,12 +1,14 @@
-"""The operation as Pallas kernels for TPU v5e and later: logits exist in VMEM only, a tile at a time.
+"""The operation as Pallas kernels for TPU v5e and later: logits exist only in VMEM, a tile at a time.
 
-The forward kernel walks the vocabulary for one block of tokens after another; the backward kernel walks the tokens for
-one block of the vocabulary after another, computes the logits of each tile again, and takes both gradients from them:
-12 N D V operations in all, where the widths are equal. Temporary arrays in HBM are `[N, 128]`.
+For each block of tokens the forward kernel loops over the vocabulary. For each block of the vocabulary the backward
+kernel loops over the tokens, computes the logits of each tile again, and from them both gradients: 12 R D V operations
+in all if the widths of policy and reference are equal. Temporary arrays in HBM are `[R, 128]`.
 
-Blocks past the end of an array are read with anything in them, NaN included. Rows past the last token spoil only
-themselves, and their writes are dropped; columns past the vocabulary are masked; and before a product that sums over
-rows or columns, those outside are set to 0 in both factors.
+Reads past the end of an array return anything, NaN included. Rows past the last token affect only themselves, and their
+writes are dropped; columns past the vocabulary are masked; before a product that sums over rows or columns, those
+outside are set to 0 in both factors.
+
+Letters: R rows (tokens of all episodes on one axis), V vocabulary, D model width.
 """
 
 import functools
@@ -33,20 +35,20 @@ from critkl_jax.ops.weighted_kl.statistics import Cotangents, Row, Sums, block_s
 
 LANES = 128
 TOKEN_MULTIPLE = 16  # rows of a bfloat16 register
-VMEM_LIMIT = 63 * 2**20  # of a kernel; a core has 64 MiB (v5p, v7x) or 128 MiB (v5e, v6e)
-VMEM_BUDGET = 40 * 2**20  # of blocks and tiles as `_vmem_bytes` counts them
-HIDDEN_BUDGET = 32 * 2**20  # of the gradients of hidden states that one call of the backward kernel sums
-LARGEST = 512  # tokens, or vocabulary entries, of a block
-_LIVE_TILES = 8  # float32 arrays of logits that a body holds at a time
+VMEM_LIMIT = 63 * 2**20  # bytes per kernel; a core has 64 MiB (v5p, v7x) or 128 MiB (v5e, v6e)
+VMEM_BUDGET = 40 * 2**20  # bytes of blocks and tiles as counted by `_vmem_bytes`
+HIDDEN_BUDGET = 32 * 2**20  # bytes of the gradients of hidden states that one call of the backward kernel sums
+LARGEST = 512  # most tokens, or vocabulary entries, of a block
+_LIVE_TILES = 8  # float32 tiles of logits that a kernel holds at a time
 
 
 class Blocks(NamedTuple):
-  """How the arrays are cut.
+  """Block sizes.
 
   Attributes:
-    tokens: of a block.
-    vocabulary: entries of a block.
-    call: blocks of tokens whose gradients one call of the backward kernel sums.
+    tokens: tokens of a block.
+    vocabulary: vocabulary entries of a block.
+    call: number of blocks of tokens whose gradients one call of the backward kernel sums.
   """
 
   tokens: int
@@ -55,10 +57,10 @@ class Blocks(NamedTuple):
 
 
 def pick_blocks(operands: Operands, with_grads: bool) -> Blocks:
-  """Returns the largest blocks that `VMEM_BUDGET` and `HIDDEN_BUDGET` allow.
+  """Chooses the largest blocks that `VMEM_BUDGET` and `HIDDEN_BUDGET` allow.
 
   Raises:
-    ValueError: if the width is such that no block fits.
+    ValueError: if the width is so large that no block fits.
   """
   num_tokens, vocab_size = operands.actions.shape[0], operands.policy.embedding.shape[0]
   tokens = vocabulary = LARGEST
@@ -80,10 +82,10 @@ def pick_blocks(operands: Operands, with_grads: bool) -> Blocks:
 
 
 def _vmem_bytes(operands, tokens, vocabulary, with_grads):
-  """Returns what blocks and tiles take, without the sums of the gradients of hidden states."""
+  """Counts the VMEM bytes of blocks and tiles, without the summed gradients of hidden states."""
   hidden, embedding = operands.policy.hidden, operands.policy.embedding
   width, ref_width = (pl.cdiv(x.shape[1], LANES) * LANES for x in (embedding, operands.reference.embedding))
-  total = 2 * (tokens + vocabulary) * (width + ref_width) * hidden.dtype.itemsize  # the next ones load meanwhile
+  total = 2 * (tokens + vocabulary) * (width + ref_width) * hidden.dtype.itemsize  # double-buffered
   total += 4 * _LIVE_TILES * tokens * vocabulary
   if with_grads:  # gradients in and out, their sum, and products
     total += (3 * tokens + 4 * vocabulary) * width * hidden.dtype.itemsize + 4 * (2 * vocabulary + tokens) * width
@@ -91,18 +93,18 @@ def _vmem_bytes(operands, tokens, vocabulary, with_grads):
 
 
 def _even(total, largest, multiple):
-  """Returns the size of equal blocks, `multiple` of something and no more than `largest`; all if that is enough."""
+  """Returns the size, at most `largest`, of equal blocks: a multiple of `multiple`, or `total` for a single block."""
   if total <= largest:
     return max(total, 1)
   return pl.cdiv(pl.cdiv(total, pl.cdiv(total, largest)), multiple) * multiple
 
 
 def forward(operands: Operands, settings: Settings, *, interpret: Any = False) -> Sums:
-  """Returns the sums over the vocabulary of each token, float32 `[N, 1]` each.
+  """Computes the sums over the vocabulary for each token, float32 `[R, 1]` each.
 
   Args:
     operands: the arrays.
-    settings: what is static.
+    settings: static settings.
     interpret: for tests; False compiles for the TPU, and raises elsewhere.
   """
   num_tokens, vocab_size = operands.actions.shape[0], operands.policy.embedding.shape[0]
@@ -128,7 +130,7 @@ def forward(operands: Operands, settings: Settings, *, interpret: Any = False) -
 
 
 def _forward_kernel(refs, out, *, settings, vocab_size):
-  """Adds one block of the vocabulary to the sums of one block of tokens, which lie in the lanes of the output."""
+  """Adds one block of the vocabulary to the sums of one block of tokens, stored in the lanes of the output."""
   j = pl.program_id(1)
   part = _read(refs)
   is_action, valid = _columns(j, refs, part.actions, vocab_size)
@@ -145,31 +147,32 @@ def _forward_kernel(refs, out, *, settings, vocab_size):
 
 def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotangents, *,
              interpret: Any = False) -> Side:
-  """Returns the gradients of the policy's hidden states, embedding and bias.
+  """Computes the gradients of the policy's hidden states, embedding and bias.
 
-  The gradients of hidden states are summed in VMEM, as many tokens a call as `HIDDEN_BUDGET` allows; each call adds to
-  the gradient of the embedding that those before it left. Sums are float32 in VMEM.
+  The gradients of hidden states are summed in VMEM, for as many tokens per call as `HIDDEN_BUDGET` allows; each call
+  adds to the gradient of the embedding from the calls before it. Sums are float32 in VMEM.
 
-  With bfloat16 arrays this is less exact than `chunked` where that multiplies in float32: the gradient of the logits is
-  rounded to bfloat16 before its products, and the gradient of the embedding once a call. In a test of 256 tokens the
-  root mean square error of the embedding's was 1.4 times that of `chunked` with one call, 2.3 times with eight.
+  With bfloat16 arrays the result is less exact than from `chunked` on a device that multiplies in float32: the
+  gradient of the logits is rounded to bfloat16 before its products, and the gradient of the embedding once per call. In
+  a test of 256 tokens the root-mean-square error of the embedding's gradient was 1.4 times the error of `chunked` with
+  one call, 2.3 times with eight.
 
   Args:
     operands: the arrays.
-    settings: what is static.
-    row: of each token, over the whole vocabulary.
-    cotangents: of each token.
+    settings: static settings.
+    row: statistics of each token over the whole vocabulary.
+    cotangents: cotangents of each token.
     interpret: for tests; False compiles for the TPU, and raises elsewhere.
 
   Returns:
-    A `Side` of gradients in the types of the arrays, that of the bias float32.
+    A `Side` of gradients in the dtypes of the arrays; the bias gradient is float32.
   """
   policy, num_tokens = operands.policy, operands.actions.shape[0]
   if num_tokens == 0:
     return spread_like(operands, jax.tree.map(jnp.zeros_like, policy))
   blocks = pick_blocks(operands, with_grads=True)
   count = pl.cdiv(num_tokens, blocks.tokens)
-  # The row, the cotangents and the action of a token lie in the lanes of one array.
+  # Statistics, cotangents and action of a token share the lanes of one array.
   packed = _pack([row, cotangents, operands.actions[:, None].astype(jnp.float32)])
   arrays = _arrays(operands, settings).replace(actions=packed)
   old, bias = None, 0.0
@@ -182,16 +185,20 @@ def backward(operands: Operands, settings: Settings, row: Row, cotangents: Cotan
 
 
 def _backward_call(arrays, operands, settings, blocks, first, count, old, interpret):
-  """Takes the gradients of `count` blocks of tokens from block `first` on, beside or on top of those in `old`."""
+  """Computes the gradients of `count` blocks of tokens from block `first` on.
+
+  `old` has the gradients of earlier calls: embedding gradients are added to them, hidden-state gradients written into
+  the same array.
+  """
   policy = operands.policy
   vocab_size, width = policy.embedding.shape
   last = pl.cdiv(vocab_size, blocks.vocabulary) - 1
-  # The gradients of hidden states leave in the last round; until then one block of the output stays where it is.
+  # The gradients of hidden states are written in the last round; until then the output block does not change.
   hidden_spec = pl.BlockSpec((blocks.tokens, width), lambda j, i: (first + jnp.where(j == last, i, 0), 0))
   embedding_spec = pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0))
   bias_spec = pl.BlockSpec((1, blocks.vocabulary), lambda j, i: (0, j))
   old_specs = (pl.BlockSpec((blocks.vocabulary, width), lambda j, i: (j, 0), pipeline_mode=pl.Buffered(1)),
-               # Nobody reads it, but an array and its alias have to be cut alike: the interpreter pads both to blocks.
+               # Never read, but an array and its alias need equal block shapes: the interpreter pads both to blocks.
                pl.BlockSpec((blocks.tokens, width), lambda j, i: (0, 0), pipeline_mode=pl.Buffered(1)))
   shapes = [_shape(policy.hidden.shape, policy.hidden.dtype, arrays),
             _shape(policy.embedding.shape, policy.embedding.dtype, arrays)]
@@ -262,7 +269,7 @@ def _backward_kernel(refs, old, hidden_out, embedding_out, bias_out, hidden_sum,
 
 
 def _columns(j, refs, actions, vocab_size):
-  """Returns bool `[tokens, vocabulary]` of block j: where the actions are, and what is in the vocabulary; None: all."""
+  """Returns masks bool `[tokens, vocabulary]` of block j: the actions, and the valid columns (None if all are)."""
   block = refs.policy.embedding.shape[0]
   columns = j * block + jax.lax.broadcasted_iota(jnp.int32, (actions.shape[0], block), 1)
   is_action = columns == actions
@@ -273,26 +280,26 @@ def _columns(j, refs, actions, vocab_size):
 
 
 def _first_rows(x, count, total):
-  """Returns x with 0 in all but the first `count` rows; x itself if blocks fit `total` without rest."""
+  """Zeros all rows of x but the first `count`; returns x itself if the block size divides `total`."""
   if total % x.shape[0] == 0:
     return x
   return jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < count, x, jnp.zeros_like(x))
 
 
 def _arrays(operands, settings):
-  """Returns operands of rank 2, as kernels take them: `temperature` holds both numbers."""
+  """Converts operands to the rank-2 arrays that kernels take; `temperature` holds both temperatures."""
 
   def side(x):
     return x.replace(bias=None if x.bias is None else x.bias.astype(jnp.float32)[None])
 
-  temperatures = jnp.stack([operands.temperature, operands.certainty_temperature])[None]  # of rank 2: for vmap
+  temperatures = jnp.stack([operands.temperature, operands.certainty_temperature])[None]  # rank 2 is needed for vmap
   arrays = Operands(side(operands.policy), side(operands.reference), operands.actions.astype(jnp.int32)[:, None],
                     temperatures, None)
   return spread_like(operands, arrays)
 
 
 def _specs(arrays, blocks, token_at, block_at):
-  """Returns how the arrays are cut; `token_at` and `block_at` name blocks of tokens and vocabulary of a grid point."""
+  """Makes the block specs of the arrays; `token_at` and `block_at` map grid points to token and vocabulary blocks."""
 
   def of_tokens(x):
     return pl.BlockSpec((blocks.tokens, x.shape[1]), lambda *at: (token_at(*at), 0))
@@ -307,7 +314,7 @@ def _specs(arrays, blocks, token_at, block_at):
 
 
 def _read(refs):
-  """Returns the operands of one tile."""
+  """Reads the operands of one tile."""
 
   def side(x):
     return Side(x.hidden[...], x.embedding[...], None if x.bias is None else x.bias[0])
@@ -317,7 +324,7 @@ def _read(refs):
 
 
 def _pack(columns: Sequence[Any]) -> chex.Array:
-  """Returns float32 `[N, 128]` whose first lanes are the `[N, 1]` arrays of PyTrees, in order."""
+  """Packs the `[R, 1]` arrays of PyTrees, in order, into the first lanes of float32 `[R, 128]`."""
   columns = jax.tree.leaves(columns)
   shape = columns[0].shape[0], LANES
   lanes, packed = jax.lax.broadcasted_iota(jnp.int32, shape, 1), jnp.zeros(shape, jnp.float32)
@@ -327,12 +334,12 @@ def _pack(columns: Sequence[Any]) -> chex.Array:
 
 
 def _unpack(packed, record, first=0):
-  """Returns a record out of the lanes of an array from `first` on."""
+  """Unpacks a record from the lanes of an array from `first` on."""
   return record(**{name: packed[:, k:k + 1] for k, name in enumerate(record.__dataclass_fields__, first)})
 
 
 def _shape(shape, dtype, arrays):
-  """Returns the description of an output that varies over the mesh axes over which the arrays do."""
+  """Returns the `ShapeDtypeStruct` of an output that varies over the same mesh axes as the arrays."""
   kind = jax.typeof(arrays.actions)
   if not varying_axes(arrays.actions):
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -341,8 +348,15 @@ def _shape(shape, dtype, arrays):
 
 
 def _cost(operands, products, exponentials, passes, share=1.0):
-  """Returns what a call takes: products with the embedding of policy and reference, exponentials of a logit, and how
-  often hidden states and embeddings are read, for a share of the tokens."""
+  """Estimates the cost of a call.
+
+  Args:
+    operands: the arrays.
+    products: numbers of matrix products with the embedding of policy and reference.
+    exponentials: exponentials per logit.
+    passes: how often hidden states and embeddings are read.
+    share: share of the tokens in this call.
+  """
   sides = operands.policy, operands.reference
   num_tokens, vocab_size = operands.actions.shape[0], operands.policy.embedding.shape[0]
   logits = int(share * num_tokens) * vocab_size

@@ -1,25 +1,28 @@
-"""The arithmetic that every implementation shares: what is summed over the vocabulary, and what follows from the sums.
+"""Arithmetic shared by all implementations: sums over the vocabulary, and the statistics computed from them.
 
 For one token with policy logits z, reference logits v (both divided by the temperature) and d = z - v; with m = max z,
 e_i = exp(z_i - m), t_i = d_i - a for an anchor a, s_i = d_i - c for a centre c, and phi(s) = exp(-s) - 1 + s:
 
     sum_e = sum e        sum_ez = sum e (z - m)        sum_t = sum e t        sum_phi = sum e phi(s)
 
-Divergence and difference of the log-partition functions follow without the difference of two large numbers,
+From these follow, without subtracting large numbers, the difference Delta of the log-partition functions and the KL:
 
     Delta = logsumexp z - logsumexp v = c - log1p(x),        x = (sum_phi - sum e s) / sum_e
     KL(pi || pi_ref) = sum_phi / sum_e - (x - log1p(x))
 
-so that a divergence of 1e-7 between near-equal policies keeps its digits in float32. Where the policies are so far
-apart that x says little, `sum_t / sum_e + a - Delta` with Delta from the two sums themselves is exact enough. Within a
-block c is the difference of the two peaks, and e exp(-s) the exponential of the reference's logit; the anchor is the
-difference d at the policy's most probable token, so that a policy that is all but sure of it has a small sum_t, correct
-to its own last digit, and gradients `p (t - mean t)` that are no difference of large numbers either.
+so that a KL of 1e-7 between near-equal policies keeps its relative precision in float32. If the policies are so far
+apart that x is imprecise, `sum_t / sum_e + a - Delta`, with Delta from the two log-partition functions, is precise
+enough. Within a block c is the difference of the two peaks, and e exp(-s) the exponential of the reference's logit. The
+anchor is the difference d at the policy's most probable token: a nearly deterministic policy then has a small and
+precise sum_t, and its gradients `p (t - mean t)` do not subtract large numbers either.
 
 A token that the reference rules out (v = -inf) counts with `log pi_ref = LOG_PROB_FLOOR`: a large finite penalty with
-the right sign. Its share is kept apart, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-s) is 0.
+the right sign. Its terms are summed separately, in `sum_ruled = sum e` and `sum_ruled_z = sum e (z - m)`; its exp(-s)
+is 0.
 
-Everything here is plain jnp on `[N, vocabulary block]` and `[N, 1]`, so that the bodies of Pallas kernels call it too.
+Everything here is plain jnp on `[R, block]` and `[R, 1]`, so that Pallas kernels can call it too.
+
+Letters: R rows (tokens of all episodes on one axis), V vocabulary; `block`, entries of a block of the vocabulary.
 """
 
 import functools
@@ -27,30 +30,30 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-# Log-probability that a ruled-out token (logit -inf) is taken to have when two policies are compared. A finite number
-# keeps losses and gradients finite; no token that a float32 softmax can produce is as unlikely.
+from critkl_jax.pytree import PyTreeNode
+
+# Log-probability assigned to a ruled-out token (logit -inf) when two policies are compared. It is finite to keep losses
+# and gradients finite; a float32 softmax gives no token a probability this low.
 LOG_PROB_FLOOR = -1e4
 MINUS_INFINITY = -1e30  # in place of -inf: 0 times it is 0
 RULED_OUT = -1e20  # logits below count as -inf
-_NEAR = 0.5  # |s| for which the series of phi is taken
-_MOST_EXPONENT = 40.0  # beyond, only that it is much counts
+_NEAR = 0.5  # phi(s) uses its series for |s| below this
+_MOST_EXPONENT = 40.0  # exponents are clipped to this; the exact value of larger ones does not matter
 
 
-@struct.dataclass
-class WeightedKL:
-  """What a policy and its reference say of each token, float32 `[...]` each, in nats; 0 where masked.
+class TokenStatistics(PyTreeNode):
+  """Statistics of each token under policy and reference, float32 `[...]` each, in nats; 0 where masked.
 
   Gradients flow from `log_prob`, `entropy` and `kl` to the policy; the other fields carry none.
 
   Attributes:
     log_prob: log pi(a) of the token's action.
     ref_log_prob: log pi_ref(a), at least `LOG_PROB_FLOOR`.
-    entropy: of the policy.
+    entropy: entropy of the policy.
     kl: exact KL(pi || pi_ref).
-    certainty: J of the reference, between 0 and 1.
-    weight: (1 - c) J^beta + c.
+    certainty: certainty J of the reference, between 0 and 1.
+    weight: weight of the KL penalty, (1 - c) J^beta + c.
   """
 
   log_prob: chex.Array
@@ -61,22 +64,21 @@ class WeightedKL:
   weight: chex.Array
 
 
-@struct.dataclass
-class Sums:
-  """Sums over a part of the vocabulary, float32 `[N, 1]` each; `merge` joins those of two parts.
+class Sums(PyTreeNode):
+  """Sums over a part of the vocabulary, float32 `[R, 1]` each; `merge` combines the sums of two parts.
 
   Attributes:
     peak: m, the largest policy logit.
-    sum_e: see above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
+    sum_e: defined above, as are `sum_ez`, `sum_t`, `sum_phi`, `sum_ruled`, `sum_ruled_z`.
     anchor: a.
     centre: c.
-    ref_peak: the largest reference logit, at the temperature of the policy.
+    ref_peak: the largest reference logit v.
     ref_sum_e: sum exp(v - ref_peak).
-    sure_peak: the largest reference logit at the temperature of the certainty.
-    sure_sum_e: sum exp(v - sure_peak) at that temperature.
-    sure_sum_ez: sum exp(v - sure_peak) (v - sure_peak) at that temperature.
-    action_logit: z of the action, 0 if it is in another part.
-    ref_action_logit: v of the action, 0 if it is in another part.
+    sure_peak: the largest reference logit at the certainty temperature.
+    sure_sum_e: sum exp(v - sure_peak) at the certainty temperature.
+    sure_sum_ez: sum exp(v - sure_peak) (v - sure_peak) at the certainty temperature.
+    action_logit: z of the action, 0 if the action is in another part.
+    ref_action_logit: v of the action, 0 if the action is in another part.
   """
 
   peak: chex.Array
@@ -98,25 +100,24 @@ class Sums:
 
   @classmethod
   def zeros(cls, num_tokens: int) -> 'Sums':
-    """Returns a record of zeros."""
+    """Makes a record of zeros."""
     return cls(**{name: jnp.zeros((num_tokens, 1), jnp.float32) for name in cls.__dataclass_fields__})
 
 
-@struct.dataclass
-class Row:
-  """What the sums over the whole vocabulary amount to, float32 `[N, 1]` each; enough to take gradients again.
+class Row(PyTreeNode):
+  """Statistics of each token from the sums over the whole vocabulary, float32 `[R, 1]` each; enough for gradients.
 
   Attributes:
     peak: the largest policy logit.
-    log_sum: `log sum_e`; with `peak` the log-partition function of the policy, in two parts that keep its digits.
+    log_sum: `log sum_e`; `peak + log_sum` is the log-partition function of the policy, kept in two parts for precision.
     anchor: a.
-    mean_t: mean of `log pi - log pi_ref - (a - Delta)` under the policy: sum p t where no token is ruled out.
-    entropy: of the policy.
+    mean_t: mean of `log pi - log pi_ref - (a - Delta)` under the policy: sum p t if no token is ruled out.
+    entropy: entropy of the policy.
     kl: KL(pi || pi_ref).
-    log_prob: of the action.
-    ref_log_prob: of the action under the reference, at least `LOG_PROB_FLOOR`.
-    sure_entropy: of the reference at the temperature of the certainty.
-    sure_log_max: log of the reference's largest probability there.
+    log_prob: log-probability of the action.
+    ref_log_prob: log-probability of the action under the reference, at least `LOG_PROB_FLOOR`.
+    sure_entropy: entropy of the reference at the certainty temperature.
+    sure_log_max: largest log-probability of the reference at the certainty temperature.
   """
 
   peak: chex.Array
@@ -132,13 +133,12 @@ class Row:
 
   @classmethod
   def zeros(cls, num_tokens: int) -> 'Row':
-    """Returns a record of zeros."""
+    """Makes a record of zeros."""
     return cls(**{name: jnp.zeros((num_tokens, 1), jnp.float32) for name in cls.__dataclass_fields__})
 
 
-@struct.dataclass
-class Cotangents:
-  """Gradients of the loss with respect to `log_prob`, `entropy` and `kl` of each token, float32 `[N, 1]`."""
+class Cotangents(PyTreeNode):
+  """Gradients of the loss with respect to `log_prob`, `entropy` and `kl` of each token, float32 `[R, 1]`."""
 
   log_prob: chex.Array
   entropy: chex.Array
@@ -146,21 +146,21 @@ class Cotangents:
 
   @classmethod
   def of(cls, row: Row) -> 'Cotangents':
-    """Returns those of a `Row` of gradients; the other fields carry none."""
+    """Selects the three fields of a `Row` of gradients that carry a gradient."""
     return cls(log_prob=row.log_prob, entropy=row.entropy, kl=row.kl)
 
 
 def in_vocabulary(actions: chex.Array, vocab_size: int) -> chex.Array:
-  """Returns bool `[...]`: whether action ids, integers `[...]` of any type, are 0..V-1."""
+  """Returns bool `[...]`: whether action ids, integers `[...]` of any dtype, are in 0..V-1."""
   return (actions >= 0) & (actions <= min(vocab_size - 1, jnp.iinfo(actions.dtype).max))
 
 
 @jax.custom_vjp
 def nan_unless(known: chex.Array, values: chex.Array) -> chex.Array:
-  """Replaces values `[...]` by NaN where `known` `[...]` is false; their gradient is NaN there too, unless nothing that
-  the loss counts depends on them: then it is 0.
+  """Replaces values `[...]` by NaN where `known` `[...]` is false.
 
-  A gather would give a gradient of 0 for an action that does not exist, and training would go on in silence.
+  Their gradient is NaN there too, or 0 if their cotangent is 0. A gather alone would give an action that does not exist
+  a gradient of 0, and training would go on in silence.
   """
   return jnp.where(known, values, jnp.nan)
 
@@ -177,22 +177,22 @@ nan_unless.defvjp(_nan_unless_forward, _nan_unless_backward)
 
 
 def finite(logits: chex.Array) -> chex.Array:
-  """Returns float32 logits with `MINUS_INFINITY` in place of -inf."""
+  """Replaces -inf in float32 logits by `MINUS_INFINITY`."""
   return jnp.maximum(logits, MINUS_INFINITY)
 
 
 def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_action: chex.Array | None,
                valid: chex.Array | None = None, can_rule_out: bool = True) -> Sums:
-  """Returns the sums over one block of the vocabulary.
+  """Computes the sums over one block of the vocabulary.
 
   Args:
-    z: float32 `[N, K]` policy logits, out of `finite`.
-    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
-    v_sure: float32 `[N, K]` reference logits at the temperature of the certainty; None if it is the same.
-    is_action: bool `[N, K]`, true at the action of each row; None leaves the actions' logits 0.
-    valid: bool `[N, K]` or `[1, K]`, false past the end of the vocabulary, where the logits may be anything, NaN
-      included; None if all of the block is valid. One column at least is.
-    can_rule_out: whether the reference may hold -inf; if not, there is less to do.
+    z: float32 `[R, block]` policy logits from `finite`.
+    v: float32 `[R, block]` reference logits at the same temperature, from `finite`.
+    v_sure: float32 `[R, block]` reference logits at the certainty temperature; None if the temperatures are equal.
+    is_action: bool `[R, block]`, true at the action of each row; None leaves the actions' logits at 0.
+    valid: bool `[R, block]` or `[1, block]`, false past the end of the vocabulary, where the logits may be anything,
+      NaN included; None if the whole block is valid. At least one column is valid.
+    can_rule_out: whether reference logits may be -inf; False saves work.
   """
 
   def inside(x, other):
@@ -234,14 +234,14 @@ def block_sums(z: chex.Array, v: chex.Array, v_sure: chex.Array | None, is_actio
 
 
 def anchor_of(peak: chex.Array, ref_at_peak: chex.Array, otherwise: chex.Array) -> chex.Array:
-  """Returns the difference of the logits at the policy's most probable token; `otherwise` where one is ruled out."""
+  """Returns the anchor, z - v at the policy's most probable token; `otherwise` where that token is ruled out."""
   return jnp.where(jnp.minimum(peak, ref_at_peak) > RULED_OUT, peak - ref_at_peak, otherwise)
 
 
 def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex.Array:
-  """Returns `(z - v) - centre`, correct to the last digit where the centre is near z - v.
+  """Computes `(z - v) - centre`, correct to the last digit where the centre is near z - v.
 
-  The rounding error of the first difference is itself a float32 number (Knuth, TAOCP 4.2.2, theorem B), and added back.
+  The rounding error of z - v is itself a float32 number (Knuth, TAOCP 4.2.2, theorem B), and is added back.
   """
   difference = z - v
   part = difference - z
@@ -250,7 +250,7 @@ def centred_difference(z: chex.Array, v: chex.Array, centre: chex.Array) -> chex
 
 
 def phi_near(t: chex.Array) -> chex.Array:
-  """Returns `exp(-t) - 1 + t` for |t| < 1/2 by its series, which keeps a relative precision of 1e-6 down to 0."""
+  """Computes `exp(-t) - 1 + t` for |t| < 1/2 by its series, with a relative precision of 1e-6 down to 0."""
   series = jnp.float32(1 / 362880)
   for k in (40320, 5040, 720, 120, 24, 6, 2):
     series = 1.0 / k - t * series
@@ -258,12 +258,12 @@ def phi_near(t: chex.Array) -> chex.Array:
 
 
 def phi(t: chex.Array) -> chex.Array:
-  """Returns `exp(-t) - 1 + t`, precise near 0 too; in the exponential t counts as -40 where it is less."""
+  """Computes `exp(-t) - 1 + t`, precise near 0; t is clipped to at least -40 in the exponential."""
   return jnp.where(jnp.abs(t) < _NEAR, phi_near(t), jnp.exp(-jnp.maximum(t, -_MOST_EXPONENT)) - 1.0 + t)
 
 
 def merge(one: Sums, two: Sums) -> Sums:
-  """Returns the sums over two parts of the vocabulary together."""
+  """Combines the sums over two parts of the vocabulary."""
   peak, ref_peak = jnp.maximum(one.peak, two.peak), jnp.maximum(one.ref_peak, two.ref_peak)
   sure_peak = jnp.maximum(one.sure_peak, two.sure_peak)
   anchor = jnp.where(one.peak >= two.peak, one.anchor, two.anchor)
@@ -276,17 +276,17 @@ def merge(one: Sums, two: Sums) -> Sums:
 
 
 def _moved(sums, peak, anchor, centre, ref_peak, sure_peak):
-  """Returns the sums with respect to other peaks, another anchor and another centre."""
+  """Rescales sums to new peaks, a new anchor and a new centre."""
   down = sums.peak - peak
   scale = jnp.exp(down)
   step = centre - sums.centre
   allowed = sums.sum_e - sums.sum_ruled
   sum_s = _about(sums, sums.centre)
-  # A small step is taken in small terms; after a large one nothing is near, and the definition of phi will do.
-  # A part that the policy rules out has no terms of its own, but its share of the reference counts.
+  # A small step uses the series of phi; after a large step phi is far from 0, and its definition is precise.
+  # A part that the policy rules out has no policy terms, but its reference terms count.
   little = (jnp.abs(step) < _NEAR) & (sums.peak > RULED_OUT)
   growth = phi_near(jnp.where(little, -step, 0.0))  # exp(step) - 1 - step
-  of_allowed = sums.sum_phi + sums.sum_ruled  # each ruled-out token stands in sum_phi as -e, wherever the centre is
+  of_allowed = sums.sum_phi + sums.sum_ruled  # a ruled-out token adds -e to sum_phi for any centre
   of_allowed += (growth + step) * (of_allowed - sum_s) + growth * allowed
   sum_of_exp = jnp.exp(jnp.minimum(sums.ref_peak + centre - peak, _MOST_EXPONENT)) * sums.ref_sum_e
   sum_phi = jnp.where(little, scale * of_allowed, sum_of_exp + scale * (_about(sums, centre) - allowed))
@@ -302,12 +302,12 @@ def _moved(sums, peak, anchor, centre, ref_peak, sure_peak):
 
 
 def _about(sums, point):
-  """Returns the sum of e (d - point) over what the reference does not rule out."""
+  """Computes the sum of e (d - point) over tokens that the reference does not rule out."""
   return sums.sum_t + (sums.anchor - point) * (sums.sum_e - sums.sum_ruled)
 
 
 def finish(sums: Sums) -> Row:
-  """Returns what the sums over the whole vocabulary amount to."""
+  """Computes the statistics of each token from the sums over the whole vocabulary."""
   log_sum, ref_log_sum = jnp.log(sums.sum_e), jnp.log(sums.ref_sum_e)
   ruled = sums.sum_ruled / sums.sum_e
   ruled_kl = sums.sum_ruled_z / sums.sum_e - ruled * (log_sum + LOG_PROB_FLOOR)
@@ -331,24 +331,24 @@ def finish(sums: Sums) -> Row:
 
 
 def logit_gradients(z: chex.Array, v: chex.Array, is_action: chex.Array, row: Row, g: Cotangents) -> chex.Array:
-  """Returns the gradient of `sum_n g.log_prob log_prob + g.entropy H + g.kl KL` with respect to the policy's logits z.
+  """Computes the gradient of the loss with respect to the policy's logits z, from the cotangents g.
 
-  `g_a (1[i = a] - p_i) - g_H p_i (log p_i + H) + g_KL p_i (log p_i - log q_i - KL)`
+  `g.log_prob (1[i = a] - p_i) - g.entropy p_i (log p_i + entropy) + g.kl p_i (log p_i - log q_i - KL)`
 
   Args:
-    z: float32 `[N, K]` policy logits of any block of the vocabulary, out of `finite`.
-    v: float32 `[N, K]` reference logits at the same temperature, out of `finite`.
-    is_action: bool `[N, K]`.
-    row: of the whole vocabulary.
+    z: float32 `[R, block]` policy logits of any block of the vocabulary, from `finite`.
+    v: float32 `[R, block]` reference logits at the same temperature, from `finite`.
+    is_action: bool `[R, block]`, true at the action of each row.
+    row: statistics over the whole vocabulary.
     g: the cotangents.
 
   Returns:
-    float32 `[N, K]`.
+    float32 `[R, block]`.
   """
   above = z - row.peak
-  # log pi - log pi_ref - KL, where the reference is finite and where it is not
+  # log pi - log pi_ref - KL, for tokens that the reference rules out and for others
   excess = jnp.where(v <= RULED_OUT, above - row.log_sum - LOG_PROB_FLOOR - row.kl,
                      centred_difference(z, v, row.anchor) - row.mean_t)
   inner = g.kl * excess - g.entropy * (above - (row.log_sum - row.entropy)) - g.log_prob
-  p = jnp.exp(jnp.minimum(above - row.log_sum, 0.0))  # finite also where a row of zeros fills up a tile
+  p = jnp.exp(jnp.minimum(above - row.log_sum, 0.0))  # finite also for rows of zeros that pad a tile
   return p * inner + jnp.where(is_action, g.log_prob, 0.0)

@@ -1,0 +1,1 @@
+"""Sampling of responses, and teacher-forced passes over them."""

@@ -1,0 +1,1 @@
+"""Steps of pre-training and fine-tuning, their settings and states."""
