@@ -23,6 +23,8 @@ from flax import struct
 from critkl_jax.records import Rollout
 from critkl_jax.tasks.drafts import Draft
 
+_FEW_TOKENS = 1024  # up to this size of the vocabulary, a token is drawn in one step
+
 # (tokens [B, W], mask [B, W], policy state) -> (logits [B, W, V], values [B, W], policy state)
 Policy = Callable[[chex.Array, chex.Array, Any], tuple[chex.Array, chex.Array, Any]]
 # (policy state, number of last tokens to forget [B]) -> policy state
@@ -241,8 +243,22 @@ def _sample(decoder, keys, position, logits):
     sampled = jnp.argmax(log_probs, -1)
   else:
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, position)
-    sampled = jax.vmap(jax.vmap(jax.random.categorical))(keys, _keep_top_p(log_probs, decoder.top_p))
+    draw = jax.random.categorical if log_probs.shape[-1] <= _FEW_TOKENS else _draw_in_two_steps
+    sampled = jax.vmap(jax.vmap(draw))(keys, _keep_top_p(log_probs, decoder.top_p))
   return sampled.astype(jnp.int32), jnp.take_along_axis(log_probs, sampled[..., None], -1)[..., 0]
+
+
+def _draw_in_two_steps(key, log_probs):
+  """Draws a token from log-probabilities `[V]`: first a block of tokens, by its probability, then a token of the block.
+
+  The noise of one step would be V numbers for each token, which cost a CPU more than the logits; this needs some
+  2 sqrt(V).
+  """
+  size = 2 ** (log_probs.shape[0].bit_length() // 2)
+  blocks = jnp.pad(log_probs, (0, -log_probs.shape[0] % size), constant_values=-jnp.inf).reshape(-1, size)
+  first, second = jax.random.split(key)
+  block = jax.random.categorical(first, jnp.log(jnp.sum(jnp.exp(blocks), 1)))
+  return block * size + jax.random.categorical(second, blocks[block])
 
 
 def _stop_states(stop, state, tokens):

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from tiers import slow_except
 
 from critkl_jax.models.gpt2 import GPT2Config, gpt2
@@ -93,25 +94,55 @@ def table_policy(logits):
   return policy
 
 
-def test_samples_follow_the_distribution_of_any_policy():
-  logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+# Four tokens of a small vocabulary, and of one so large that a token is drawn in two steps: two of them in one block.
+FOUR_TOKENS = pytest.mark.parametrize('four', [[0, 1, 2, 3], [7, 193, 194, 2999]], ids=['small', 'large'])
+
+
+def four_of_a_vocabulary(four):
+  return jnp.full(four[-1] + 1, -jnp.inf).at[jnp.array(four)].set(jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])))
+
+
+@FOUR_TOKENS
+def test_samples_follow_the_distribution_of_any_policy(four):
+  logits = four_of_a_vocabulary(four)
   prompt = jnp.ones((64, 1), jnp.int32)
   for temperature in (1.0, 2.0):
     rollout = generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0), max_new_tokens=200,
                        stop=NEVER, temperature=temperature)
-    found = np.bincount(rollout.actions.reshape(-1), minlength=4) / rollout.actions.size
+    found = np.bincount(rollout.actions.reshape(-1), minlength=logits.size) / rollout.actions.size
     np.testing.assert_allclose(found, jax.nn.softmax(logits / temperature), atol=0.015)
     assert jnp.all(rollout.values == 0.5)
 
 
-def test_top_p_keeps_the_smallest_sufficient_set():
-  logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+@FOUR_TOKENS
+def test_top_p_keeps_the_smallest_sufficient_set(four):
+  logits = four_of_a_vocabulary(four)
   prompt = jnp.ones((32, 1), jnp.int32)
   for top_p, kept in ((0.3, {3}), (0.39, {3}), (0.45, {2, 3}), (0.75, {1, 2, 3}), (1.0, {0, 1, 2, 3})):
     rollout = generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0), max_new_tokens=40,
                        stop=NEVER, top_p=top_p)
-    assert set(np.unique(rollout.actions).tolist()) == kept
+    assert set(np.unique(rollout.actions).tolist()) == {four[i] for i in kept}
     np.testing.assert_allclose(rollout.log_probs, logits[rollout.actions], rtol=1e-6)
+
+
+def test_a_large_vocabulary_is_sampled_evenly():
+  logits = jnp.zeros(1500)  # the last block is not full
+  prompt = jnp.ones((256, 1), jnp.int32)
+  rollout = generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0), max_new_tokens=300,
+                     stop=stop_after([[1500]]))
+  counts = np.bincount(rollout.actions.reshape(-1), minlength=1500)
+  assert counts.size == 1500
+  assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_drafts_change_no_token_of_a_large_vocabulary():
+  logits = jax.random.normal(jax.random.key(1), (1500,))
+  prompt = jnp.ones((8, 1), jnp.int32)
+  sampled = lambda **options: generate(table_policy(logits), jnp.int32(0), prompt, prompt > 0, jax.random.key(0),
+                                       max_new_tokens=40, stop=NEVER, **options).actions
+  plain = sampled()
+  speculative = sampled(window=4, draft=guess(plain, 0), rewind=lambda state, num: state)
+  np.testing.assert_array_equal(plain, speculative)
 
 
 def test_the_loop_ends_when_all_episodes_have_ended():
