@@ -7,6 +7,7 @@ import setuptools
 HERE = pathlib.Path(__file__).parent
 TENSORBOARD = ['tensorboardX>=2.6.4']
 TEXT = ['tokenizers>=0.21.0']
+TASKS = [*TEXT, 'reasoning-gym>=0.1.19', 'rouge-score>=0.1.2']
 
 setuptools.setup(
     name='critkl-jax',
@@ -40,10 +41,11 @@ setuptools.setup(
         'h100': ['jax[cuda13-local]', 'nvidia-cuda-nvcc>=13', 'nvidia-nvvm>=13'],  # its compiler alone, to run nothing
         'text': TEXT,
         'chat': [*TEXT, 'jinja2', 'transformers'],
+        'tasks': TASKS,
         'tensorboard': TENSORBOARD,
         'wandb': ['wandb>=0.31'],
         'bench': ['torch', 'tokamax', 'transformers', 'trl', 'datasets', 'tokenizers'],
         'test': ['hypothesis>=6.100.0', 'pytest>=8.0.2', 'pytest-xdist>=3.5.0', 'ruff>=0.9', 'setuptools>=77',
-                 *TENSORBOARD, *TEXT],
+                 *TENSORBOARD, *TASKS],
     },
 )

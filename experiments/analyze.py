@@ -25,6 +25,7 @@ from critkl_jax.config import differences
 from critkl_jax.rl.certainties import CERTAINTIES
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.runtime.checkpoint import Checkpoint
+from critkl_jax.runtime.samples import FILE, read_samples
 from critkl_jax.tasks.addition import Addition
 from critkl_jax.tasks.known_tasks import to_json_object
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets, sizes_of_sets
@@ -35,7 +36,7 @@ from . import parsing, paths
 from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
 from .flags import define_imported, read_imported, run
-from .reference import check_length, imported, load_imported, refuse_text
+from .reference import check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import summary_tables, text_of
 from .workdirs import claim
 
@@ -145,6 +146,7 @@ def check_sets(pairs: Pairs, given: list[int] | None) -> list[Any]:
       refuse('--checkpoints: their tasks or their settings differ; analyse those of one task at a time.')
   with refuse_text():
     (task, _), found = question_sets(_settings(pairs)), list(sizes_of_sets(_settings(pairs)))
+  check_rewards(task)
   check_length(task, next(iter(pairs.values()))[0].info.model)
   return found
 
@@ -248,7 +250,8 @@ def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps
   origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_name(reference)}, step {reference.step}"}. '
             f'{describe_training(policy)}')
   penalty = '' if policy.info.kind != 'finetune' else reading.loss_of(policy).kl
-  return Run(name=name, origin=origin, tokens=tokens, pictures=pictures, steps=steps, penalty=penalty)
+  samples = read_samples(storage.resolve(policy.path).parents[1] / FILE)
+  return Run(name=name, origin=origin, tokens=tokens, pictures=pictures, steps=steps, penalty=penalty, samples=samples)
 
 
 def place_name(found: Checkpoint) -> str:

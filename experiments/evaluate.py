@@ -18,13 +18,14 @@ from critkl_jax.rl.loss_config import TEMPERATURES
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.task import ProblemSet, check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .exits import refuse
 from .flags import define_imported, read_imported, run
-from .reference import check_length, imported, load_imported, refuse_text
+from .reference import check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import command, percent_of, print_accuracies
 from .workdirs import refuse_other_file
 
@@ -62,6 +63,7 @@ def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
         refuse(f"--{name}: has no effect on the task 'questions'; leave it out.")
     with refuse_text():
       task, _ = question_sets(found.info.task)
+    check_rewards(task)
     check_length(task, found.info.model)
     return found, text, []
   settings = checkpoint.settings_of(found, Addition)
@@ -83,9 +85,11 @@ def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   result = {'checkpoint': str(loaded.path), 'step': loaded.step}
   if isinstance(loaded.info.task, Questions):
+    pool = RewardPool(workers=1)
     rows = evaluation.accuracies(model_of(loaded), loaded.params, sets_of_questions(loaded.info.task), GREEDY.value,
-                                 TEMPERATURE.value)
+                                 TEMPERATURE.value, pool=pool)
     result |= {'task': loaded.info.task.name, 'accuracy': print_sets(rows, whose)}
+    pool.close()
   else:
     result |= {'known_digits': loaded.info.task.known_digits, 'accuracy': test_addition(loaded, digits, whose)}
   if JSON.value:

@@ -25,8 +25,10 @@ from critkl_jax.runtime import checkpoint, hosts, loop, resuming, storage
 from critkl_jax.runtime.compilation import compilation_seconds
 from critkl_jax.runtime.failure_signatures import MEANING, signatures
 from critkl_jax.tasks.known_tasks import known_task_of, to_json_object
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.task import Task
 from critkl_jax.training.config import FinetuneConfig
+from critkl_jax.training.host_step import make_host_step
 from critkl_jax.training.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 from critkl_jax.training.presets import FINETUNE_PRESETS
 from critkl_jax.training.train_step import make_train_step
@@ -81,6 +83,7 @@ def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: 
   mesh = read_mesh(config.episodes // config.minibatches)
   check_attention(model.config)
   claim(workdir, 'finetune')
+  pool = RewardPool(config.reward_workers, config.reward_seconds) if task.host else None
   reference = load_reference(config, workdir, mesh)
   settings = task_settings(config, reference)
   known = known_task_of(settings)
@@ -88,30 +91,38 @@ def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: 
   finished = resuming.check_workdir(workdir, info)
   state = init_finetuning(model, config, reference.params, mesh, load_ensemble(config, mesh))
   draw = functools.partial(known.before_and_after, settings=settings, number=config.eval_problems)
-  test = evaluation.make_test(model, task, draw, mesh=mesh)
+  test = evaluation.make_test(model, task, draw, mesh=mesh, pool=pool)
   keep_reference(workdir, reference)
   del reference  # the state has its own
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
-  step = make_train_step(model, task, config, mesh)
+  step = make_host_step(model, task, config, mesh, pool) if task.host else make_train_step(model, task, config, mesh)
   hosts.say(describe_run(config, known.about(settings)))
   doing = describe_preparation(config, finished)
   with (hosts.waiting(doing) if doing else contextlib.nullcontext(),
         concurrent.futures.ThreadPoolExecutor(1) as other):  # the compiler leaves a core to the test
-    compiled = other.submit(compile_if_needed, finished >= config.num_iterations, step, state, key, hyperparameters)
+    ready = task.host is not None or finished >= config.num_iterations
+    compiled = other.submit(compile_if_needed, ready, step, state, key, hyperparameters)
     before = tested_before(test, state.ref_params, config, settings, workdir)
     step = compiled.result()
   if finished < config.num_iterations:
     hosts.say('Training. In the bar: acc, share of right answers among those just sampled; kl, distance of the policy '
               'from the\nreference in nats a token; tok/s, tokens trained on in a second.')
-  state = loop.run(lambda state, _: step(state, key, hyperparameters), state, config.num_iterations, info, workdir,
-                   config.save_every, show=('accuracy', 'kl'), track=track, damaged=flags.FLAGS.damaged)
+  own = {'samples': lambda: step.samples} if task.host else {}
+
+  def advance(state, number):
+    return step(state, key, hyperparameters, number) if task.host else step(state, key, hyperparameters)
+
+  state = loop.run(advance, state, config.num_iterations, info, workdir, config.save_every, show=('accuracy', 'kl'),
+                   track=track, damaged=flags.FLAGS.damaged, **own)
   if config.eval_problems:
     hosts.say('Testing the fine-tuned model on the same problems ...')
   report(config, settings, before, test(state.params)[0], workdir, time.monotonic() - start)
+  if pool:
+    pool.close()
 
 
 def compile_if_needed(done: bool, step: Callable, *arguments: Any) -> Callable:
-  """Compiles the step for its arguments; returns it as it is if no step is left or jit must check for NaN."""
+  """Compiles the step for its arguments; returns it as it is if `done`, or if jit must check for NaN."""
   return step if done or jax.config.jax_debug_nans else step.lower(*arguments).compile()
 
 

@@ -21,6 +21,8 @@ from critkl_jax.runtime import compilation, hosts, interruption, storage, tracke
 from critkl_jax.runtime.checkpoint import CheckpointError
 from critkl_jax.runtime.storage import WorkdirError
 from critkl_jax.tasks.questions import TextFinetuning
+from critkl_jax.tasks.questions.sources import is_gym
+from critkl_jax.tasks.rewards import RewardError
 from critkl_jax.training.finite import NonFinite
 
 from . import exits, parsing, paths
@@ -79,7 +81,8 @@ def define_damaged() -> None:
 
 def define_imported() -> None:
   """Defines the flags for a model directory that is not a checkpoint yet, and for the task that it is read with."""
-  flags.DEFINE_enum('task', None, ['addition', 'questions'], 'Task to read --model with; a checkpoint names its own.')
+  flags.DEFINE_string('task', None, 'Task to read --model with: questions, or reasoning_gym:NAME; a checkpoint names '
+                      'its own.')
   for name, field in config_lib.flat_fields(TextFinetuning).items():
     _DEFINE[field.type](name, None, f'{_attribute_help(TextFinetuning, name)} ({field.default!r})')
 
@@ -88,7 +91,7 @@ def read_imported(values: flags.FlagValues = flags.FLAGS) -> TextFinetuning | No
   """Returns the settings of the flags of `define_imported`, None without `--model`; exits with one line if they are
   wrong."""
   given = {name: values[name].value for name in ('task', *config_lib.flat_fields(TextFinetuning))}
-  given = {name: value for name, value in given.items() if value is not None}
+  given = named_dataset({name: value for name, value in given.items() if value is not None})
   if not given:
     return None
   if given.get('model') == '':
@@ -101,6 +104,15 @@ def read_imported(values: flags.FlagValues = flags.FLAGS) -> TextFinetuning | No
     return TextFinetuning(**given)
   except ValueError as error:
     refuse(f'--{error}')
+
+
+def named_dataset(given: dict[str, Any]) -> dict[str, Any]:
+  """Returns given values with `--task=reasoning_gym:NAME` as the task `questions` with these prompts."""
+  if not is_gym(given.get('task') or ''):
+    return given
+  if given.get('prompts'):
+    refuse(f'--prompts: has no effect with --task={given["task"]}; leave it out.')
+  return given | {'task': 'questions', 'prompts': given['task']}
 
 
 def define_devices() -> None:
@@ -207,7 +219,7 @@ def read_config(presets: dict[str, ConfigT], values: flags.FlagValues = flags.FL
   preset = presets[values.preset]
   given = {name: getattr(values, name) for name in config_lib.flat_fields(type(preset)) if name not in without}
   try:
-    config = config_lib.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    config = config_lib.replace(preset, **named_dataset({k: v for k, v in given.items() if v is not None}))
   except ValueError as error:
     refuse(f'--{error}')
   found = config_lib.flat_values(config)
@@ -251,6 +263,8 @@ def run(main: Callable[..., None], check: Callable[..., Any], *arguments: str) -
       exits.end_now(sentence_of(error))
     except (hosts.LostHost, NonFinite) as error:
       exits.end(exits.FAILED, f'error: {error}')
+    except RewardError as error:
+      exits.end(exits.FAILED, '; '.join([f'error: {str(error).rstrip(".")}', *getattr(error, '__notes__', ())]) + '.')
     except (MemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
       if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
         exits.end(exits.FAILED, f'error: out of memory ({(str(error).splitlines() or ["of the host"])[0][:200]}); take '

@@ -17,6 +17,7 @@ from critkl_jax.sampling.scoring import make_scorer
 from critkl_jax.tasks import known_tasks
 from critkl_jax.tasks.known_tasks import known_task_of, to_json_object
 from critkl_jax.tasks.questions import TextFinetuning
+from critkl_jax.tasks.rewards import RewardError, worker
 from critkl_jax.tasks.task import Task, check_vocabulary
 from critkl_jax.tasks.text_tokenizer import TokenizerError
 from critkl_jax.training.config import FinetuneConfig
@@ -156,6 +157,15 @@ def refuse_text() -> Iterator[None]:
     refuse(f'--{error}')
 
 
+def check_rewards(task: Task) -> None:
+  """Exits with one line if a reward function cannot be loaded."""
+  for name in task.host.functions if task.host else ():
+    try:
+      worker.load(name)
+    except RewardError as error:
+      refuse(f'--{error}')
+
+
 def check_length(task: Task, model: Any) -> None:
   """Exits with one line if prompts and responses of the task `questions` do not fit into the model's context."""
   needed = task.prompt_length + task.response_length
@@ -189,6 +199,7 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
     refuse(f'--certainty_ensemble: needs the logits of whole episodes, which are not held at a vocabulary of '
            f'{model.vocab_size}.')
   if config.task == 'questions':
+    check_rewards(task)
     check_length(task, model)
     return model, task
   needed = task.prompt_length + task.response_length

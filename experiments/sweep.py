@@ -88,6 +88,9 @@ def check() -> tuple[Any, ...]:
     refuse_fewer_steps(workdir / 'members' / name / 'checkpoints', base.num_iterations, 'num_iterations')
   reference = locate_reference(base, workdir)
   model, task = model_and_task(base, reference)
+  if task.host:
+    refuse('--reward: the members of a study are one program, which cannot wait for rewards in Python; run finetune '
+           'for each of them.')
   check_ensemble(base, reference)
   return base, configs, workdir, tracks, model, task
 

@@ -20,6 +20,7 @@ from critkl_jax.records import Rollout
 from critkl_jax.rl.certainties import certainty
 from critkl_jax.sampling.generation import respond_from
 from critkl_jax.sampling.scoring import score
+from critkl_jax.tasks.host_side import rewarded
 from critkl_jax.tasks.task import Task, critical_tokens, on_path, successes
 
 THRESHOLD, QUANTILE, SAMPLES = 0.9, 0.02, 8  # defaults of the detectors
@@ -133,9 +134,13 @@ def counterfactual(model: LanguageModel, params: Any, task: Task, key: chex.PRNG
   import tqdm  # only this detector needs it
 
   @jax.jit
-  def success(params, problems, rollout, position, token, key):
+  def continued(params, problems, rollout, position, token, key):
     new = respond_from(model, params, task, problems, rollout, position, token, key, temperature=temperature)
-    return successes(task, jax.vmap(task.reward)(problems, new.actions, new.mask))
+    return new.actions, new.mask, None if task.host else jax.vmap(task.reward)(problems, new.actions, new.mask)
+
+  def success(params, problems, *arguments):
+    actions, mask, rewards = continued(params, problems, *arguments)
+    return successes(task, rewarded(task.host, problems, actions, mask)[0] if task.host else rewards)
 
   def detect(problems, rollout, ref_logits):
     prompts = jnp.sum(rollout.prompt.astype(jnp.uint32) * jnp.arange(1, rollout.prompt.size + 1, dtype=jnp.uint32)

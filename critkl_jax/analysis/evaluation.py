@@ -16,17 +16,19 @@ from critkl_jax.rl.certainties import certainty
 from critkl_jax.rl.losses import action_log_probs
 from critkl_jax.sampling.generation import respond
 from critkl_jax.sampling.scoring import as_rollout, score
+from critkl_jax.tasks.host_side import rewarded
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.task import ProblemSet, Task, check_vocabulary, successes
 
 SEED = 1_000_003  # seed of the test problems; a run trains on them only by chance
 
 
 def make_answer(model: LanguageModel, task: Task, greedy: bool = True, temperature: float = 1.0,
-                mesh: Mesh | None = None) -> Callable:
+                mesh: Mesh | None = None, pool: RewardPool | None = None) -> Callable:
   """Makes `(params, problems, key) -> (Rollout, rewards float32 [B])`, jitted: one response to each of B problems.
 
   On a mesh the parameters are sharded, problems and key come in replicated, and each device answers its share of the
-  problems.
+  problems. Reward functions in Python are called by `pool`, or in this process if it is None.
 
   Raises:
     ValueError: if task and model have vocabularies of different sizes.
@@ -38,9 +40,19 @@ def make_answer(model: LanguageModel, task: Task, greedy: bool = True, temperatu
     problems = sharding.episodes(problems)
     rollout = respond(model, gathered_whole(model, params), task, problems, key,
                       temperature=temperature, greedy=greedy)
+    if task.host is not None:
+      return sharding.whole(rollout)
     return rollout, sharding.whole(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
 
-  return jax.jit(sharding.on_mesh(mesh, answer))
+  jitted = jax.jit(sharding.on_mesh(mesh, answer))
+  if task.host is None:
+    return jitted
+
+  def answer_on_host(params, problems, key):
+    rollout = jitted(params, problems, key)
+    return rollout, rewarded(task.host, problems, rollout.actions, rollout.mask, pool)[0]
+
+  return answer_on_host
 
 
 def answer_all(answer: Callable, params: Any, problems: Any, key: chex.PRNGKey, batch_size: int = 128) -> np.ndarray:
@@ -85,7 +97,8 @@ def accuracy_interval(accuracy: float, num_problems: int) -> tuple[float, float]
 
 
 def accuracies(model: LanguageModel, params: Any, sets: Iterable[ProblemSet], greedy: bool = True,
-               temperature: float = 1.0, mesh: Mesh | None = None) -> Iterator[dict[str, Any]]:
+               temperature: float = 1.0, mesh: Mesh | None = None, pool: RewardPool | None = None
+               ) -> Iterator[dict[str, Any]]:
   """Tests a model on problem sets and yields a row for each as soon as it is done.
 
   Consecutive sets of the same task share one compiled program.
@@ -97,6 +110,7 @@ def accuracies(model: LanguageModel, params: Any, sets: Iterable[ProblemSet], gr
     greedy: whether to take the most probable tokens.
     temperature: sampling temperature, if not greedy.
     mesh: the devices over which the parameters are sharded; None for one device.
+    pool: as in `make_answer`.
 
   Yields:
     The set's labels with `accuracy` (0 to 1), `low` and `high` of its 95% interval (`accuracy_interval`) and
@@ -108,7 +122,7 @@ def accuracies(model: LanguageModel, params: Any, sets: Iterable[ProblemSet], gr
   task, answer = None, None
   for one in sets:
     if one.task is not task:
-      task, answer = one.task, make_answer(model, one.task, greedy, temperature, mesh)
+      task, answer = one.task, make_answer(model, one.task, greedy, temperature, mesh, pool)
     rewards = answer_all(answer, params, *sharding.replicate((one.problems, one.key), mesh))
     accuracy = float(successes(task, rewards).mean())
     low, high = accuracy_interval(accuracy, rewards.size)
@@ -164,7 +178,7 @@ def solution_statistics(read: Callable, params: Any, problems: Any, batch_size: 
 
 
 def make_test(model: LanguageModel, task: Task, draw: Callable[[chex.PRNGKey], dict[str, Any]], seed: int = SEED,
-              mesh: Mesh | None = None) -> Callable:
+              mesh: Mesh | None = None, pool: RewardPool | None = None) -> Callable:
   """Makes the greedy test of a fine-tuning run, always on the same problems.
 
   Args:
@@ -174,6 +188,7 @@ def make_test(model: LanguageModel, task: Task, draw: Callable[[chex.PRNGKey], d
       settings bound. An empty dict gives an empty result.
     seed: seed of problems and samples.
     mesh: the devices over which the parameters are sharded; None for one device.
+    pool: as in `make_answer`.
 
   Returns:
     `params -> (result, right)`: `result` holds the accuracy of each set by its name and, if the task knows right
@@ -183,7 +198,7 @@ def make_test(model: LanguageModel, task: Task, draw: Callable[[chex.PRNGKey], d
   Raises:
     ValueError: if task and model have vocabularies of different sizes.
   """
-  answer = make_answer(model, task, mesh=mesh)
+  answer = make_answer(model, task, mesh=mesh, pool=pool)
   read = make_reader(model, task, mesh) if task.solution else None
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   problems = draw(problem_key)

@@ -316,6 +316,16 @@ function showStep() {
   }));
 }
 
+function showSamples() {
+  const steps = [...new Set(run().samples.map(s => s.step))].reverse();
+  $('samplesection').hidden = !steps.length;
+  $('samplerun').textContent = run().name;
+  $('samples').replaceChildren(...steps.map((step, i) => element('details', {open: i === 0}, element('summary', {textContent: `step ${step}`}),
+    ...run().samples.filter(s => s.step === step).map(s => element('div', {className: 'problem'},
+      element('b', {textContent: s.prompt}), element('pre', {className: 'text', textContent: s.completion}),
+      element('p', {className: 'soft', textContent: Object.entries(s.rewards).map(([name, value]) => `${name} ${number(value)}`).join(', ')}))))));
+}
+
 function fill(id, choices) {
   $(id).replaceChildren(...choices.map(([value, textContent]) => element('option', {value, textContent})));
   $(id).value = state[id];
@@ -330,7 +340,7 @@ function showRun() {
   const sets = [...new Set(run().responses.map(r => r.set))];
   if (!sets.includes(state.set - 1)) state.set = 0;
   fill('set', [[0, 'all'], ...sets.map(n => [n + 1, data.sets[n]])]);
-  showTables(); showCurves(); showResponses();
+  showTables(); showCurves(); showSamples(); showResponses();
 }
 
 function listen() {

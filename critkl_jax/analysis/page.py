@@ -47,6 +47,7 @@ class Run(NamedTuple):
     pictures: title -> PNG file.
     steps: arrays of `reading.read_steps`; None unless the run has several checkpoints.
     penalty: `prioritized`, `standard` or `none`, which sets the colour; empty for a pre-trained model.
+    samples: rows of `samples.read_samples`, responses during training.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Run(NamedTuple):
   pictures: dict[str, storage.Path]
   steps: dict[str, Any] | None = None
   penalty: str = ''
+  samples: Sequence[dict[str, Any]] = ()
 
 
 def write_page(path: str | os.PathLike, runs: Sequence[Run], tokenizer: Tokenizer, about: str,
@@ -130,7 +132,17 @@ def _packed_run(run: Run, sets: Sequence[str], unit: str) -> dict[str, Any]:
                problem, name, success, length in zip(*(tokens[k] for k in ('problem', 'set', 'success')), mask.sum(1))]
   pictures = [{'title': title} | _picture(file) for title, file in run.pictures.items()]
   return {'name': run.name, 'origin': run.origin, 'penalty': run.penalty, 'packed': packed, 'responses': responses,
-          'steps': steps, 'pictures': pictures}
+          'steps': steps, 'pictures': pictures, 'samples': [_packed_sample(row) for row in run.samples]}
+
+
+def _packed_sample(row):
+  rewards = {name.removeprefix('reward/'): value for name, value in row.items() if name.startswith('reward')}
+  return {'step': row['step'], 'rewards': rewards} | {name: _plain_text(row[name]) for name in ('prompt', 'completion')}
+
+
+def _plain_text(text):
+  """Returns a text, or the contents of messages one below the other."""
+  return text if isinstance(text, str) else '\n'.join(f'{one["role"]}: {one["content"]}' for one in text)
 
 
 def _picture(file):

@@ -186,8 +186,14 @@ def sets_of(policy: Checkpoint, task: Task | None = None, sets: Sequence[Any] | 
   if task is not None:
     if sets is not None:
       raise ValueError(f'sets: expected None with task=, whose only set is "all"; got {sets}.')
-    sample = task.sample
-    tests = task, lambda key, number: {'all': jax.jit(jax.vmap(sample))(jax.random.split(key, number))}
+    own_task = task
+
+    def draw(key, number):
+      if own_task.host:
+        return {'all': own_task.host.draw(np.asarray(jax.random.key_data(key)).tolist(), 0, number)}
+      return {'all': jax.jit(jax.vmap(own_task.sample))(jax.random.split(key, number))}
+
+    tests = task, draw
   elif own.name in KNOWN_TASKS:
     tests = KNOWN_TASKS[own.name].tests(own, sets)
   else:

@@ -20,7 +20,9 @@ from critkl_jax.runtime.compilation import compilation_seconds
 from critkl_jax.runtime.metrics import MetricsWriter, mend_metrics
 from critkl_jax.runtime.metrics import read_metrics as read_metrics
 from critkl_jax.runtime.resuming import resume, resume_population
+from critkl_jax.runtime.samples import SamplesFile
 from critkl_jax.runtime.storage import WorkdirError
+from critkl_jax.tasks.rewards import RewardError
 from critkl_jax.training import finite, population
 
 # Names of metrics in the progress bar.
@@ -29,7 +31,8 @@ _SHORT = {'accuracy': 'acc', 'entropy': 'ent', 'weight': 'w'}
 
 def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array]]], state: TrainState,
         num_steps: int, info: checkpoint.CheckpointInfo, workdir: str | os.PathLike, save_every: int,
-        show: tuple[str, ...] = ('loss',), track: Callable | None = None, damaged: str = 'skip') -> TrainState:
+        show: tuple[str, ...] = ('loss',), track: Callable | None = None, damaged: str = 'skip',
+        samples: Callable[[], list[dict[str, Any]]] | None = None) -> TrainState:
   """Trains a state up to step `num_steps`, resuming from the newest whole checkpoint of the workdir if there is one.
 
   Writes `checkpoints/` (every `save_every` steps, at the end and on SIGINT or SIGTERM), `metrics.jsonl` and TensorBoard
@@ -47,6 +50,7 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     show: metrics in the progress bar.
     track: (workdir, number of finished steps) -> trackers of the metrics; `trackers.open_trackers` if None.
     damaged: if the newest checkpoint is damaged, `skip` resumes from the newest whole one, `refuse` raises.
+    samples: returns responses of the last step, which are written to `samples.jsonl` with each save.
 
   Returns:
     The last state.
@@ -55,6 +59,7 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
     CheckpointError: if the workdir's checkpoint has another config, or all its checkpoints are damaged.
     WorkdirError: if another run writes into the workdir, or a file in it is damaged or was not written by a run.
     OSError: if a file cannot be written; a note of the error names the last saved step.
+    RewardError: from a step; a note of the error names the last saved step.
     Interrupted: after a signal on any host, once the state is saved.
     NonFinite: after the config's `max_skipped` consecutive steps without an update, or if the last step made none; the
       state after the last update has been saved.
@@ -71,9 +76,12 @@ def run(step: Callable[[TrainState, int], tuple[TrainState, dict[str, chex.Array
       return state
     writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, track)))
     manager = stack.enter_context(managers.opened(workdir / 'checkpoints', info.training.max_to_keep))
+    texts = SamplesFile(workdir, first) if samples else None
 
     def save(state, after):
       writer.flush()
+      if texts:
+        texts.write(int(state.step), samples())
       checkpoint.save(manager, state, info, rows=writer.packed(), after=after)
 
     return _advance(step, state, num_steps, workdir, save_every, show, writer.write, save,
@@ -144,10 +152,10 @@ def run_population(step: Callable[[TrainState, int], tuple[TrainState, dict[str,
 
 @contextlib.contextmanager
 def _noting_saved_step(workdir: storage.Path, homes: list[storage.Path]) -> Iterator[None]:
-  """Adds a note with the last saved step to an OSError."""
+  """Adds a note with the last saved step to an error of a file or of a reward function."""
   try:
     yield
-  except OSError as error:
+  except (OSError, RewardError) as error:
     steps = set.intersection(*(set(checkpoint.steps_in(home / 'checkpoints')) for home in homes))
     error.add_note(f'the last whole checkpoint in {workdir} is step {max(steps)}' if steps else
                    f'no checkpoint is in {workdir} yet')

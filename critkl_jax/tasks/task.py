@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from critkl_jax.records import Rollout, Solution, Tokens
+from critkl_jax.tasks.host_side import HostSide
 from critkl_jax.tasks.tokenizers import Tokenizer
 
 
@@ -22,9 +23,12 @@ class Task:
     prompt_length: Q, the fixed length of prompts.
     response_length: T, the fixed length of responses: the limit at which an episode is cut.
     stop: int32 `[num_states, num_columns]` automaton that ends an episode, see `stop_after`.
-    sample: key -> problem (any PyTree of arrays); the key is consumed.
-    prompt: problem -> `Tokens` `[Q]`, padded on the left.
+    prompt: problem -> `Tokens` `[Q]`, padded on the left; a problem is any PyTree of arrays.
+    sample: key -> problem; the key is consumed. None if the problems come from `host`.
     reward: (problem, actions `[T]`, mask `[T]`) -> float32 `[]`, any finite number; training maximises it as it is.
+      None if the rewards come from `host`.
+    host: draws problems and rewards responses in Python, in place of `sample` and `reward`; `make_host_step` trains
+      such a task.
     success: the least reward that counts as success; `accuracy` is the share of responses that reach it.
     solution: problem -> `Solution` `[T]`, padded on the right. None if no right response is known; metrics, curves and
       detectors that compare with a solution are then left out.
@@ -42,15 +46,22 @@ class Task:
   prompt_length: int
   response_length: int
   stop: chex.Array
-  sample: Callable[[chex.PRNGKey], Any]
   prompt: Callable[[Any], Tokens]
-  reward: Callable[[Any, chex.Array, chex.Array], chex.Array]
+  sample: Callable[[chex.PRNGKey], Any] | None = None
+  reward: Callable[[Any, chex.Array, chex.Array], chex.Array] | None = None
+  host: HostSide | None = None
   success: float = 1.0
   solution: Callable[[Any], Solution] | None = None
   well_formed: Callable[[Any, chex.Array, chex.Array], chex.Array] | None = None
   solution_length: int = 0
   draft: Callable[[Any, chex.Array, chex.Array, int], chex.Array] | None = None
   shown: Callable[[str], str] = str
+
+  def __post_init__(self):
+    here = [name for name in ('sample', 'reward') if getattr(self, name) is None]
+    if len(here) != (0 if self.host is None else 2):
+      raise ValueError('task: needs sample and reward, or host in place of both; '
+                       f'{"missing: " + ", ".join(here) if self.host is None else "both are given"}.')
 
 
 class ProblemSet(NamedTuple):

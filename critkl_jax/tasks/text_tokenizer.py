@@ -74,6 +74,13 @@ class TextTokenizer:
       ids = ids[np.asarray(mask, bool)]
     return self._own.decode(ids.tolist(), skip_special_tokens=False)
 
+  def decode_response(self, tokens: Sequence[int], end_ids: Iterable[int]) -> str:
+    """Decodes a response `[n]` without special tokens, for reward functions; an end that is text is kept."""
+    ids = np.asarray(tokens).tolist()
+    if ids and ids[-1] in set(end_ids) & set(self.end_ids):
+      ids = ids[:-1]
+    return self._own.decode(ids, skip_special_tokens=True)
+
   def token_texts(self, tokens: Iterable[int]) -> list[str]:
     """Returns the text of each single token.
 

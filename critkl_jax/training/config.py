@@ -205,6 +205,9 @@ class MachineConfig(RunConfig):
     rollout: How responses are sampled: `cached`, one token at a time, `speculative`, a window of drafted tokens at a
       time, or `auto` for `speculative` where the task has a draft. The samples are the same up to rounding.
     window: Tokens of a speculative window; 0 for 16 on a CPU and 32 elsewhere, less for a large vocabulary.
+    reward_workers: Processes that call reward functions in Python; 0 calls them in the process of the run, where no
+      time limit holds.
+    reward_seconds: Time limit of a call of a reward function in such a process.
   """
 
   dtype: str = ''
@@ -213,6 +216,8 @@ class MachineConfig(RunConfig):
   scan_layers: bool = False
   rollout: str = 'auto'
   window: int = 0
+  reward_workers: int = 1
+  reward_seconds: float = 60.0
 
   COUNTS_WITH: ClassVar = {'window': {'rollout': ('auto', 'speculative')}}
 
@@ -228,8 +233,9 @@ class FinetuneConfig(RLConfig, MachineConfig):
   """Settings of fine-tuning by reinforcement learning.
 
   Attributes:
-    task: The task that the binaries train on: `addition` of N + k digits, or `questions` from a file; `make_train_step`
-      takes any task and ignores this and the next two fields.
+    task: The task that the binaries train on: `addition` of N + k digits, `questions` from a file, or on the command
+      line `reasoning_gym:NAME`, a dataset of reasoning_gym; `make_train_step` takes any task and ignores this and the
+      next two fields.
     addition: Settings of the task `addition`.
     text: Settings of the task `questions`, and of the model that answers.
     seed: Seed of problems and samples.
@@ -251,7 +257,8 @@ class FinetuneConfig(RLConfig, MachineConfig):
       'certainty_ensemble': {'kl': ('prioritized',)},
       **{name: {'task': ('addition',)} for name in ('extra_digits', 'wrong_reward')},
       **{name: {'task': ('questions',)} for name in (
-          'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out')},
+          'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out', 'reward', 'reward_weights',
+          'success', 'dataset_options', 'reward_workers', 'reward_seconds')},
   }
 
   def __post_init__(self):
@@ -313,7 +320,8 @@ def _check_machine(config):
   one_of(config, 'dtype', '', 'float32', 'bfloat16')
   one_of(config, 'attention', '', 'auto', 'xla', 'cudnn')
   one_of(config, 'rollout', 'auto', 'cached', 'speculative')
-  at_least(config, 0, 'window')
+  at_least(config, 0, 'window', 'reward_workers')
+  positive(config, 'reward_seconds')
 
 
 def _check_algorithm(config):

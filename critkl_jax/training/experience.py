@@ -41,11 +41,29 @@ def collect(setup: Setup, params: Any, key: chex.PRNGKey, temperature: chex.Nume
   task, config = setup.task, setup.config
   problem_key, sample_key = jax.random.split(key)
   problems = jax.vmap(task.sample)(jax.random.split(problem_key, config.episodes // config.episodes_per_problem))
-  problems = sharding.episodes(jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems))
-  rollout = sharding.episodes(respond(
-      setup.model, gathered_whole(setup.model, params), task, problems, sample_key, method=config.rollout,
-      window=config.window, temperature=temperature))
+  problems, rollout = answered(setup, params, problems, sample_key, temperature)
   return problems, rollout, sharding.episodes(jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
+
+
+def answered(setup: Setup, params: Any, problems: Any, key: chex.PRNGKey, temperature: chex.Numeric
+             ) -> tuple[Any, Rollout]:
+  """Samples `episodes_per_problem` responses to each problem.
+
+  Args:
+    setup: gives the number of episodes.
+    params: the policy's parameters.
+    problems: with a leading axis of `episodes / episodes_per_problem`.
+    key: PRNG key, consumed.
+    temperature: sampling temperature; may be traced.
+
+  Returns:
+    The problem of each episode, with a leading axis B, and the `Rollout` of B episodes.
+  """
+  task, config = setup.task, setup.config
+  problems = sharding.episodes(jax.tree.map(lambda x: jnp.repeat(x, config.episodes_per_problem, axis=0), problems))
+  return problems, sharding.episodes(respond(
+      setup.model, gathered_whole(setup.model, params), task, problems, key, method=config.rollout,
+      window=config.window, temperature=temperature))
 
 
 def reference_pass(setup: Setup, ref_params: Any, rollout: Rollout) -> chex.Array:

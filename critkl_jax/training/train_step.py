@@ -56,33 +56,56 @@ def make_train_step(model: LanguageModel, task: Task, config: FinetuneConfig, me
     ValueError: if the vocabularies of model and task differ, or the config's gate needs critical tokens that the task
       does not mark; when the step is traced, also as `ensemble_weighted`.
   """
+  if task.host is not None:
+    raise ValueError('task: draws its problems and rewards on the host; train it with make_host_step.')
   setup = Setup.of(model, task, config)
 
   def step(state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters):
-    step_key = jax.random.fold_in(key, state.step)
-    rollout_key, shuffle_key = jax.random.split(step_key)
+    rollout_key, _ = jax.random.split(jax.random.fold_in(key, state.step))
     problems, rollout, rewards = collect(setup, state.params, rollout_key, hyperparameters.loss.temperature)
-    reference = reference_pass(setup, state.ref_params, rollout)
-    batch = make_batch(setup, state, rollout, rewards, reference, hyperparameters)
-    batch = batch.replace(critical=critical_tokens(task, problems, rollout))
-    experience = Experience(rollout, reference, batch)
-    if config.certainty_ensemble:
-      experience = ensemble_weighted(setup, state, experience, hyperparameters)
-    if config.kl_gate != 'none':
-      gate_key = jax.random.fold_in(step_key, 2)  # 0 and 1 may give the two keys of the split
-      experience = gated(setup, state, experience, gate_key, hyperparameters)
-    probed = probe(state.params) if probe else {}
-    state, metrics = update(setup, state, experience, shuffle_key, hyperparameters)
-    metrics['not_finite'] = finite.blamed('rewards', rewards, metrics['not_finite'])
-    metrics |= rollout_metrics(task, problems, rollout, experience.batch.critical) | probed
-    num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
-    if mesh is not None:
-      state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh, setup.model.partition))
-    return state, metrics | {
-        'accuracy': jnp.mean(successes(task, rewards)), 'reward': jnp.mean(rewards),
-        'response_length': num_tokens / config.episodes, 'num_tokens': num_tokens}
+    return learn(setup, mesh, state, key, hyperparameters, problems, rollout, rewards, probe)
 
   return jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0)
+
+
+def learn(setup: Setup, mesh: Mesh | None, state: TrainState, key: chex.PRNGKey, hyperparameters: Hyperparameters,
+          problems: Any, rollout: Rollout, rewards: chex.Array,
+          probe: Callable[[Any], dict[str, chex.Array]] | None = None) -> tuple[TrainState, dict[str, chex.Array]]:
+  """Makes the updates of an iteration from its rollout and rewards; returns the new state and the metrics.
+
+  Args:
+    setup: the static part of the iteration.
+    mesh: the devices of the state; None for one.
+    state: the state that sampled the rollout.
+    key: the run's key.
+    hyperparameters: the numbers.
+    problems: the problems, with a leading axis B.
+    rollout: B episodes of T tokens.
+    rewards: float32 `[B]`.
+    probe: as in `make_train_step`.
+  """
+  task, config = setup.task, setup.config
+  step_key = jax.random.fold_in(key, state.step)
+  _, shuffle_key = jax.random.split(step_key)
+  reference = reference_pass(setup, state.ref_params, rollout)
+  batch = make_batch(setup, state, rollout, rewards, reference, hyperparameters)
+  batch = batch.replace(critical=critical_tokens(task, problems, rollout))
+  experience = Experience(rollout, reference, batch)
+  if config.certainty_ensemble:
+    experience = ensemble_weighted(setup, state, experience, hyperparameters)
+  if config.kl_gate != 'none':
+    gate_key = jax.random.fold_in(step_key, 2)  # 0 and 1 may give the two keys of the split
+    experience = gated(setup, state, experience, gate_key, hyperparameters)
+  probed = probe(state.params) if probe else {}
+  state, metrics = update(setup, state, experience, shuffle_key, hyperparameters)
+  metrics['not_finite'] = finite.blamed('rewards', rewards, metrics['not_finite'])
+  metrics |= rollout_metrics(task, problems, rollout, experience.batch.critical) | probed
+  num_tokens = jnp.sum(rollout.mask, dtype=jnp.float32)
+  if mesh is not None:
+    state = jax.lax.with_sharding_constraint(state, sharding.shardings(state, mesh, setup.model.partition))
+  return state, metrics | {
+      'accuracy': jnp.mean(successes(task, rewards)), 'reward': jnp.mean(rewards),
+      'response_length': num_tokens / config.episodes, 'num_tokens': num_tokens}
 
 
 def rollout_metrics(task: Task, problems: Any, rollout: Rollout, critical: chex.Array | None) -> dict[str, chex.Array]:

@@ -5,6 +5,7 @@ import json
 from typing import Any, ClassVar
 
 from critkl_jax.config import at_least, convert_fields
+from critkl_jax.tasks.questions.sources import GYM, is_gym
 
 MOST_TOKENS = 2**20
 
@@ -19,6 +20,12 @@ class TextSettings:
     stop: A text that ends an answer, besides the end-of-sequence tokens; empty for none.
     response_length: T, the most tokens of a response, its end token included; 0 for those of the longest answer.
     held_out: Share of the different prompts that tests use and training does not, spread evenly over the file.
+    reward: Reward functions in Python, separated by commas: `module:function`, called as TRL calls them, or one that
+      comes along (`exact_match`, `numeric_match`, `f1`, `rouge_l`, `answer_format`). Empty to compare the tokens of a
+      response with the answer, on the device; for reasoning_gym, its own scores.
+    reward_weights: Factors of the reward functions, separated by commas; empty for 1 each.
+    success: The least reward that counts as success.
+    dataset_options: Settings of a dataset of reasoning_gym, as a JSON object.
   """
 
   chat: bool = False
@@ -26,11 +33,28 @@ class TextSettings:
   stop: str = ''
   response_length: int = 0
   held_out: float = 0.1
+  reward: str = ''
+  reward_weights: str = ''
+  success: float = 1.0
+  dataset_options: str = ''
 
   @property
   def template_options(self) -> dict[str, Any]:
     """The variables of the chat template."""
     return json.loads(self.chat_options or '{}')
+
+  @property
+  def gym_options(self) -> dict[str, Any]:
+    """The settings of a dataset of reasoning_gym."""
+    return json.loads(self.dataset_options or '{}')
+
+  @property
+  def reward_functions(self) -> dict[str, float]:
+    """The weights of the reward functions in Python by their names; empty to compare tokens."""
+    names = [name.strip() for name in self.reward.split(',')] if self.reward else (
+        ['reasoning_gym'] if is_gym(self.prompts) else [])
+    weights = [float(text) for text in self.reward_weights.split(',')] if self.reward_weights else [1.0] * len(names)
+    return dict(zip(names, weights, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +64,8 @@ class TextFinetuning(TextSettings):
   Attributes:
     model: Hugging Face model directory, whose weights are the reference (`huggingface.load_pretrained`); empty for the
       checkpoint of `reference`, which was made from such a directory.
-    prompts: JSON-lines file with `prompt` (a text, or messages with `role` and `content`) and `answer` in each line.
+    prompts: JSON-lines file with `prompt` (a text, or messages with `role` and `content`) and `answer` in each line; or
+      `reasoning_gym:NAME`, a dataset of reasoning_gym.
   """
 
   model: str = ''
@@ -82,11 +107,38 @@ def _check(config: TextSettings) -> None:
     raise ValueError(f'response_length: expected 0 to {MOST_TOKENS}, got {config.response_length}.')
   if not 0 <= config.held_out < 1:
     raise ValueError(f'held_out: expected 0 or more and less than 1, got {config.held_out}.')
-  try:
-    options = json.loads(config.chat_options or '{}')
-  except ValueError as error:
-    raise ValueError(f'chat_options: expected a JSON object, got {config.chat_options!r} ({error}).') from error
-  if not isinstance(options, dict):
-    raise ValueError(f'chat_options: expected a JSON object, got {config.chat_options!r}.')
-  if options and not config.chat:
+  for name in ('chat_options', 'dataset_options'):
+    _check_json(name, getattr(config, name))
+  if config.template_options and not config.chat:
     raise ValueError(f'chat_options: has no effect with chat=False, got {config.chat_options!r}; set chat=True.')
+  if config.gym_options and not is_gym(config.prompts):
+    raise ValueError(f'dataset_options: has no effect without task={GYM}NAME, got {config.dataset_options!r}; leave it '
+                     'out.')
+  _check_rewards(config)
+
+
+def _check_json(name, text):
+  try:
+    options = json.loads(text or '{}')
+  except ValueError as error:
+    raise ValueError(f'{name}: expected a JSON object, got {text!r} ({error}).') from error
+  if not isinstance(options, dict):
+    raise ValueError(f'{name}: expected a JSON object, got {text!r}.')
+
+
+def _check_rewards(config):
+  names = [name.strip() for name in config.reward.split(',')] if config.reward else []
+  if len(set(names)) < len(names) or not all(names):
+    raise ValueError(f'reward: expected different names separated by commas, got {config.reward!r}.')
+  try:
+    functions = config.reward_functions
+  except ValueError as error:
+    number = len(names) or int(is_gym(config.prompts))
+    raise ValueError(f'reward_weights: expected {number} numbers separated by commas, one for each function of reward, '
+                     f'got {config.reward_weights!r}.') from error
+  if not all(abs(weight) < float('inf') for weight in functions.values()):
+    raise ValueError(f'reward_weights: expected finite numbers, got {config.reward_weights!r}.')
+  if not functions and config.success != 1.0:
+    raise ValueError(f'success: has no effect without reward, got {config.success}; leave it out, or set reward.')
+  if config.reward and not config.response_length:
+    raise ValueError('response_length: with reward functions, say how long a response may be, in tokens; got 0.')
