@@ -45,9 +45,13 @@ if TYPE_CHECKING:
   from critkl_jax.sampling.scoring import score
   from critkl_jax.tasks.addition import plus_task
   from critkl_jax.tasks.addition.problem import Problem
+  from critkl_jax.tasks.questions import prompted_task
+  from critkl_jax.tasks.rewards import RewardError, RewardPool
   from critkl_jax.tasks.task import Task, stop_after
+  from critkl_jax.tasks.text_tokenizer import TextTokenizer
   from critkl_jax.tasks.tokenizers import CharTokenizer
   from critkl_jax.training.config import FinetuneConfig, PretrainConfig
+  from critkl_jax.training.host_step import make_host_step
   from critkl_jax.training.initial_state import Hyperparameters, init_finetuning
   from critkl_jax.training.train_step import make_train_step
 
@@ -73,9 +77,12 @@ _HOMES = {
     'PretrainConfig': 'training.config',
     'Problem': 'tasks.addition.problem',
     'ReferenceStatistics': 'ops.weighted_kl',
+    'RewardError': 'tasks.rewards',
+    'RewardPool': 'tasks.rewards',
     'Rollout': 'records',
     'Solution': 'records',
     'Task': 'tasks.task',
+    'TextTokenizer': 'tasks.text_tokenizer',
     'TokenStatistics': 'ops.weighted_kl',
     'Tokens': 'records',
     'TrainState': 'records',
@@ -107,6 +114,7 @@ _HOMES = {
     'logits_of': 'models.language_model',
     'loss_denominator': 'rl.aggregation',
     'low_certainty': 'analysis.detectors',
+    'make_host_step': 'training.host_step',
     'make_train_step': 'training.train_step',
     'masked_mean': 'rl.aggregation',
     'model_generate': 'sampling.generation',
@@ -116,6 +124,7 @@ _HOMES = {
     'ppo_loss': 'rl.losses',
     'ppo_loss_from_log_probs': 'rl.losses',
     'ppo_loss_jit': 'rl.losses',
+    'prompted_task': 'tasks.questions',
     'reference_statistics': 'ops.weighted_kl',
     'save_pretrained': 'models.huggingface',
     'score': 'sampling.scoring',
@@ -151,9 +160,12 @@ __all__ = (
     'PretrainConfig',
     'Problem',
     'ReferenceStatistics',
+    'RewardError',
+    'RewardPool',
     'Rollout',
     'Solution',
     'Task',
+    'TextTokenizer',
     'TokenStatistics',
     'Tokens',
     'TrainState',
@@ -185,6 +197,7 @@ __all__ = (
     'logits_of',
     'loss_denominator',
     'low_certainty',
+    'make_host_step',
     'make_train_step',
     'masked_mean',
     'model_generate',
@@ -194,6 +207,7 @@ __all__ = (
     'ppo_loss',
     'ppo_loss_from_log_probs',
     'ppo_loss_jit',
+    'prompted_task',
     'reference_statistics',
     'save_pretrained',
     'score',

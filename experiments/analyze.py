@@ -28,7 +28,8 @@ from critkl_jax.runtime.checkpoint import Checkpoint
 from critkl_jax.runtime.samples import FILE, read_samples
 from critkl_jax.tasks.addition import Addition
 from critkl_jax.tasks.known_tasks import to_json_object
-from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets, sizes_of_sets
+from critkl_jax.tasks.questions import TextFinetuning, question_sets, sizes_of_sets
+from critkl_jax.tasks.stories import Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
@@ -36,7 +37,7 @@ from . import parsing, paths
 from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
 from .flags import define_imported, read_imported, run
-from .reference import check_length, check_rewards, imported, load_imported, refuse_text
+from .reference import check_facts, check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import summary_tables, text_of
 from .workdirs import claim
 
@@ -45,6 +46,8 @@ CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE
                                 'Workdirs, checkpoint directories or step directories.')
 REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each run's own if not given.")
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
+FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N + k, or N + 4 of a pre-trained model, if not '
+                          'given.')
 PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits, or questions of each '
                                 'set.', 1, MOST_PROBLEMS)
 RESPONSES = flags.DEFINE_enum('responses', 'greedy', list(reading.RESPONSES), 'Responses to analyse.')
@@ -61,6 +64,7 @@ STEPS = flags.DEFINE_integer('steps', reading.STEPS, 'Most checkpoints of a run 
 SEED = parsing.define_seed()
 OVERWRITE = flags.DEFINE_boolean('overwrite', False, 'Replace another analysis in the workdir: its files are deleted.')
 define_imported()
+UNITS = {'addition': 'digits', 'stories': 'facts'}
 COLUMNS = ('log_prob', 'ref_log_prob', 'entropy', 'ref_entropy', *(f'certainty/{kind}' for kind in CERTAINTIES),
            'weight', 'kl', 'right_prob', 'ref_right_prob')
 
@@ -125,7 +129,7 @@ def main(workdir: storage.Path, names: dict[str, str], found: Pairs, sets: list[
 
 def unit_of(pairs: Pairs) -> str:
   """Returns the word after the names of problem sets; may be empty."""
-  return 'digits' if isinstance(_settings(pairs), Addition) else ''
+  return UNITS.get(_settings(pairs).name, '')
 
 
 def _settings(pairs: Pairs) -> Any:
@@ -135,10 +139,19 @@ def _settings(pairs: Pairs) -> Any:
 
 def check_sets(pairs: Pairs, given: list[int] | None) -> list[Any]:
   """Returns the problem sets to analyse, or exits with one line if a checkpoint does not support them."""
-  if not isinstance(_settings(pairs), Questions):
+  own = _settings(pairs)
+  for name, flag in (('addition', 'digits'), ('stories', 'facts')):
+    if own.name != name and flags.FLAGS[flag].present:
+      refuse(f"--{flag}: has no effect on the task '{own.name}'; leave it out.")
+  if isinstance(own, Addition):
     return check_digits(pairs, given)
-  if given:
-    refuse("--digits: has no effect on the task 'questions'; leave it out.")
+  if isinstance(own, Stories):
+    facts = parsing.read_facts(FACTS)
+    for policy, _ in pairs.values():
+      if policy.info.task.name != own.name or policy.info.task.known_facts != own.known_facts:
+        refuse('--checkpoints: their tasks differ; analyse those of one task and one number of known facts at a time.')
+      facts = check_facts(policy, facts)
+    return facts
   if RESPONSES.value == 'solution':
     refuse("--responses: 'solution' needs one right response, and 'questions' accept several ways to write an answer.")
   for policy, _ in pairs.values():
@@ -184,7 +197,7 @@ def short_names(paths: list[str]) -> dict[str, str]:
 def settings_of(names: dict[str, str], pairs: Pairs, sets: list[Any]) -> dict[str, Any]:
   """Returns the settings that determine the results of an analysis, in JSON types."""
   task = _settings(pairs)
-  own_task = {'digits': sets} if isinstance(task, Addition) else {'task': to_json_object(task)}
+  own_task = {UNITS[task.name]: sets} if task.name in UNITS else {'task': to_json_object(task)}
   own = (PROBLEMS, RESPONSES, THRESHOLD, QUANTILE, COUNTERFACTUAL, SAMPLES, STEPS, SEED)
   return {'checkpoints': {name: _absolute(path) for name, path in names.items()},
           'reference': REFERENCE.value and _absolute(REFERENCE.value), **own_task,
@@ -230,7 +243,7 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[
   number = min(STEPS.value, len(checkpoint.steps_in(policy.path.parent)))
   hosts.say(f'Reading {_counted(number, "checkpoint")} of {name} over training (20 s to compile on a CPU, then 5 to '
             '10 s each)')
-  least_and_most = [min(sets), max(sets)] if isinstance(policy.info.task, Addition) else sets
+  least_and_most = [min(sets), max(sets)] if policy.info.task.name in UNITS else sets
   return reading.read_steps(policy.path.parent, reference.path, most=STEPS.value, num_problems=PROBLEMS.value,
                             sets=least_and_most, seed=SEED.value, progress=True)
 
@@ -245,7 +258,7 @@ def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps
   charts.plot_positions(tokens, pictures['along the response'], name)
   if steps:
     charts.plot_steps(steps, workdir / picture_name(name, 'steps'), name,
-                      'digits' if isinstance(policy.info.task, Addition) else '')
+                      UNITS.get(policy.info.task.name, ''))
   own = policy.path == reference.path
   origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_name(reference)}, step {reference.step}"}. '
             f'{describe_training(policy)}')
@@ -257,7 +270,7 @@ def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps
 def place_name(found: Checkpoint) -> str:
   """Describes where a checkpoint lies: the last two directories above its step, or the shipped reference."""
   directory = storage.resolve(found.path).parent
-  if directory == checkpoint.SHIPPED_REFERENCE.resolve():
+  if directory in [path.resolve() for path in checkpoint.SHIPPED.values()]:
     return 'the one that comes with the package'
   return '/'.join(directory.parts[-2:])
 
@@ -292,6 +305,10 @@ def describe_analysis(pairs: Pairs, sets: list[Any]) -> str:
     task = ('The task: add two numbers and write the steps down, one character a token; pre-training showed numbers of '
             f'up to {settings.known_digits} digits. Below: {whose}, to {PROBLEMS.value} problems each whose longer '
             f'number has {" or ".join(map(str, sets))} digits.')
+  elif isinstance(settings, Stories):
+    task = ('The task: read a story, say where a person or an object is, and write down the facts that show it, one '
+            f'word a token; pre-training showed stories of up to {settings.known_facts} facts. Below: {whose}, to '
+            f'{PROBLEMS.value} stories each of {" and of ".join(map(str, sets))} facts.')
   else:
     task = (f'The task: answer the questions of {settings.prompts}. Which tokens are critical is not known. Below: '
             f'{whose}, to up to {PROBLEMS.value} questions of each set ({", ".join(sets)}).')

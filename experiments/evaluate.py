@@ -1,14 +1,12 @@
 """Tests the accuracy of a checkpoint, or of a Hugging Face model directory, by problem set.
 
     python -m experiments.evaluate --checkpoint=runs/finetune --digits=5,6,7
+    python -m experiments.evaluate --checkpoint=runs/stories --facts=6,8,10
     python -m experiments.evaluate --model=Qwen3-0.6B --task=questions --prompts=test.jsonl --held_out=0
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import tqdm
 from absl import flags
 
 from critkl_jax.analysis import evaluation
@@ -19,20 +17,22 @@ from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
 from critkl_jax.tasks.rewards import RewardPool
-from critkl_jax.tasks.task import ProblemSet, check_vocabulary
+from critkl_jax.tasks.stories import Stories
+from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .exits import refuse
 from .flags import define_imported, read_imported, run
-from .reference import check_length, check_rewards, imported, load_imported, refuse_text
-from .tables import command, percent_of, print_accuracies
+from .reference import check_facts, check_length, check_rewards, imported, load_imported, refuse_text
+from .tables import command, print_accuracies, print_sets, sets_of
 from .workdirs import refuse_other_file
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
 STEP = flags.DEFINE_integer('step', None, 'Step of a run to test; the latest if not given.')
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N, N+1 and N+2 if not given.')
+FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N+4 if not given.')
 DISTRIBUTION = flags.DEFINE_multi_enum(
     'distribution', list(DISTRIBUTIONS), list(DISTRIBUTIONS), 'Lengths of the operands.')
 NUM_PROBLEMS = flags.DEFINE_integer('num_problems', 200, 'Problems of each cell of the table.', 1, MOST_PROBLEMS)
@@ -55,12 +55,15 @@ def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
   paths.check_file('json', JSON.value)
   found = imported(text) if text else checkpoint.find_checkpoint(CHECKPOINT.value, STEP.value)
   if JSON.value:
-    own = 'task' if isinstance(found.info.task, Questions) else 'known_digits'
+    own = 'known_digits' if isinstance(found.info.task, Addition) else 'task'
     refuse_other_file(JSON.value, ('checkpoint', 'step', own, 'accuracy'), 'json')
+  own_flags = {'addition': ('digits', 'distribution'), 'stories': ('facts',)}
+  for name in (name for task, names in own_flags.items() for name in names if task != found.info.task.name):
+    if flags.FLAGS[name].present:
+      refuse(f"--{name}: has no effect on the task '{found.info.task.name}'; leave it out.")
+  if isinstance(found.info.task, Stories):
+    return found, text, check_facts(found, parsing.read_facts(FACTS))
   if isinstance(found.info.task, Questions):
-    for name in ('digits', 'distribution'):
-      if flags.FLAGS[name].present:
-        refuse(f"--{name}: has no effect on the task 'questions'; leave it out.")
     with refuse_text():
       task, _ = question_sets(found.info.task)
     check_rewards(task)
@@ -84,10 +87,10 @@ def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list
   say_attention(loaded.info.model.attention)
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   result = {'checkpoint': str(loaded.path), 'step': loaded.step}
-  if isinstance(loaded.info.task, Questions):
+  if not isinstance(loaded.info.task, Addition):
     pool = RewardPool(workers=1)
-    rows = evaluation.accuracies(model_of(loaded), loaded.params, sets_of_questions(loaded.info.task), GREEDY.value,
-                                 TEMPERATURE.value, pool=pool)
+    sets = sets_of(loaded.info.task, digits or None, NUM_PROBLEMS.value, SEED.value)
+    rows = evaluation.accuracies(model_of(loaded), loaded.params, sets, GREEDY.value, TEMPERATURE.value, pool=pool)
     result |= {'task': loaded.info.task.name, 'accuracy': print_sets(rows, whose)}
     pool.close()
   else:
@@ -109,25 +112,6 @@ def test_addition(loaded: checkpoint.Checkpoint, digits: list[int], whose: str) 
                                     loaded.info.model.context_length, SEED.value)
   rows = evaluation.accuracies(model_of(loaded), loaded.params, sets, GREEDY.value, TEMPERATURE.value)
   return print_accuracies(rows, digits, DISTRIBUTION.value, known, NUM_PROBLEMS.value, whose)
-
-
-def sets_of_questions(settings: Questions) -> Iterator[ProblemSet]:
-  """Yields the problem sets of the task `questions`, labelled `set`."""
-  task, draw = question_sets(settings)
-  problem_key, answer_key = jax.random.split(jax.random.key(SEED.value))
-  for name, problems in draw(problem_key, NUM_PROBLEMS.value).items():
-    yield ProblemSet(task, problems, answer_key, {'set': name})
-
-
-def print_sets(rows: Iterator[dict[str, Any]], whose: str) -> list[dict[str, Any]]:
-  """Prints a line for each problem set as soon as it is tested; returns the rows."""
-  hosts.say(f'Accuracy of {whose} with 95% intervals.\n{"set":>10}{"problems":>10}{"accuracy":>22}')
-  found = []
-  for row in tqdm.tqdm(rows, 'tests', unit='set', leave=False, disable=not hosts.is_first()):
-    found.append(row)
-    if hosts.is_first():
-      tqdm.tqdm.write(f'{row["set"]:>10}{row["num_problems"]:>10}{percent_of(row):>22}')
-  return found
 
 
 def say_attention(name: str) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 
 from critkl_jax.config import LARGEST_INT, LARGEST_SEED, nearest
 from critkl_jax.tasks.addition.config import MOST_DIGITS
+from critkl_jax.tasks.stories.config import MOST_FACTS
 
 from .exits import refuse
 
@@ -117,6 +118,15 @@ def read_digits(flag: flags.FlagHolder) -> list[int] | None:
   for number in found or []:
     if not 1 <= number <= MOST_DIGITS:
       refuse(f'--{flag.name}: expected 1 to {MOST_DIGITS}, got {str(number)[:30]}.')
+  return found
+
+
+def read_facts(flag: flags.FlagHolder) -> list[int] | None:
+  """Returns a flag's list of numbers of facts, None without the flag, or exits with one line."""
+  found = read_numbers(flag.name, flag.value, int)
+  for number in found or []:
+    if not 1 <= number <= MOST_FACTS:
+      refuse(f'--{flag.name}: expected 1 to {MOST_FACTS}, got {str(number)[:30]}.')
   return found
 
 

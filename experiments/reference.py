@@ -18,6 +18,7 @@ from critkl_jax.tasks import known_tasks
 from critkl_jax.tasks.known_tasks import known_task_of, to_json_object
 from critkl_jax.tasks.questions import TextFinetuning
 from critkl_jax.tasks.rewards import RewardError, worker
+from critkl_jax.tasks.stories import by_facts
 from critkl_jax.tasks.task import Task, check_vocabulary
 from critkl_jax.tasks.text_tokenizer import TokenizerError
 from critkl_jax.training.config import FinetuneConfig
@@ -34,7 +35,7 @@ def locate_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoin
   if config.text.model and not has_started(workdir):
     return imported(config.text)
   return checkpoint.find_checkpoint(
-      workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
+      workdir / 'reference' if has_started(workdir) else config.reference or shipped_for(config))
 
 
 def imported(config: TextFinetuning) -> checkpoint.Checkpoint:
@@ -54,7 +55,7 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
   if hosts.broadcast_from_first(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
   reference = load_imported(config.text, mesh) if config.text.model else checkpoint.load_checkpoint(
-      config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
+      config.reference or shipped_for(config), mesh=mesh)
 
   def check():
     if not (_holds(kept, reference) or _is_own(kept)):
@@ -63,6 +64,11 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
 
   hosts.first_does(check, WorkdirError, OSError)
   return reference
+
+
+def shipped_for(config: FinetuneConfig) -> storage.Path:
+  """Returns the reference in the package for a config's task."""
+  return checkpoint.SHIPPED.get(config.task, checkpoint.SHIPPED_REFERENCE)
 
 
 def load_imported(config: TextFinetuning, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
@@ -157,6 +163,17 @@ def refuse_text() -> Iterator[None]:
     refuse(f'--{error}')
 
 
+def check_facts(found: checkpoint.Checkpoint, facts: list[int] | None) -> list[int]:
+  """Returns the numbers of facts to test a checkpoint on, or exits with one line if they do not fit its context."""
+  settings, context = found.info.task, found.info.model.context_length
+  numbers = facts or [settings.known_facts, settings.known_facts + (settings.extra_facts or 4)]
+  task, _ = by_facts(settings, numbers)
+  if task.prompt_length + task.response_length > context:
+    refuse(f'--facts: stories of {max(numbers)} take {task.prompt_length + task.response_length} tokens, and '
+           f'{found.path} has a context of {context}.')
+  return numbers
+
+
 def check_rewards(task: Task) -> None:
   """Exits with one line if a reward function cannot be loaded."""
   for name in task.host.functions if task.host else ():
@@ -204,8 +221,10 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
     return model, task
   needed = task.prompt_length + task.response_length
   if needed > model.context_length:
-    refuse(f'--extra_digits: {settings.known_digits} + {config.addition.extra_digits} digits need a context of '
-           f'{needed}, and the reference has {model.context_length}; take fewer.')
+    flag, sum_of = ('extra_facts', f'{settings.known_facts} + {settings.extra_facts} facts') if (
+        config.task == 'stories') else (
+            'extra_digits', f'{settings.known_digits} + {settings.extra_digits} digits')
+    refuse(f'--{flag}: {sum_of} need a context of {needed}, and the reference has {model.context_length}; take fewer.')
   return model, task
 
 

@@ -3,9 +3,10 @@
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import tqdm
 
 from critkl_jax.analysis.evaluation import accuracy_interval
@@ -13,7 +14,8 @@ from critkl_jax.analysis.page import Table
 from critkl_jax.analysis.statistics import FEWEST_SEEDS
 from critkl_jax.analysis.summary import METRICS
 from critkl_jax.runtime import hosts
-from critkl_jax.tasks.task import NamedSet
+from critkl_jax.tasks.known_tasks import known_task_of
+from critkl_jax.tasks.task import NamedSet, ProblemSet
 
 PLACES = {'critical': 'critical tokens', 'other': 'other tokens', 'after_error': 'after the first error'}
 AGREEMENT = {'precision': 'precision', 'recall': 'recall', 'auroc': 'AUROC', 'average_precision': 'average precision',
@@ -55,6 +57,25 @@ def print_accuracies(rows: Iterable[dict[str, Any]], digits: Sequence[int], dist
     if len(found) % len(distributions) == 0 and hosts.is_first():
       tqdm.tqdm.write(accuracy_rows(found[-len(distributions):]))
       sys.stdout.flush()
+  return found
+
+
+def sets_of(settings: Any, names: Sequence[Any] | None, num_problems: int, seed: int) -> Iterator[ProblemSet]:
+  """Yields the problem sets of a task's tests, labelled `set`, of up to `num_problems` each."""
+  task, draw = known_task_of(settings).tests(settings, names)
+  problem_key, answer_key = jax.random.split(jax.random.key(seed))
+  for name, problems in draw(problem_key, num_problems).items():
+    yield ProblemSet(task, problems, answer_key, {'set': name})
+
+
+def print_sets(rows: Iterable[dict[str, Any]], whose: str) -> list[dict[str, Any]]:
+  """Prints a line for each problem set as soon as it is tested; returns the rows."""
+  hosts.say(f'Accuracy of {whose} with 95% intervals.\n{"set":>10}{"problems":>10}{"accuracy":>22}')
+  found = []
+  for row in tqdm.tqdm(rows, 'tests', unit='set', leave=False, disable=not hosts.is_first()):
+    found.append(row)
+    if hosts.is_first():
+      tqdm.tqdm.write(f'{row["set"]:>10}{row["num_problems"]:>10}{percent_of(row):>22}')
   return found
 
 

@@ -34,15 +34,15 @@ def finish(process):
   return process.returncode, out, err
 
 
-def run(binary, *flags, devices=1, quick=None):
-  code, out, err = finish(start(binary, *flags, devices=devices, quick=quick))
+def run(binary, *flags, devices=1, quick=None, cwd=ROOT):
+  code, out, err = finish(start(binary, *flags, devices=devices, quick=quick, cwd=cwd))
   assert code == 0, err
   return out
 
 
-def refused(binary, *flags, status=2):
+def refused(binary, *flags, status=2, cwd=ROOT):
   """Returns the one line that a binary says before it ends with this status."""
-  code, out, err = finish(start(binary, *flags))
+  code, out, err = finish(start(binary, *flags, cwd=cwd))
   lines = [line for line in err.splitlines() if line.startswith('error: ')]
   assert code == status, (out, err)
   assert len(lines) == 1

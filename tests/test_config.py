@@ -30,7 +30,7 @@ def test_json_and_back(name):
 
 
 def test_presets_are_there():
-  assert set(PRETRAIN_PRESETS) == {'smoke', 'tiny', 'small', 'paper', 'gpt2', 'gpt2_xl'}
+  assert set(PRETRAIN_PRESETS) == {'smoke', 'tiny', 'stories', 'small', 'paper', 'gpt2', 'gpt2_xl'}
   assert PRETRAIN_PRESETS['gpt2'].model.vocab_size == 50257
   paper = PRETRAIN_PRESETS['paper'].model
   assert (paper.num_layers, paper.width) == (12, 768)
@@ -56,7 +56,7 @@ def test_the_policy_is_the_reference_with_other_numerics():
 def test_flat_views_name_every_field_once():
   fields = config_lib.flat_fields(FinetuneConfig)
   expected = {f.name for c in config_lib.classes_of(FinetuneConfig) for f in dataclasses.fields(c)}
-  expected -= {'loss', 'addition', 'text'}
+  expected -= {'loss', 'addition', 'stories', 'text'}
   assert set(fields) == expected == set(config_lib.flat_values(FinetuneConfig()))
 
   @dataclasses.dataclass(frozen=True)
@@ -216,9 +216,12 @@ SWITCHED_OFF = [  # the field, its value, what switches it off, what the message
     ('window', 8, {'rollout': 'cached'}, "rollout='cached'"),
     *((name, value, {}, "task='addition'.*set task='questions'")
       for name, value in (('model', 'there'), ('prompts', 'p.jsonl'), ('chat', True), ('chat_options', '{}'),
-                          ('stop', 'x'), ('response_length', 9), ('held_out', 0.5))),
+                          ('stop', 'x'), ('response_length', 9), ('held_out', 0.5), ('reward', 'f1'),
+                          ('reward_weights', '1'), ('success', 0.5), ('dataset_options', '{}'),
+                          ('reward_workers', 2), ('reward_seconds', 9.0))),
     *((name, value, {'task': 'questions', 'prompts': 'p.jsonl'}, "task='questions'.*set task='addition'")
-      for name, value in (('extra_digits', 2), ('wrong_reward', -1.0)))]
+      for name, value in (('extra_digits', 2), ('wrong_reward', -1.0))),
+    ('extra_facts', 2, {}, "task='addition'.*set task='stories'")]
 
 
 @pytest.mark.parametrize(('name', 'value', 'switch', 'words'), SWITCHED_OFF)
@@ -307,10 +310,11 @@ def test_a_config_that_had_gates_in_its_loss_is_read():
 def test_what_may_differ_when_a_run_is_resumed():
   machine = set(config_lib.flat_fields(MachineConfig))
   assert machine == {'dtype', 'attention', 'remat', 'scan_layers', 'rollout', 'window', 'save_every', 'max_to_keep',
-                     'max_skipped', 'eval_problems'}
+                     'max_skipped', 'eval_problems', 'reward_workers', 'reward_seconds'}
   assert set(config_lib.flat_fields(FinetuneConfig)) - machine - set(config_lib.flat_fields(RLConfig)) == {
       'task', 'extra_digits', 'wrong_reward', 'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length',
-      'held_out', 'seed', 'num_iterations', 'reference', 'certainty_ensemble'}
+      'held_out', 'reward', 'reward_weights', 'success', 'dataset_options', 'extra_facts', 'seed', 'num_iterations',
+      'reference', 'certainty_ensemble'}
   assert set(config_lib.flat_fields(RunConfig)) < set(config_lib.flat_fields(PretrainConfig))
 
 

@@ -10,9 +10,9 @@ from critkl_jax import sharding
 from critkl_jax.models.architectures import make_model
 from critkl_jax.records import TrainState
 from critkl_jax.runtime import checkpoint, loop, resuming, storage
-from critkl_jax.tasks.addition import Addition, pretraining_task
+from critkl_jax.tasks.known_tasks import KNOWN_TASKS, known_task_of
 from critkl_jax.training.config import PretrainConfig
-from critkl_jax.training.pretrain_step import draw_longest, init_pretraining, make_pretrain_step, pretraining_keys
+from critkl_jax.training.pretrain_step import init_pretraining, make_pretrain_step, pretraining_keys
 
 
 def pretrain(config: PretrainConfig, workdir: str | os.PathLike, mesh: Mesh | None = None,
@@ -35,12 +35,11 @@ def pretrain(config: PretrainConfig, workdir: str | os.PathLike, mesh: Mesh | No
   """
   model, workdir = make_model(config.model_config), storage.to_path(workdir)
   info = check_pretraining(config, workdir)
-  known, vocab_size = info.task.known_digits, info.task.vocab_size
-  tasks = {n: pretraining_task(known, n, vocab_size) for n in range(1, known + 1)}
-  steps = {n: jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for n, task in tasks.items()}
+  tasks, pick = known_task_of(info.task).curriculum(info.task)
+  steps = [jax.jit(make_pretrain_step(model, task, config, mesh), donate_argnums=0) for task in tasks]
   key = sharding.replicate(pretraining_keys(config)[1], mesh)
   state = loop.run(
-      lambda state, number: steps[draw_longest(config, number)](state, key), init_pretraining(model, config, mesh),
+      lambda state, number: steps[pick(config.seed, number)](state, key), init_pretraining(model, config, mesh),
       config.num_steps, info, workdir, config.save_every, show=('loss', 'accuracy'), track=track,
       damaged=damaged)
   checkpoint.save_params(workdir / 'reference', state.params, info, int(state.step))
@@ -55,7 +54,7 @@ def check_pretraining(config: PretrainConfig, workdir: str | os.PathLike) -> che
   Raises:
     CheckpointError: if the workdir holds a run or a reference made with other settings.
   """
-  task = Addition.of_pretraining(config.addition, config.model.vocab_size)
+  task = KNOWN_TASKS[config.task].pretrained(config)
   info = checkpoint.CheckpointInfo(model=config.model_config, task=task, training=config,
                                    architecture=config.architecture)
   resuming.check_workdir(workdir, info)

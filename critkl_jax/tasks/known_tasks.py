@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from critkl_jax.config import from_dict
-from critkl_jax.tasks import addition, questions
+from critkl_jax.tasks import addition, questions, stories
 from critkl_jax.tasks.addition import wording as addition_wording
 from critkl_jax.tasks.questions import wording as questions_wording
+from critkl_jax.tasks.stories import wording as stories_wording
 from critkl_jax.tasks.task import NamedSet, Task
 
 
@@ -26,6 +27,8 @@ class KnownTask(NamedTuple):
     named_sets: settings -> {name: description of the set of `before_and_after`}.
     about: settings -> what the reference knows and what is trained, in two sentences.
     title: settings -> the problems that are trained on, in a few words.
+    pretrained: a `PretrainConfig` -> settings for pre-training; None if models are not pre-trained on the task.
+    curriculum: settings -> the tasks of pre-training, and a function `(seed, step) -> index` of the task of a step.
   """
 
   settings: type
@@ -37,6 +40,8 @@ class KnownTask(NamedTuple):
   named_sets: Callable[[Any], dict[str, NamedSet]]
   about: Callable[[Any], str]
   title: Callable[[Any], str]
+  pretrained: Callable[[Any], Any] | None = None
+  curriculum: Callable[[Any], tuple[list[Task], Callable[[int, int], int]]] | None = None
 
 
 def _questions_before_and_after(key, settings, number):
@@ -48,7 +53,9 @@ KNOWN_TASKS = {
         settings=addition.Addition, make=addition.plus_task_of, tests=addition.by_digits, shared=('known_digits',),
         finetuned=lambda settings, config: settings.finetuned(config.addition),
         before_and_after=addition.before_and_after, named_sets=addition_wording.named_sets,
-        about=addition_wording.about, title=addition_wording.title),
+        about=addition_wording.about, title=addition_wording.title,
+        pretrained=lambda config: addition.Addition.of_pretraining(config.addition, config.model.vocab_size),
+        curriculum=addition.curriculum),
     questions.Questions.name: KnownTask(
         settings=questions.Questions, make=questions.questions, tests=questions.question_sets,
         shared=('tokenizer', 'tokenizer_checksum', 'vocab_size'),
@@ -56,6 +63,13 @@ KNOWN_TASKS = {
             config.text, settings.tokenizer, settings.vocab_size),
         before_and_after=_questions_before_and_after, named_sets=questions_wording.named_sets,
         about=questions_wording.about, title=questions_wording.title),
+    stories.Stories.name: KnownTask(
+        settings=stories.Stories, make=stories.stories_of, tests=stories.by_facts, shared=('known_facts',),
+        finetuned=lambda settings, config: settings.finetuned(config.stories),
+        before_and_after=stories.before_and_after, named_sets=stories_wording.named_sets,
+        about=stories_wording.about, title=stories_wording.title,
+        pretrained=lambda config: stories.Stories(config.stories.known_facts, vocab_size=config.model.vocab_size),
+        curriculum=lambda settings: ([stories.pretraining_stories(settings)], lambda seed, step: 0)),
 }
 
 

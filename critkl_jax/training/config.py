@@ -25,6 +25,7 @@ from critkl_jax.rl.gates import GATES, READ_CERTAINTY, READ_CRITICAL, READ_FRACT
 from critkl_jax.rl.loss_config import WITH_PENALTY, LossConfig
 from critkl_jax.tasks.addition.config import AdditionFinetuning, AdditionPretraining
 from critkl_jax.tasks.questions.config import TextFinetuning
+from critkl_jax.tasks.stories.config import StoriesFinetuning, StoriesPretraining
 
 MOST_PROBLEMS = 1_000_000  # in a test
 
@@ -58,7 +59,10 @@ class PretrainConfig(RunConfig):
   Attributes:
     model: Sizes and numerics of the model.
     architecture: Kind of the model, `gpt2` or `llama` (rotary positions, RMSNorm, SwiGLU), of about as many parameters.
-    addition: Settings of the task; `make_pretrain_step` takes any task and ignores them.
+    task: The task of the binaries, `addition` or `stories`; `make_pretrain_step` takes any task and ignores this and
+      the next two fields.
+    addition: Settings of the task `addition`.
+    stories: Settings of the task `stories`.
     batch_size: B, the number of examples in a step.
     num_steps: The number of updates.
     optimizer: The optimizer, `muon` or `adamw`.
@@ -77,7 +81,9 @@ class PretrainConfig(RunConfig):
 
   model: ModelConfig = ModelConfig()
   architecture: str = 'gpt2'
+  task: str = 'addition'
   addition: AdditionPretraining = AdditionPretraining()
+  stories: StoriesPretraining = StoriesPretraining()
   batch_size: int = 32
   num_steps: int = 2400
   optimizer: str = 'muon'
@@ -91,6 +97,11 @@ class PretrainConfig(RunConfig):
   save_every: int = 200
   eval_problems: int = 200
 
+  COUNTS_WITH: ClassVar = {
+      **{name: {'task': ('addition',)} for name in ('known_digits', 'pad_vocabulary')},
+      'known_facts': {'task': ('stories',)},
+  }
+
   def __post_init__(self):
     convert_fields(self, seed=LARGEST_SEED)
     _check_run(self)
@@ -100,7 +111,9 @@ class PretrainConfig(RunConfig):
     between(self, 0, 1, 'final_learning_rate')
     one_of(self, 'optimizer', 'muon', 'adamw')
     one_of(self, 'architecture', *ARCHITECTURES)
+    one_of(self, 'task', 'addition', 'stories')
     with_sizes(self.architecture, self.model)  # checks them
+    refuse_switched_off(self)
 
   @property
   def model_config(self) -> Any:
@@ -233,20 +246,22 @@ class FinetuneConfig(RLConfig, MachineConfig):
   """Settings of fine-tuning by reinforcement learning.
 
   Attributes:
-    task: The task that the binaries train on: `addition` of N + k digits, `questions` from a file, or on the command
-      line `reasoning_gym:NAME`, a dataset of reasoning_gym; `make_train_step` takes any task and ignores this and the
-      next two fields.
+    task: The task that the binaries train on: `addition` of N + k digits, `stories` of N + k facts, `questions` from a
+      file, or on the command line `reasoning_gym:NAME`, a dataset of reasoning_gym; `make_train_step` takes any task
+      and ignores this and the next three fields.
     addition: Settings of the task `addition`.
+    stories: Settings of the task `stories`.
     text: Settings of the task `questions`, and of the model that answers.
     seed: Seed of problems and samples.
     num_iterations: The number of rollouts, each followed by `epochs` x `minibatches` updates.
-    reference: Checkpoint directory of the pre-trained model; empty for the one that comes with the package.
+    reference: Checkpoint directory of the pre-trained model; empty for the one of the task that comes with the package.
     certainty_ensemble: Checkpoint directories of further references, separated by commas; the certainty is then
       computed from the mean of the distributions of all references (footnote 2 of the paper).
   """
 
   task: str = 'addition'
   addition: AdditionFinetuning = AdditionFinetuning()
+  stories: StoriesFinetuning = StoriesFinetuning()
   text: TextFinetuning = TextFinetuning()
   seed: int = 0
   num_iterations: int = 12
@@ -256,6 +271,7 @@ class FinetuneConfig(RLConfig, MachineConfig):
   COUNTS_WITH: ClassVar = {
       'certainty_ensemble': {'kl': ('prioritized',)},
       **{name: {'task': ('addition',)} for name in ('extra_digits', 'wrong_reward')},
+      'extra_facts': {'task': ('stories',)},
       **{name: {'task': ('questions',)} for name in (
           'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out', 'reward', 'reward_weights',
           'success', 'dataset_options', 'reward_workers', 'reward_seconds')},
@@ -268,7 +284,7 @@ class FinetuneConfig(RLConfig, MachineConfig):
     _check_algorithm(self)
     at_least(self, 1, 'num_iterations')
     at_least(self, 0, 'seed')
-    one_of(self, 'task', 'addition', 'questions')
+    one_of(self, 'task', 'addition', 'stories', 'questions')
     if self.task == 'questions' and not self.text.prompts:
       raise ValueError("prompts: the task 'questions' needs a file of prompts and answers, got none.")
     if self.task == 'questions' and self.kl_gate in READ_CRITICAL:

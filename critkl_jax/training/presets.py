@@ -3,14 +3,19 @@
 from critkl_jax.models.architectures import ModelConfig
 from critkl_jax.rl.loss_config import LossConfig
 from critkl_jax.tasks.addition.config import AdditionFinetuning, AdditionPretraining
+from critkl_jax.tasks.stories.text import WORDS
 from critkl_jax.training.config import FinetuneConfig, PretrainConfig
 
-# The first three keep the optimizer with which the shipped reference and the documented accuracies were made.
+# smoke, tiny and small keep the optimizer with which the shipped reference and the documented accuracies were made.
 PRETRAIN_PRESETS = {
     'smoke': PretrainConfig(
         model=ModelConfig(context_length=384, num_layers=2, num_heads=2, width=32), addition=AdditionPretraining(1),
         batch_size=8, num_steps=4, warmup_steps=1, hidden_only=False, save_every=2, eval_problems=4),
     'tiny': PretrainConfig(hidden_only=False),
+    # The reference of the task `stories` in the package.
+    'stories': PretrainConfig(
+        task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=192, num_heads=4), batch_size=64,
+        num_steps=2400),
     'small': PretrainConfig(
         model=ModelConfig(context_length=1024, num_layers=6, num_heads=3, width=192), addition=AdditionPretraining(6),
         num_steps=1600, hidden_only=False),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -47,17 +46,6 @@ def pretraining_keys(config: PretrainConfig) -> tuple[chex.PRNGKey, chex.PRNGKey
   """Derives the key of the initial parameters and the key of the run from the seed."""
   init_key, run_key = jax.random.split(jax.random.key(config.seed))
   return init_key, run_key
-
-
-def draw_longest(config: PretrainConfig, step: int) -> int:
-  """Draws, on the host, the number of digits of the longer operand of a step's examples.
-
-  If both lengths are uniform in 1..N, the longer is n with probability (2n - 1) / N^2. The draw is a function of the
-  seed and the step.
-  """
-  n = np.arange(1, config.addition.known_digits + 1)
-  rng = np.random.default_rng((config.seed, step))
-  return int(rng.choice(n, p=(2 * n - 1) / config.addition.known_digits**2))
 
 
 def init_pretraining(model: LanguageModel, config: PretrainConfig, mesh: Mesh | None = None) -> TrainState:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from model_directories import CONFIG, write_model, write_questions, write_tokenizer
-from processes import refused, run
+from processes import metrics, refused, run
 
 from critkl_jax.models.huggingface import load_pretrained
 from critkl_jax.models.llama import llama
@@ -110,6 +110,80 @@ def test_a_run_that_goes_on_needs_the_same_questions(tmp_path):
   assert 'has changed since the run began' in refused('evaluate', f'--checkpoint={tmp_path / "run"}')
   (directory / 'tokenizer.json').unlink()
   assert 'has no tokenizer.json' in refused('finetune', *flags)
+
+
+REWARDS = """
+def near(prompts, completions, answer, **columns):
+  digits = lambda text: [int(c) for c in text if c.isdigit()]
+  return [1.0 / (1 + abs(sum(digits(said)) - sum(digits(right)))) for said, right in zip(completions, answer)]
+
+def short(completions):
+  return [float(len(said)) for said in completions]
+
+def fails(prompts, completions, **columns):
+  return [1 / 0 for _ in prompts]
+"""
+
+
+@pytest.mark.slow
+def test_rewards_in_python_train_resume_and_stop_a_run(tmp_path):
+  (tmp_path / 'my_rewards.py').write_text(REWARDS)
+  file, directory = write_questions(tmp_path / 'q.jsonl'), write_model(tmp_path / 'model')
+  flags = [f'--model={directory}', '--task=questions', f'--prompts={file}', '--episodes=16', '--episodes_per_problem=4',
+           '--minibatches=2', '--save_every=1', '--eval_problems=4', '--reward=my_rewards:near,my_rewards:short',
+           '--reward_weights=1,-0.1', '--response_length=6', '--success=0.4']
+  for name, steps in (('whole', (4,)), ('resumed', (2, 4))):
+    for number in steps:
+      run('finetune', *flags, f'--workdir={tmp_path / name}', f'--num_iterations={number}', cwd=tmp_path)
+  assert metrics(tmp_path / 'whole') == metrics(tmp_path / 'resumed')
+  whole, resumed = (checkpoint.load_checkpoint(tmp_path / name).params for name in ('whole', 'resumed'))
+  jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+  for row in metrics(tmp_path / 'whole'):
+    near, short = (row[f'reward/my_rewards:{name}'] for name in ('near', 'short'))
+    assert row['reward'] == pytest.approx(near - 0.1 * short, abs=1e-5)
+  samples = (tmp_path / 'whole' / 'samples.jsonl').read_text()
+  assert samples == (tmp_path / 'resumed' / 'samples.jsonl').read_text()
+  rows = [json.loads(line) for line in samples.splitlines()]
+  assert [row['step'] for row in rows] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+  assert all(row['completion'] and row['prompt'].startswith('What is') for row in rows)
+
+  failing = [*flags[:8], '--reward=my_rewards:fails', '--response_length=6', f'--workdir={tmp_path / "failing"}']
+  line = refused('finetune', *failing, '--eval_problems=0', status=1, cwd=tmp_path)
+  assert 'my_rewards:fails raised ZeroDivisionError: division by zero (my_rewards.py:10) at row' in line
+  assert 'no checkpoint is in' in line
+  out = run('evaluate', f'--checkpoint={tmp_path / "whole"}', '--num_problems=4', cwd=tmp_path)
+  assert 'held_out' in out
+  run('analyze', f'--checkpoints={tmp_path / "whole"}', f'--workdir={tmp_path / "analysis"}', '--problems=2',
+      cwd=tmp_path)
+  assert rows[0]['prompt'] in (tmp_path / 'analysis' / 'report.html').read_text()
+
+
+@pytest.mark.slow
+def test_a_dataset_of_reasoning_gym_is_a_task(tmp_path):
+  pytest.importorskip('reasoning_gym')
+  flags = [f'--model={write_model(tmp_path / "model")}', '--task=reasoning_gym:basic_arithmetic', '--response_length=6',
+           '--dataset_options={"size": 20, "min_terms": 2, "max_terms": 2, "max_digits": 1, "min_digits": 1}']
+  out = run('finetune', *flags, f'--workdir={tmp_path / "run"}', '--episodes=8', '--minibatches=1',
+            '--num_iterations=1', '--eval_problems=4')
+  assert 'reasoning_gym:basic_arithmetic' in out
+  assert 'reward/reasoning_gym' in metrics(tmp_path / 'run')[0]
+  run('evaluate', *flags, '--num_problems=4')
+
+
+def test_rewards_are_checked_before_the_start(tmp_path):
+  flags = [f'--model={write_model(tmp_path / "model")}', '--task=questions',
+           f'--prompts={write_questions(tmp_path / "q.jsonl")}']
+  for wrong, said in (
+      (['--reward=nowhere:f', '--response_length=4'], "--reward: 'nowhere:f' cannot be loaded (ModuleNotFoundError"),
+      (['--reward=f1'], '--response_length: with reward functions, say how long'),
+      (['--reward=f1', '--response_length=4', '--reward_weights=1,2'], '--reward_weights: expected 1 numbers'),
+      (['--success=0.5'], '--success: has no effect without reward'),
+      (['--dataset_options={"size": 3}'], '--dataset_options: has no effect without task=reasoning_gym:NAME')):
+    assert said in refused('finetune', *flags, *wrong)
+  assert '--reward: the members of a study are one program' in refused(
+      'sweep', *flags, '--reward=f1', '--response_length=4')
+  assert '--prompts: has no effect with --task=reasoning_gym:x' in refused(
+      'finetune', flags[0], flags[2], '--task=reasoning_gym:x')
 
 
 def test_what_questions_do_not_know_is_refused(tmp_path):

@@ -164,8 +164,8 @@ def test_processes_give_what_this_process_gives(workers, capfd):
 
 
 def test_functions_that_come_along_run_without_jax_in_a_process(workers):
-  found = workers({'exact_match': 'exact_match'} | named('jax_is_loaded'), ['p'] * 2, ['a', 'b'], {'answer': ['a', 'a']},
-                  [1, 1])
+  functions_of_both = {'exact_match': 'exact_match'} | named('jax_is_loaded')
+  found = workers(functions_of_both, ['p'] * 2, ['a', 'b'], {'answer': ['a', 'a']}, [1, 1])
   assert found['exact_match'].tolist() == [1.0, 0.0]
   assert asked(workers, named('jax_is_loaded'))['jax_is_loaded'].sum() == 0
 

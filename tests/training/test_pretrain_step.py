@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from tiers import slow_except
 
-from critkl_jax.config import replace
 from critkl_jax.models.gpt2 import GPT2Config, gpt2
 from critkl_jax.runtime import checkpoint
-from critkl_jax.tasks.addition import pretraining_task, prompt_length, solution_length
+from critkl_jax.tasks.addition import Addition, curriculum, pretraining_task, prompt_length, solution_length
 from critkl_jax.training.presets import PRETRAIN_PRESETS
 from critkl_jax.training.pretrain_step import (
-  draw_longest,
   init_pretraining,
   make_pretrain_step,
   pretraining_keys,
@@ -114,10 +112,11 @@ def test_the_shipped_reference_was_trained_as_its_preset_trains():
 
 
 def test_longest_operands_follow_the_uniform_lengths():
-  config = replace(CONFIG, known_digits=3)
-  drawn = np.array([draw_longest(config, step) for step in range(3000)])
-  np.testing.assert_allclose(np.bincount(drawn, minlength=4)[1:] / 3000, np.array([1, 3, 5]) / 9, atol=0.03)
-  assert draw_longest(config, 7) == draw_longest(config, 7)
+  tasks, pick = curriculum(Addition(known_digits=3))
+  drawn = np.array([pick(0, step) for step in range(3000)])
+  np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 3000, np.array([1, 3, 5]) / 9, atol=0.03)
+  assert pick(0, 7) == pick(0, 7)
+  assert [task.prompt_length for task in tasks] == [prompt_length(n) for n in (1, 2, 3)]
 
 
 def test_a_context_too_short_is_refused():

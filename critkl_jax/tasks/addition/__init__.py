@@ -3,6 +3,7 @@
 from critkl_jax.tasks.addition.addition_task import (
     LENGTH_MARGIN,
     addition,
+    curriculum,
     plus_task,
     plus_task_of,
     pretraining_task,
@@ -57,6 +58,7 @@ __all__ = (
     'by_digits',
     'by_digits_and_distribution',
     'critical_kinds',
+    'curriculum',
     'draw_problems',
     'identical_lengths',
     'longest_lengths',

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import chex
 import jax
+import numpy as np
 
 from critkl_jax.tasks.addition.config import Addition
 from critkl_jax.tasks.addition.draft import draft_addition
@@ -86,3 +87,20 @@ def pretraining_task(known_digits: int, longest: int, vocab_size: int = 0) -> Ta
   """
   return addition(known_digits, longest, functools.partial(longest_lengths, num_digits=longest), length_margin=0,
                   vocab_size=vocab_size)
+
+
+def curriculum(settings: Addition) -> tuple[list[Task], Callable[[int, int], int]]:
+  """Makes the tasks of pre-training, one for each number of digits of the longer operand, and the choice of a step's.
+
+  If both lengths are uniform in 1..N, the longer is n with probability (2n - 1) / N^2.
+
+  Returns:
+    The tasks of n = 1..N, and a function `(seed, step) -> n - 1`, on the host.
+  """
+  n = np.arange(1, settings.known_digits + 1)
+
+  def pick(seed, step):
+    rng = np.random.default_rng((seed, step))
+    return int(rng.choice(n, p=(2 * n - 1) / settings.known_digits**2)) - 1
+
+  return [pretraining_task(settings.known_digits, longest, settings.vocab_size) for longest in n.tolist()], pick

@@ -114,7 +114,8 @@ def _check(config: TextSettings) -> None:
   if config.gym_options and not is_gym(config.prompts):
     raise ValueError(f'dataset_options: has no effect without task={GYM}NAME, got {config.dataset_options!r}; leave it '
                      'out.')
-  _check_rewards(config)
+  if config.prompts:  # without prompts the task is another one, and these settings have no effect
+    _check_rewards(config)
 
 
 def _check_json(name, text):

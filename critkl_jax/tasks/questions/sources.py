@@ -72,4 +72,5 @@ def _read_gym(name, options):
                      f'({type(error).__name__}: {error}).') from error
   rows = [(i, {'prompt': row['question'], 'question': row['question'], 'answer': row['answer'],
                'metadata': {'source_dataset': name, **row['metadata']}}) for i, row in enumerate(found, 1)]
-  return zlib.crc32(json.dumps(found, default=str, sort_keys=True).encode()), rows
+  text = json.dumps(found, default=str, sort_keys=True, allow_nan=False)
+  return zlib.crc32(text.encode()), rows

@@ -46,7 +46,7 @@ def call(function: Callable, name: str, prompts: Sequence[Any], completions: Seq
   """Returns the values of a reward function for a batch.
 
   Args:
-    function: takes `prompts`, `completions` and columns by name; only those that it names, unless it has `**`.
+    function: gets `prompts`, `completions` and columns by name; only those that it names, unless it has `**`.
     name: its name in messages.
     prompts: texts, or lists of messages.
     completions: the same.
@@ -56,11 +56,10 @@ def call(function: Callable, name: str, prompts: Sequence[Any], completions: Seq
   Raises:
     RewardError: if it raises, or does not return one finite number for each completion; the message names the row.
   """
-  accepted = _accepted(function, columns)
+  accepted = _accepted(function, {**columns, 'prompts': prompts, 'completions': completions})
 
   def values(some):
-    own = {key: [column[i] for i in some] for key, column in accepted.items()}
-    return function(prompts=[prompts[i] for i in some], completions=[completions[i] for i in some], **own)
+    return function(**{key: [column[i] for i in some] for key, column in accepted.items()})
 
   everything = range(len(prompts))
   try:
@@ -85,7 +84,7 @@ def call(function: Callable, name: str, prompts: Sequence[Any], completions: Seq
 
 
 def _accepted(function, columns):
-  """Returns the columns that a function takes by name."""
+  """Returns the lists that a function takes by name."""
   parameters = inspect.signature(function).parameters
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
     return columns

@@ -1,0 +1,64 @@
+"""Settings of the task `stories`: the record that a checkpoint saves, and the parts that training configs contain."""
+
+import dataclasses
+from typing import ClassVar
+
+from critkl_jax.config import at_least, between, convert_fields
+
+MOST_FACTS = 100  # in a story
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesPretraining:
+  """Settings of pre-training on stories of up to N facts.
+
+  Attributes:
+    known_facts: N, the most facts of a story.
+  """
+
+  known_facts: int = 6
+
+  def __post_init__(self):
+    convert_fields(self)
+    between(self, 1, MOST_FACTS, 'known_facts')
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesFinetuning:
+  """Settings of fine-tuning on stories of N + k facts.
+
+  Attributes:
+    extra_facts: k: stories have N + k facts, where N is the most facts seen in the reference's pre-training.
+  """
+
+  extra_facts: int = 4
+
+  def __post_init__(self):
+    convert_fields(self)
+    between(self, 0, MOST_FACTS, 'extra_facts')
+
+
+@dataclasses.dataclass(frozen=True)
+class Stories:
+  """Settings of the task, as a checkpoint saves them.
+
+  Attributes:
+    known_facts: N, the most facts seen in pre-training.
+    extra_facts: k: stories have N + k facts.
+    vocab_size: number of token ids to which the words are padded; 0 for no padding.
+  """
+
+  name: ClassVar[str] = 'stories'  # in checkpoints
+  known_facts: int = 6
+  extra_facts: int = 0
+  vocab_size: int = 0
+
+  def __post_init__(self):
+    convert_fields(self)
+    between(self, 1, MOST_FACTS, 'known_facts')
+    between(self, 0, MOST_FACTS, 'extra_facts')
+    at_least(self, 0, 'vocab_size')
+
+  def finetuned(self, task: StoriesFinetuning) -> 'Stories':
+    """Returns the settings for fine-tuning a model that was pre-trained with these settings."""
+    return dataclasses.replace(self, extra_facts=task.extra_facts)

@@ -1,0 +1,106 @@
+"""The task `stories`: questions about who is where and who has what, answered with a written chain of facts.
+
+In the manner of the tasks of bAbI (Weston et al., arXiv 1502.05698); the number of facts plays the part that the number
+of digits plays in addition.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from critkl_jax.tasks.stories.config import Stories
+from critkl_jax.tasks.stories.story import Story, sample_story
+from critkl_jax.tasks.stories.text import (
+  NEWLINE,
+  PAD,
+  WordTokenizer,
+  prompt_length,
+  render_prompt,
+  render_solution,
+  reward,
+  solution_length,
+  well_formed,
+)
+from critkl_jax.tasks.task import Task, stop_after
+
+MARGIN = 14  # words that a response may have beyond the longest chain: two sentences
+
+
+def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN) -> Task:
+  """Makes the task of stories of `least` to `most` facts, all numbers equally often.
+
+  Args:
+    least: the fewest facts, 1 or more.
+    most: M, the most facts; it determines the sizes of arrays.
+    vocab_size: the model's vocabulary size, to which the words are padded; 0 for no padding.
+    margin: words that a response may have beyond the longest chain.
+
+  Raises:
+    ValueError: if the numbers are not in order, or the vocabulary is too small.
+  """
+  if not 1 <= least <= most:
+    raise ValueError(f'least, most: expected 1 <= least <= most, got {least} and {most}.')
+  response_length = solution_length(most) + margin
+
+  def sample(key):
+    length_key, story_key = jax.random.split(key)
+    return sample_story(story_key, jax.random.randint(length_key, (), least, most + 1, dtype=jnp.int32), most)
+
+  return Task(
+      tokenizer=WordTokenizer(vocab_size), prompt_length=prompt_length(most), response_length=response_length,
+      stop=stop_after([[NEWLINE]], [PAD]), sample=sample, prompt=render_prompt,
+      solution=functools.partial(render_solution, length=response_length), reward=reward, well_formed=well_formed,
+      solution_length=solution_length(most))
+
+
+def stories_of(settings: Stories) -> Task:
+  """Makes the task on which a run trains: stories of exactly N + k facts."""
+  number = settings.known_facts + settings.extra_facts
+  return stories(number, number, settings.vocab_size)
+
+
+def pretraining_stories(settings: Stories) -> Task:
+  """Makes the task of pre-training: stories of 1 to N facts."""
+  return stories(1, settings.known_facts, settings.vocab_size, margin=0)
+
+
+def draw_stories(key: chex.PRNGKey, num_problems: int, facts: int, most: int) -> Story:
+  """Draws stories of `facts` facts, in arrays for `most`: a `Story` with a leading axis B."""
+  draw = jax.vmap(lambda key: sample_story(key, facts, most))
+  return jax.jit(lambda key: draw(jax.random.split(key, num_problems)))(key)
+
+
+def before_and_after(key: chex.PRNGKey, settings: Stories, number: int) -> dict[str, Story]:
+  """Draws the problem sets that test a fine-tuning run: N facts, then N + k.
+
+  Args:
+    key: PRNG key, consumed.
+    settings: give N and k.
+    number: B, of each set; 0 for no sets.
+  """
+  known, longest = settings.known_facts, settings.known_facts + settings.extra_facts
+  names = {'N': known, f'N+{settings.extra_facts}': longest}
+  return {name: draw_stories(jax.random.fold_in(key, n), number, n, longest) for name, n in names.items() if number}
+
+
+def by_facts(settings: Stories, facts: Sequence[int] | None = None
+             ) -> tuple[Task, Callable[[chex.PRNGKey, int], dict[str, Story]]]:
+  """Makes the task and the problem sets for tests and analysis; a set's name is its number of facts.
+
+  Args:
+    settings: give N and k.
+    facts: numbers of facts; N and N + k, or N + 4 of a pre-trained model, if None.
+
+  Returns:
+    The task, with arrays for the longest stories, and `(key, B) -> {name: problems [B]}`.
+  """
+  known = settings.known_facts
+  numbers = [known, known + (settings.extra_facts or 4)] if facts is None else list(facts)
+
+  def draw(key, num_problems):
+    return {str(n): draw_stories(jax.random.fold_in(key, n), num_problems, n, max(numbers)) for n in numbers}
+
+  return stories(min(numbers), max(numbers), settings.vocab_size), draw

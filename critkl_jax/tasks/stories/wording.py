@@ -1,0 +1,23 @@
+"""How reports of fine-tuning name stories and their test sets."""
+
+from critkl_jax.tasks.stories.config import Stories
+from critkl_jax.tasks.task import NamedSet
+
+
+def about(settings: Stories) -> str:
+  """Describes what a reference knows and what reinforcement learning trains, in two sentences."""
+  known = settings.known_facts
+  return (f'The reference was pre-trained on stories of up to N = {known} facts. Reinforcement learning trains a copy '
+          f'of it on {known + settings.extra_facts}.')
+
+
+def title(settings: Stories) -> str:
+  """Names the problems that are trained on, in a few words."""
+  return f'stories of {settings.known_facts} + {settings.extra_facts} facts'
+
+
+def named_sets(settings: Stories) -> dict[str, NamedSet]:
+  """Describes the sets of `before_and_after`."""
+  known, extra = settings.known_facts, settings.extra_facts
+  return {'N': NamedSet(f'N = {known} facts (known from pre-training)'),
+          f'N+{extra}': NamedSet(f'N + {extra} = {known + extra} facts (trained here)')}
