@@ -29,6 +29,7 @@ from critkl_jax.runtime.samples import FILE, read_samples
 from critkl_jax.tasks.addition import Addition
 from critkl_jax.tasks.known_tasks import to_json_object
 from critkl_jax.tasks.questions import TextFinetuning, question_sets, sizes_of_sets
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.stories import Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
@@ -36,7 +37,7 @@ from critkl_jax.training.config import MOST_PROBLEMS
 from . import parsing, paths
 from .analysis_record import check_workdir, claim_workdir, finish_workdir
 from .exits import refuse
-from .flags import define_imported, read_imported, run
+from .flags import define_imported, pool_of_flags, read_imported, run
 from .reference import check_facts, check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import summary_tables, text_of
 from .workdirs import claim
@@ -108,8 +109,9 @@ def main(workdir: storage.Path, names: dict[str, str], found: Pairs, sets: list[
   settings = settings_of(names, pairs, sets)
   if check_record(workdir, names, pairs, sets):
     hosts.say(f'The analysis that {workdir} holds will be replaced')
-  read = {name: read_one(name, *pair, sets) for name, pair in pairs.items()}
-  steps = {name: read_steps(name, *pair, sets) for name, pair in pairs.items()}
+  with pool_of_flags() as pool:
+    read = {name: read_one(name, *pair, sets, pool) for name, pair in pairs.items()}
+    steps = {name: read_steps(name, *pair, sets, pool) for name, pair in pairs.items()}
   hosts.say('Comparing detectors, drawing pictures and writing the page (seconds)')
   summaries = {name: summarize(tokens) for name, tokens in read.items()}
   unit, (task, _) = unit_of(pairs), reading.sets_of(next(iter(pairs.values()))[0], sets=sets)
@@ -220,7 +222,8 @@ def has_steps(policy: Checkpoint) -> bool:
   return STEPS.value > 0 and policy.info.kind != 'import' and len(checkpoint.steps_in(policy.path.parent)) > 1
 
 
-def read_one(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any]) -> dict[str, np.ndarray]:
+def read_one(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any], pool: RewardPool
+             ) -> dict[str, np.ndarray]:
   """Analyses the tokens of one checkpoint."""
   hosts.say(f'Reading up to {len(sets) * PROBLEMS.value} responses of {name} (30 to 60 s on a CPU, with compilation)')
   (task, _), loss = reading.sets_of(policy, sets=sets), reading.loss_of(policy)
@@ -231,12 +234,13 @@ def read_one(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[An
     detectors['counterfactual'] = detectors_lib.counterfactual(
         reading.model_of(policy), policy.params, task, jax.random.key(SEED.value), num_samples=SAMPLES.value,
         num_positions=COUNTERFACTUAL.value, always=detectors.get('oracle'), temperature=loss.temperature,
-        progress=True)
+        progress=True, pool=pool)
   return reading.read_tokens(policy, reference, sets=sets, num_problems=PROBLEMS.value, responses=RESPONSES.value,
-                             detectors=detectors, seed=SEED.value, progress=True)
+                             detectors=detectors, seed=SEED.value, progress=True, pool=pool)
 
 
-def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any]) -> dict[str, Any] | None:
+def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[Any], pool: RewardPool
+               ) -> dict[str, Any] | None:
   """Analyses the steps of a checkpoint's run over training; returns None if there are not several."""
   if not has_steps(policy):
     return None
@@ -245,7 +249,7 @@ def read_steps(name: str, policy: Checkpoint, reference: Checkpoint, sets: list[
             '10 s each)')
   least_and_most = [min(sets), max(sets)] if policy.info.task.name in UNITS else sets
   return reading.read_steps(policy.path.parent, reference.path, most=STEPS.value, num_problems=PROBLEMS.value,
-                            sets=least_and_most, seed=SEED.value, progress=True)
+                            sets=least_and_most, seed=SEED.value, progress=True, pool=pool)
 
 
 def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps, workdir: storage.Path) -> Run:
@@ -270,7 +274,7 @@ def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps
 def place_name(found: Checkpoint) -> str:
   """Describes where a checkpoint lies: the last two directories above its step, or the shipped reference."""
   directory = storage.resolve(found.path).parent
-  if directory in [path.resolve() for path in checkpoint.SHIPPED.values()]:
+  if directory == checkpoint.SHIPPED_REFERENCE.resolve():
     return 'the one that comes with the package'
   return '/'.join(directory.parts[-2:])
 

@@ -16,14 +16,13 @@ from critkl_jax.rl.loss_config import TEMPERATURES
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
-from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.stories import Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
 from . import parsing, paths
 from .exits import refuse
-from .flags import define_imported, read_imported, run
+from .flags import define_imported, pool_of_flags, read_imported, run
 from .reference import check_facts, check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import command, print_accuracies, print_sets, sets_of
 from .workdirs import refuse_other_file
@@ -88,7 +87,7 @@ def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   result = {'checkpoint': str(loaded.path), 'step': loaded.step}
   if not isinstance(loaded.info.task, Addition):
-    pool = RewardPool(workers=1)
+    pool = pool_of_flags()
     sets = sets_of(loaded.info.task, digits or None, NUM_PROBLEMS.value, SEED.value)
     rows = evaluation.accuracies(model_of(loaded), loaded.params, sets, GREEDY.value, TEMPERATURE.value, pool=pool)
     result |= {'task': loaded.info.task.name, 'accuracy': print_sets(rows, whose)}

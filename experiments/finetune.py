@@ -56,7 +56,7 @@ from .reference import (
   tested_before,
 )
 from .tables import before_after_rows, command
-from .workdirs import claim, refuse_fewer_steps
+from .workdirs import claim, held, refuse_fewer_steps
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/finetune', 'Directory of checkpoints, metrics and pictures.')
 define_config(FinetuneConfig, FINETUNE_PRESETS, 'tiny')
@@ -83,7 +83,7 @@ def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: 
   mesh = read_mesh(config.episodes // config.minibatches)
   check_attention(model.config)
   claim(workdir, 'finetune')
-  pool = RewardPool(config.reward_workers, config.reward_seconds) if task.host else None
+  pool = held.enter_context(RewardPool(config.reward_workers, config.reward_seconds)) if task.host else None
   reference = load_reference(config, workdir, mesh)
   settings = task_settings(config, reference)
   known = known_task_of(settings)
@@ -97,7 +97,7 @@ def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: 
   key, hyperparameters = sharding.replicate((finetuning_keys(config)[1], Hyperparameters.of(config)), mesh)
   step = make_host_step(model, task, config, mesh, pool) if task.host else make_train_step(model, task, config, mesh)
   hosts.say(describe_run(config, known.about(settings)))
-  doing = describe_preparation(config, finished)
+  doing = describe_preparation(config, finished, compiles=task.host is None)
   with (hosts.waiting(doing) if doing else contextlib.nullcontext(),
         concurrent.futures.ThreadPoolExecutor(1) as other):  # the compiler leaves a core to the test
     ready = task.host is not None or finished >= config.num_iterations
@@ -117,8 +117,6 @@ def main(config: FinetuneConfig, workdir: storage.Path, track: Callable, model: 
   if config.eval_problems:
     hosts.say('Testing the fine-tuned model on the same problems ...')
   report(config, settings, before, test(state.params)[0], workdir, time.monotonic() - start)
-  if pool:
-    pool.close()
 
 
 def compile_if_needed(done: bool, step: Callable, *arguments: Any) -> Callable:
@@ -136,10 +134,16 @@ def describe_run(config: FinetuneConfig, about: str) -> str:
       f'{config.num_iterations} iterations of {config.episodes} sampled answers, {loss.algorithm.upper()}, {penalty}.')
 
 
-def describe_preparation(config: FinetuneConfig, finished: int) -> str:
-  """Describes the work before the first iteration and its usual duration; empty if there is none."""
+def describe_preparation(config: FinetuneConfig, finished: int, compiles: bool = True) -> str:
+  """Describes the work before the first iteration and its usual duration; empty if there is none.
+
+  Args:
+    config: the run's config.
+    finished: number of finished iterations.
+    compiles: whether the step is compiled then, and not in the first iteration.
+  """
   parts = [f'testing the reference on up to 2 x {config.eval_problems} problems'] if config.eval_problems else []
-  parts += ['compiling the training step'] if finished < config.num_iterations else []
+  parts += ['compiling the training step'] if compiles and finished < config.num_iterations else []
   text = ' and '.join(parts)
   return text and f'{text[0].upper()}{text[1:]}\n(20 to 90 s on a CPU; less once the programs are in the cache) ...'
 

@@ -22,7 +22,8 @@ from critkl_jax.runtime.checkpoint import CheckpointError
 from critkl_jax.runtime.storage import WorkdirError
 from critkl_jax.tasks.questions import TextFinetuning
 from critkl_jax.tasks.questions.sources import is_gym
-from critkl_jax.tasks.rewards import RewardError
+from critkl_jax.tasks.rewards import RewardError, RewardPool
+from critkl_jax.training.config import MachineConfig
 from critkl_jax.training.finite import NonFinite
 
 from . import exits, parsing, paths
@@ -85,6 +86,14 @@ def define_imported() -> None:
                       'its own.')
   for name, field in config_lib.flat_fields(TextFinetuning).items():
     _DEFINE[field.type](name, None, f'{_attribute_help(TextFinetuning, name)} ({field.default!r})')
+  fields = config_lib.flat_fields(MachineConfig)
+  for name, least in (('reward_workers', 0), ('reward_seconds', 1e-3)):
+    _DEFINE[fields[name].type](name, fields[name].default, _attribute_help(MachineConfig, name), lower_bound=least)
+
+
+def pool_of_flags(values: flags.FlagValues = flags.FLAGS) -> RewardPool:
+  """Returns the pool of the flags of `define_imported`."""
+  return RewardPool(values.reward_workers, values.reward_seconds)
 
 
 def read_imported(values: flags.FlagValues = flags.FLAGS) -> TextFinetuning | None:

@@ -35,7 +35,7 @@ def locate_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoin
   if config.text.model and not has_started(workdir):
     return imported(config.text)
   return checkpoint.find_checkpoint(
-      workdir / 'reference' if has_started(workdir) else config.reference or shipped_for(config))
+      workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
 
 
 def imported(config: TextFinetuning) -> checkpoint.Checkpoint:
@@ -55,7 +55,7 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
   if hosts.broadcast_from_first(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
   reference = load_imported(config.text, mesh) if config.text.model else checkpoint.load_checkpoint(
-      config.reference or shipped_for(config), mesh=mesh)
+      config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
 
   def check():
     if not (_holds(kept, reference) or _is_own(kept)):
@@ -64,11 +64,6 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
 
   hosts.first_does(check, WorkdirError, OSError)
   return reference
-
-
-def shipped_for(config: FinetuneConfig) -> storage.Path:
-  """Returns the reference in the package for a config's task."""
-  return checkpoint.SHIPPED.get(config.task, checkpoint.SHIPPED_REFERENCE)
 
 
 def load_imported(config: TextFinetuning, mesh: Mesh | None = None) -> checkpoint.Checkpoint:
@@ -178,9 +173,12 @@ def check_rewards(task: Task) -> None:
   """Exits with one line if a reward function cannot be loaded."""
   for name in task.host.functions if task.host else ():
     try:
-      worker.load(name)
+      needed = worker.missing(worker.load(name), task.host.columns)
     except RewardError as error:
       refuse(f'--{error}')
+    if needed:
+      refuse(f'--reward: {name!r} needs {" and ".join(map(repr, needed))}, and the columns of the prompts are '
+             f'{", ".join(map(repr, task.host.columns)) or "none"}.')
 
 
 def check_length(task: Task, model: Any) -> None:
@@ -195,7 +193,8 @@ def task_settings(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> A
   """Returns the settings of the task that a run trains on, or exits with one line if its reference has another one."""
   own = reference.info.task
   if own.name != config.task:
-    other = '--model=DIR, a Hugging Face model directory' if config.task == 'questions' else 'another --reference'
+    other = {'questions': '--model=DIR, a Hugging Face model directory', 'stories': '--reference=DIR, which pretrain '
+             '--preset=stories makes'}.get(config.task, 'another --reference')
     refuse(f'--task: {config.task!r} needs a reference for it, and the task of {reference.path} is {own.name!r}; give '
            f'{other}.')
   with refuse_text():

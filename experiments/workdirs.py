@@ -20,7 +20,7 @@ _HOLDS = {
 # Files of each binary in its workdir, without the reference, which has a mark of its own.
 _WRITES = {
     'pretrain': ('checkpoints', 'metrics.jsonl', 'summary.json'),
-    'finetune': ('checkpoints', 'metrics.jsonl', 'before.json', 'curves.png', 'summary.json'),
+    'finetune': ('checkpoints', 'metrics.jsonl', 'samples.jsonl', 'before.json', 'curves.png', 'summary.json'),
     'sweep': ('members', 'members.json', 'before.json', 'curves.png', 'results.json', 'results.csv'),
     'reproduce': ('studies.json', 'runs', 'references', 'working', 'studies', 'README.md'),
     'compare_checkpoints': ('comparison.json', 'comparison.png'),

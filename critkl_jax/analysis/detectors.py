@@ -21,6 +21,7 @@ from critkl_jax.rl.certainties import certainty
 from critkl_jax.sampling.generation import respond_from
 from critkl_jax.sampling.scoring import score
 from critkl_jax.tasks.host_side import rewarded
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.task import Task, critical_tokens, on_path, successes
 
 THRESHOLD, QUANTILE, SAMPLES = 0.9, 0.02, 8  # defaults of the detectors
@@ -101,8 +102,8 @@ def low_certainty(threshold: float | None = None, quantile: float | None = None,
 
 def counterfactual(model: LanguageModel, params: Any, task: Task, key: chex.PRNGKey, *, num_alternatives: int = 2,
                    num_samples: int = SAMPLES, num_positions: int | None = None, always: Detector | None = None,
-                   threshold: float = 0.5, batch_size: int = 64, temperature: float = 1.0, progress: bool = False
-                   ) -> Detector:
+                   threshold: float = 0.5, batch_size: int = 64, temperature: float = 1.0, progress: bool = False,
+                   pool: RewardPool | None = None) -> Detector:
   """Makes the detector that replaces a token and measures the change of the success probability.
 
   For each examined token, continuations are sampled after the token itself and after each of the A other tokens that
@@ -124,6 +125,7 @@ def counterfactual(model: LanguageModel, params: Any, task: Task, key: chex.PRNG
     batch_size: continuations sampled at a time.
     temperature: sampling temperature.
     progress: whether to show a progress bar.
+    pool: calls reward functions in Python; None to call them in this process.
 
   Raises:
     ValueError: if a number is less than 1, or `num_alternatives` is not below the size of the vocabulary.
@@ -140,7 +142,7 @@ def counterfactual(model: LanguageModel, params: Any, task: Task, key: chex.PRNG
 
   def success(params, problems, *arguments):
     actions, mask, rewards = continued(params, problems, *arguments)
-    return successes(task, rewarded(task.host, problems, actions, mask)[0] if task.host else rewards)
+    return successes(task, rewarded(task.host, problems, actions, mask, pool)[0] if task.host else rewards)
 
   def detect(problems, rollout, ref_logits):
     prompts = jnp.sum(rollout.prompt.astype(jnp.uint32) * jnp.arange(1, rollout.prompt.size + 1, dtype=jnp.uint32)

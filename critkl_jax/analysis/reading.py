@@ -36,6 +36,7 @@ from critkl_jax.runtime import storage
 from critkl_jax.runtime.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from critkl_jax.sampling.scoring import as_rollout, score
 from critkl_jax.tasks.known_tasks import KNOWN_TASKS
+from critkl_jax.tasks.rewards import RewardPool
 from critkl_jax.tasks.task import (
   Task,
   check_vocabulary,
@@ -56,7 +57,8 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
                 reference: str | os.PathLike | Checkpoint | None = None, *, task: Task | None = None,
                 sets: Sequence[Any] | None = None, num_problems: int = PROBLEMS, responses: str = 'greedy',
                 detectors: dict[str, Detector] | None = None, seed: int = 0, batch_size: int = 64,
-                progress: bool = False, model: LanguageModel | None = None) -> dict[str, np.ndarray]:
+                progress: bool = False, model: LanguageModel | None = None, pool: RewardPool | None = None
+                ) -> dict[str, np.ndarray]:
   """Reads a policy's responses to test problems, with statistics of policy and reference at each token.
 
   Both models are read as in training: in the policy's dtypes and at the temperature of its loss.
@@ -75,6 +77,7 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
     batch_size: responses read at a time; fewer for a large vocabulary.
     progress: whether to show a progress bar.
     model: the model of both checkpoints, if their architecture is not known here.
+    pool: calls reward functions in Python; None to call them in this process.
 
   Returns:
     NumPy arrays, 0 beyond the end of a response.
@@ -103,7 +106,8 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
   if responses == 'solution' and task.solution is None:
     raise ValueError("responses: 'solution' needs right solutions, and this task has none.")
   detectors = standard_detectors(task, loss) if detectors is None else detectors
-  answer = make_answer(model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature)
+  answer = make_answer(model_of(policy), task, greedy=responses == 'greedy', temperature=loss.temperature,
+                       pool=pool)
   read = make_token_reader(policy, reference, task)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, policy, task)
@@ -127,8 +131,8 @@ def read_tokens(path: str | os.PathLike | Checkpoint = checkpoint_lib.SHIPPED_RE
 
 
 def read_answers(policies: Sequence[Checkpoint], *, task: Task | None = None, sets: Sequence[Any] | None = None,
-                 num_problems: int = PROBLEMS, seed: int = 0, batch_size: int = 64, progress: bool = False
-                 ) -> list[dict[str, np.ndarray]]:
+                 num_problems: int = PROBLEMS, seed: int = 0, batch_size: int = 64, progress: bool = False,
+                 pool: RewardPool | None = None) -> list[dict[str, np.ndarray]]:
   """Reads the greedy answers of several policies to the problems of `read_tokens`, without token statistics.
 
   Policies of one architecture share a compiled program.
@@ -140,6 +144,7 @@ def read_answers(policies: Sequence[Checkpoint], *, task: Task | None = None, se
     seed: seed of the problems.
     batch_size: problems answered at a time; fewer for a large vocabulary.
     progress: whether to show a progress bar.
+    pool: as in `read_tokens`.
 
   Returns:
     For each policy NumPy arrays `[B]`: `problem`, `set`, `response` (text), `reward` and `success`.
@@ -152,7 +157,7 @@ def read_answers(policies: Sequence[Checkpoint], *, task: Task | None = None, se
   for policy in policies[1:]:
     load_pair(policy, first)
   task, draw = sets_of(first, task, sets)
-  answers = {model: make_answer(model, task) for model in map(model_of, policies)}
+  answers = {model: make_answer(model, task, pool=pool) for model in map(model_of, policies)}
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   batch_size = _batch_size(batch_size, first, task)
   drawn = draw(problem_key, num_problems)
@@ -254,7 +259,7 @@ def make_token_reader(policy: Checkpoint, reference: Checkpoint, task: Task) -> 
 def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = None, *, most: int = STEPS,
                task: Task | None = None, sets: Sequence[Any] | None = None, num_problems: int = PROBLEMS,
                num_solutions: int = 6, seed: int = 0, batch_size: int = 64, progress: bool = False,
-               model: LanguageModel | None = None) -> dict[str, Any]:
+               model: LanguageModel | None = None, pool: RewardPool | None = None) -> dict[str, Any]:
   """Reads accuracy and token statistics of the checkpoints of a directory, one after another.
 
   Args:
@@ -268,6 +273,7 @@ def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = No
     batch_size: problems in a batch; fewer for a large vocabulary.
     progress: whether to show a progress bar.
     model: as in `read_tokens`.
+    pool: as in `read_tokens`.
 
   Returns:
     `sets`, names of the problem sets; `step` `[num_steps]` and greedy `accuracy` `[num_steps, num_sets]`. Step 0 is a
@@ -285,7 +291,7 @@ def read_steps(path: str | os.PathLike, reference: str | os.PathLike | None = No
   last, reference = load_pair(path, reference, model=model)
   task, draw = sets_of(last, task, sets)
   batch_size = _batch_size(batch_size, last, task)
-  answer = make_answer(model_of(last), task)
+  answer = make_answer(model_of(last), task, pool=pool)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
   problems = draw(problem_key, num_problems)
   *_, last_set = problems.values()

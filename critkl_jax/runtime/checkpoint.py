@@ -33,10 +33,7 @@ from critkl_jax.runtime.managers import open_manager as open_manager
 from critkl_jax.runtime.restoring import CheckpointError, DamagedError, newest_whole, read_arrays
 from critkl_jax.tasks import known_tasks
 
-# Task -> its reference in the package.
-SHIPPED = {task: pathlib.Path(__file__).parents[1] / 'checkpoints' / name for task, name in (
-    ('addition', 'addition_n5'), ('stories', 'stories_n6'))}
-SHIPPED_REFERENCE = SHIPPED['addition']
+SHIPPED_REFERENCE = pathlib.Path(__file__).parents[1] / 'checkpoints' / 'addition_n5'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,18 +31,20 @@ class HostSide:
   """What a task does on the host, in place of `Task.sample` and `Task.reward`.
 
   Attributes:
-    draw: (seed, first, number) -> problems `first`, `first + 1`, ... of an endless sequence that the seed, whole
-      numbers, determines: a PyTree of NumPy arrays with a leading axis `number`. Prompts are padded to one of a few
+    draw: (seed, first, number) -> `number` problems from position `first` of an endless sequence; the seed, whole
+      numbers, fixes the sequence. A PyTree of NumPy arrays with a leading axis. Prompts are padded to one of a few
       lengths, so that few programs are compiled.
     read: (problems, actions `[B, T]`, mask `[B, T]`) -> `Answers`, all arguments NumPy arrays.
     functions: name -> reward function, or its name `module:function`.
-    weights: name -> factor of the function's value in the reward, which is their sum.
+    weights: name -> weight; the reward is the weighted sum of the values.
+    columns: names of the columns that functions may ask for.
   """
 
   draw: Callable[[Sequence[int], int, int], Any]
   read: Callable[[Any, np.ndarray, np.ndarray], Answers]
   functions: dict[str, Callable | str]
   weights: dict[str, float]
+  columns: tuple[str, ...] = ()
 
 
 def rewarded(host: HostSide, problems: Any, actions: chex.Array, mask: chex.Array, pool: RewardPool | None = None

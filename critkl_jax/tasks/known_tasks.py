@@ -69,7 +69,7 @@ KNOWN_TASKS = {
         before_and_after=stories.before_and_after, named_sets=stories_wording.named_sets,
         about=stories_wording.about, title=stories_wording.title,
         pretrained=lambda config: stories.Stories(config.stories.known_facts, vocab_size=config.model.vocab_size),
-        curriculum=lambda settings: ([stories.pretraining_stories(settings)], lambda seed, step: 0)),
+        curriculum=stories.curriculum),
 }
 
 

@@ -254,7 +254,7 @@ class FinetuneConfig(RLConfig, MachineConfig):
     text: Settings of the task `questions`, and of the model that answers.
     seed: Seed of problems and samples.
     num_iterations: The number of rollouts, each followed by `epochs` x `minibatches` updates.
-    reference: Checkpoint directory of the pre-trained model; empty for the one of the task that comes with the package.
+    reference: Checkpoint directory of the pre-trained model; empty for the one that comes with the package.
     certainty_ensemble: Checkpoint directories of further references, separated by commas; the certainty is then
       computed from the mean of the distributions of all references (footnote 2 of the paper).
   """

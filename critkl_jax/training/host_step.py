@@ -36,8 +36,8 @@ class HostStep:
   the prompts that it would have seen.
 
   Attributes:
-    samples: the first responses of the last iteration, on the first host: `prompt`, `completion`, `reward`, and the
-      value of each reward function by its name.
+    samples: up to four responses of the last iteration, to different prompts where there are several, on the first
+      host: `row`, `prompt`, `completion`, `reward`, and `reward/NAME`, the value of each reward function.
   """
 
   def __init__(self, model: LanguageModel, task: Task, config: FinetuneConfig, mesh: Mesh | None = None,
@@ -98,7 +98,7 @@ class HostStep:
     fault, total, values, answers = None, np.zeros(0, np.float32), {name: np.zeros(0) for name in host.functions}, None
     try:
       total, values, answers = rewarded(host, problems, actions[0][own], mask[0][own], self._pool)
-    except RewardError as error:
+    except Exception as error:  # the other hosts must hear of it
       fault = error
     if _any_host(fault is not None):
       raise fault or RewardError('reward: a reward function failed on another host, which says why.')

@@ -3,6 +3,7 @@
 from critkl_jax.models.architectures import ModelConfig
 from critkl_jax.rl.loss_config import LossConfig
 from critkl_jax.tasks.addition.config import AdditionFinetuning, AdditionPretraining
+from critkl_jax.tasks.stories.config import StoriesPretraining
 from critkl_jax.tasks.stories.text import WORDS
 from critkl_jax.training.config import FinetuneConfig, PretrainConfig
 
@@ -15,7 +16,7 @@ PRETRAIN_PRESETS = {
     # The reference of the task `stories` in the package.
     'stories': PretrainConfig(
         task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=192, num_heads=4), batch_size=64,
-        num_steps=2400),
+        num_steps=6000, stories=StoriesPretraining(5)),
     'small': PretrainConfig(
         model=ModelConfig(context_length=1024, num_layers=6, num_heads=3, width=192), addition=AdditionPretraining(6),
         num_steps=1600, hidden_only=False),

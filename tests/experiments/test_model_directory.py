@@ -176,12 +176,16 @@ def test_rewards_are_checked_before_the_start(tmp_path):
   for wrong, said in (
       (['--reward=nowhere:f', '--response_length=4'], "--reward: 'nowhere:f' cannot be loaded (ModuleNotFoundError"),
       (['--reward=f1'], '--response_length: with reward functions, say how long'),
+      (['--reward=reasoning_gym', '--response_length=4'],
+       "--reward: 'reasoning_gym' needs 'metadata', and the columns of the prompts are 'answer'."),
       (['--reward=f1', '--response_length=4', '--reward_weights=1,2'], '--reward_weights: expected 1 numbers'),
       (['--success=0.5'], '--success: has no effect without reward'),
       (['--dataset_options={"size": 3}'], '--dataset_options: has no effect without task=reasoning_gym:NAME')):
     assert said in refused('finetune', *flags, *wrong)
   assert '--reward: the members of a study are one program' in refused(
       'sweep', *flags, '--reward=f1', '--response_length=4')
+  assert '--response_length: with reward functions' in refused(
+      'finetune', flags[0], '--task=reasoning_gym:leg_counting')
   assert '--prompts: has no effect with --task=reasoning_gym:x' in refused(
       'finetune', flags[0], flags[2], '--task=reasoning_gym:x')
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from critkl_jax.tasks.rewards import RewardError, RewardPool, functions, pool, worker
+from critkl_jax.tasks.rewards import RewardError, RewardPool, functions, worker
 
 ROWS = [1, 1, 2, 2, 5]
 PROMPTS = ['one', 'one', 'two', 'two', 'five']
@@ -27,7 +27,9 @@ def rewards(text, answer, name):
     ('numeric_match', 'There are 1,234 of them', '1234', 1.0), ('numeric_match', '3 and then 42.0', '42', 1.0),
     ('numeric_match', '42 and then 3', '42', 0.0), ('numeric_match', 'no number', '42', 0.0),
     ('numeric_match', '-1.5e3', '-1500', 1.0), ('numeric_match', '<answer>7</answer> in 3 steps', '7', 1.0),
-    ('numeric_match', 'x = 10.', '10', 1.0), ('numeric_match', '0', '0', 1.0),
+    ('numeric_match', 'x = 10.', '10', 1.0), ('numeric_match', '0', '0', 1.0), ('numeric_match', 'line2', '2', 0.0),
+    ('numeric_match', '8-3', '3', 1.0), ('numeric_match', 'is .5', '0.5', 1.0), ('numeric_match', '-7', '-7', 1.0),
+    ('numeric_match', 'case 1: Type3', '1', 1.0), ('f1', "don't", 'dont', 1.0), ('f1', 'U.S.', 'us', 1.0),
     ('f1', 'The cat sat.', 'a cat sat', 1.0), ('f1', 'cat', 'cat sat', 2 / 3), ('f1', 'dog', 'cat', 0.0),
     ('f1', '', 'cat', 0.0), ('f1', 'cat cat', 'cat', 2 / 3),
     ('answer_format', '<think>2</think><answer>4</answer>\n', None, 1.0), ('answer_format', '4', None, 0.0),
@@ -86,15 +88,17 @@ def test_a_function_gets_lists_and_the_columns_that_it_names():
 @pytest.mark.parametrize(('function', 'message'), [
     (lambda completions, **_: [1 / (len(text) - 3) for text in completions],
      r"reward: own raised ZeroDivisionError: division by zero \(test_rewards.py:\d+\) at row 2 \(prompt: 'two'\)"),
-    (lambda completions, **_: [0.0] * 4, 'reward: own returned 4 values for 5 completions, at rows 1 to 5'),
-    (lambda completions, **_: 0.0, r'reward: own returned 0.0 instead of a list of 5 numbers, at rows 1 to 5'),
+    (lambda completions, **_: [0.0] * 4, r"own returned 4 values for 5 completions, at 5 completions together \(the first of row 1, prompt: 'o"),
+    (lambda completions, **_: 0.0, 'reward: own returned 0.0 instead of a list of 5 numbers, at 5 completions'),
     (lambda completions, **_: [0.0, 0.0, float('nan'), 0.0, 0.0],
      r"reward: own returned nan instead of a finite number, at row 2 \(prompt: 'two'\)"),
     (lambda completions, **_: [0.0] * 4 + [None], r"returned None instead of a finite number, at row 5"),
     (lambda completions, **_: ['1'] * 5, r"returned '1' instead of a finite number, at row 1"),
     (lambda completions, **_: [float('-inf')] * 5, r'returned -inf instead of a finite number, at row 1'),
     (lambda completions, **_: {}[len(completions) == 5], r'raised KeyError: .* at row 1'),
-    (lambda wrong: [], r'raised TypeError')])
+    (lambda wrong: [], r'raised TypeError'), (lambda **_: [10**400] * 5, 'returned 1000*.* instead of a finite number'),
+    (lambda **_: (1 / 0 for _ in range(5)), 'raised ZeroDivisionError: .* at row 1'),
+    (lambda **_: exit(3), 'raised SystemExit: 3 .* at row 1'), (lambda **_: None, 'returned None instead of a list')])
 def test_a_faulty_function_is_named_with_row_and_prompt(function, message):
   with pytest.raises(RewardError, match=message):
     call(function)
@@ -170,13 +174,12 @@ def test_functions_that_come_along_run_without_jax_in_a_process(workers):
   assert asked(workers, named('jax_is_loaded'))['jax_is_loaded'].sum() == 0
 
 
-def test_a_call_that_takes_too_long_or_dies_is_an_error_and_the_pool_goes_on(workers, monkeypatch):
-  monkeypatch.setattr(pool, '_LOADING', 0.0)
+def test_a_call_that_takes_too_long_or_dies_is_an_error_and_the_pool_goes_on(workers):
   start = time.monotonic()
-  with pytest.raises(RewardError, match=r'rewards_of_test:slow took more than 2 s for rows'):
+  with pytest.raises(RewardError, match=r'rewards_of_test:slow took more than 2 s for \d completions together'):
     asked(workers, named('slow'))
   assert time.monotonic() - start < 30
-  with pytest.raises(RewardError, match=r'the process of rewards_of_test:dies died \(exit code 3\) at rows'):
+  with pytest.raises(RewardError, match=r'the process of rewards_of_test:dies died \(exit code 3\) at \d completions'):
     asked(workers, named('dies'))
   with pytest.raises(RewardError, match=r'raised ValueError: no, thank you \(rewards_of_test.py:\d+\) at row 1'):
     asked(workers, named('fails'))
@@ -197,6 +200,17 @@ def test_processes_end_with_their_pool(home):
   with pytest.raises(RewardError, match='died'):
     asked(made, named('length'))
   made.close()
+
+
+def test_columns_that_cannot_be_sent_are_an_error(workers):
+  with pytest.raises(RewardError, match='rewards_of_test:length cannot be called in a process of its own'):
+    workers(named('length'), PROMPTS, COMPLETIONS, {'open': [open(os.devnull)] * 5}, ROWS)  # noqa: SIM115
+
+
+def test_a_function_that_needs_a_column_is_found_before_it_is_called():
+  assert worker.missing(functions.exact_match, ['question']) == ['answer']
+  assert worker.missing(functions.exact_match, ['answer']) == []
+  assert worker.missing(length, []) == []
 
 
 def test_an_empty_batch_needs_no_call():

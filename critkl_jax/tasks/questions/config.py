@@ -18,14 +18,16 @@ class TextSettings:
     chat: Whether prompts are put into the chat template of the model directory, as messages of the user.
     chat_options: Variables of the chat template, as a JSON object.
     stop: A text that ends an answer, besides the end-of-sequence tokens; empty for none.
-    response_length: T, the most tokens of a response, its end token included; 0 for those of the longest answer.
+    response_length: T, the most tokens of a response, its end token included; 0 for those of the longest answer, which
+      reward functions do not know.
     held_out: Share of the different prompts that tests use and training does not, spread evenly over the file.
-    reward: Reward functions in Python, separated by commas: `module:function`, called as TRL calls them, or one that
-      comes along (`exact_match`, `numeric_match`, `f1`, `rouge_l`, `answer_format`). Empty to compare the tokens of a
-      response with the answer, on the device; for reasoning_gym, its own scores.
+    reward: Reward functions in Python, separated by commas: `module:function`, or a built-in one (`exact_match`,
+      `numeric_match`, `f1`, `rouge_l`, `answer_format`, `reasoning_gym`). They get `prompts`, `completions`,
+      `completion_ids` and columns, as in TRL, and return a finite number for each completion. Empty to compare the
+      tokens of a response with the answer, on the device; for reasoning_gym, its own scores.
     reward_weights: Factors of the reward functions, separated by commas; empty for 1 each.
     success: The least reward that counts as success.
-    dataset_options: Settings of a dataset of reasoning_gym, as a JSON object.
+    dataset_options: Settings of a dataset of reasoning_gym, as a JSON object; they override a size of 1000 and seed 0.
   """
 
   chat: bool = False
@@ -64,8 +66,8 @@ class TextFinetuning(TextSettings):
   Attributes:
     model: Hugging Face model directory, whose weights are the reference (`huggingface.load_pretrained`); empty for the
       checkpoint of `reference`, which was made from such a directory.
-    prompts: JSON-lines file with `prompt` (a text, or messages with `role` and `content`) and `answer` in each line; or
-      `reasoning_gym:NAME`, a dataset of reasoning_gym.
+    prompts: JSON-lines file with `prompt` (a text, or messages with `role` and `content`) in each line, and `answer`
+      unless reward functions do without it; or `reasoning_gym:NAME`, a dataset of reasoning_gym.
   """
 
   model: str = ''
@@ -81,8 +83,8 @@ class Questions(TextSettings):
   """Settings of the task, as a checkpoint saves them; files are named by their absolute paths.
 
   Attributes:
-    prompts: JSON-lines file of prompts and answers.
-    checksum: checksum of this file, which must not change between runs that belong together.
+    prompts: JSON-lines file of prompts and answers, or `reasoning_gym:NAME`.
+    checksum: checksum of its content, which must not change between runs that belong together.
     tokenizer: model directory with tokenizer.json.
     tokenizer_checksum: checksum of the files of the tokenizer, which must not change either.
     vocab_size: number of token ids of the model.
@@ -141,5 +143,5 @@ def _check_rewards(config):
     raise ValueError(f'reward_weights: expected finite numbers, got {config.reward_weights!r}.')
   if not functions and config.success != 1.0:
     raise ValueError(f'success: has no effect without reward, got {config.success}; leave it out, or set reward.')
-  if config.reward and not config.response_length:
+  if functions and not config.response_length:
     raise ValueError('response_length: with reward functions, say how long a response may be, in tokens; got 0.')

@@ -27,10 +27,12 @@ from critkl_jax.records import Tokens
 from critkl_jax.tasks.host_side import Answers, HostSide
 from critkl_jax.tasks.questions import sources
 from critkl_jax.tasks.questions.config import Questions, TextFinetuning, TextSettings
+from critkl_jax.tasks.rewards.worker import ALWAYS
 from critkl_jax.tasks.task import Task, stop_after
 from critkl_jax.tasks.text_tokenizer import FILES, TextTokenizer, TokenizerError
 
 _NONE, _ANY_END = -1, -2  # in a table of answers: no token, and any token that only ends a response
+_OTHER_GYM = ' (another version of reasoning-gym makes other prompts)'
 _WIDTHS = 16  # widths of prompts are multiples of it
 
 
@@ -128,6 +130,8 @@ def prompted_task(rows: Iterable[dict[str, Any]], rewards: Sequence[Callable | s
     ValueError: if there are no rows, one cannot be used, or the weights are not as many as the functions.
     TokenizerError: as `TextTokenizer`.
   """
+  if response_length < 1:
+    raise ValueError(f'response_length: expected 1 or more, got {response_length}.')
   if weights and len(weights) != len(rewards):
     raise ValueError(f'weights: expected {len(rewards)} of them, one for each of rewards; got {len(weights)}.')
   names = [one if isinstance(one, str) else getattr(one, '__name__', f'reward_{i}') for i, one in enumerate(rewards)]
@@ -145,19 +149,22 @@ def _rewarded_task(table: '_Table', functions: dict[str, Callable | str], weight
   def draw(seed, first, number):
     return table.prompted(_shuffled(table.trained, seed, first, number))
 
+  names = dict.fromkeys(name for row in table.rows for name in row.values if name != 'prompt')
+  for name in set(names) & set(ALWAYS):
+    raise ValueError(f'prompts: a column cannot be called {name!r}, which reward functions get besides the columns.')
+
   def read(problems, actions, mask):
     rows = [table.rows[line] for line in np.asarray(problems.line)]
     texts = [table.tokenizer.decode_response(ids[own], table.end_ids) for ids, own in zip(actions, mask)]
     completions = [text if isinstance(row.values['prompt'], str) else [{'role': 'assistant', 'content': text}]
                    for row, text in zip(rows, texts)]
-    names = dict.fromkeys(name for row in table.rows for name in row.values if name not in ('prompt', 'completion'))
     columns = {name: [row.values.get(name) for row in rows] for name in names}
     columns['completion_ids'] = [ids[own].tolist() for ids, own in zip(actions, mask)]
     return Answers([row.values['prompt'] for row in rows], completions, columns, [row.number for row in rows])
 
   return Task(tokenizer=table.tokenizer, prompt_length=table.widths[-1], response_length=table.response_length,
               stop=table.stop, prompt=lambda problem: Tokens(problem.tokens, problem.mask), success=success,
-              well_formed=table.well_formed, host=HostSide(draw, read, functions, weights))
+              well_formed=table.well_formed, host=HostSide(draw, read, functions, weights, tuple(names)))
 
 
 def _shuffled(lines, seed, first, number):
@@ -275,8 +282,10 @@ class _Table:
 def _table_of(settings: Questions) -> _Table:
   tokenizer = TextTokenizer(settings.tokenizer, settings.vocab_size)
   checksum, rows = sources.read(settings.prompts, settings.gym_options)
+  is_gym = sources.is_gym(settings.prompts)
   if checksum != settings.checksum:
-    raise ValueError(f'prompts: {settings.prompts} has changed since the run began; restore it, or begin a new run.')
+    raise ValueError(f'prompts: {settings.prompts} has changed since the run began; restore it'
+                     f'{_OTHER_GYM * is_gym}, or begin a new run.')
   if _tokenizer_checksum(settings.tokenizer) != settings.tokenizer_checksum:
     raise TokenizerError(f'{settings.tokenizer}: one of {", ".join(FILES)} has changed since the run began; restore '
                          'it, or begin a new run.')

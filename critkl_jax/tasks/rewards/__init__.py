@@ -1,4 +1,4 @@
-"""Rewards in Python: functions that come along, and how functions of anybody are called, timed and checked."""
+"""Rewards in Python: built-in functions, and how functions of anybody are called, timed and checked."""
 
 from critkl_jax.tasks.rewards.functions import answer_format, exact_match, f1, numeric_match, rouge_l
 from critkl_jax.tasks.rewards.pool import RewardPool

@@ -1,4 +1,4 @@
-"""Rewards that come along, by the convention of TRL: `reward(prompts, completions, **columns) -> list[float]`.
+"""Built-in rewards, by the convention of TRL: `reward(prompts, completions, **columns) -> list[float]`.
 
 Each function takes the lists of one batch: prompts and completions, and the columns of the file of prompts, of which it
 reads `answer`: a text, or several texts of which any is right. Completions are texts, or messages if the prompts are.
@@ -14,7 +14,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_NUMBER = re.compile(r'[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?')
+_NUMBER = re.compile(r'(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?')
 _TAGGED = re.compile(r'<answer>(.*?)</answer>', re.S)
 _ARTICLES = re.compile(r'\b(?:a|an|the)\b')
 _SAME = 1e-6  # relative difference below which two numbers are the same
@@ -87,7 +87,7 @@ def answer_of(text: str) -> str:
 
 def last_number(text: str) -> float | None:
   """Returns the last number in a text; None if there is none."""
-  found = [match for match in _NUMBER.findall(text) if any(map(str.isdigit, match))]
+  found = _NUMBER.findall(text)
   return float(found[-1].replace(',', '')) if found else None
 
 
@@ -122,7 +122,7 @@ def _boxed(text):
 
 
 def _words(text):
-  text = ''.join(' ' if c in string.punctuation else c for c in text.lower())
+  text = ''.join(c for c in text.lower() if c not in string.punctuation)
   return _ARTICLES.sub(' ', text).split()
 
 

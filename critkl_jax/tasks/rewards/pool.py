@@ -1,9 +1,11 @@
 """Runs reward functions in processes of their own, with a time limit for each call."""
 
+import contextlib
 import itertools
 import os
 import pathlib
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -16,14 +18,14 @@ import numpy as np
 from critkl_jax.tasks.rewards import worker
 from critkl_jax.tasks.rewards.worker import RewardError
 
-_LOADING = 120.0  # seconds that a process may take to import a function, added to the limit of its first call
+_LOADING = 120.0  # seconds that a process may take to import a function
 
 
 class RewardPool:
-  """Calls reward functions on batches, each call in a process of the pool, or in this process without any.
+  """Calls reward functions on batches: those given by name in processes of the pool, others in this process.
 
-  A function is called once for each part of a batch; a part holds whole groups, the completions of one prompt that
-  follow each other. With one process a batch is one part, so that a function may compare all completions.
+  A function is called once for each part of a batch. A part contains whole groups: successive completions of the same
+  prompt. So a function may compare the completions of one prompt, but no others; its values must not depend on chance.
   """
 
   def __init__(self, workers: int = 0, seconds: float = 60.0):
@@ -31,11 +33,17 @@ class RewardPool:
 
     Args:
       workers: number of processes; 0 calls functions in this process, where no time limit holds.
-      seconds: time limit of a call.
+      seconds: time limit of a call, without the time to import the function.
     """
     self._workers, self._seconds = workers, seconds
     self._processes: list[_Process | None] = [None] * workers
     self._loaded: dict[str, Callable] = {}
+
+  def __enter__(self) -> 'RewardPool':
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
 
   def __call__(self, functions: dict[str, Callable | str], prompts: Sequence[Any], completions: Sequence[Any],
                columns: dict[str, Sequence[Any]], rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -102,13 +110,16 @@ class RewardPool:
         i = waiting.get_nowait()
       except queue.Empty:
         return
-      process = self._processes[slot] = self._processes[slot] or _Process()
       try:
+        process = self._processes[slot] = self._processes[slot] or _Process()
         results[i] = process.call(functions[i], batches[i], self._seconds)
       except RewardError as fault:
         results[i] = fault
-        if not process.alive():
-          self._processes[slot] = None
+      except Exception as error:  # columns that cannot be sent, or no room for a process
+        results[i] = RewardError(f'reward: {functions[i]} cannot be called in a process of its own '
+                                 f'({type(error).__name__}: {error}).')
+      if self._processes[slot] and not self._processes[slot].alive():
+        self._processes[slot] = None
 
   def close(self) -> None:
     """Ends the processes."""
@@ -123,45 +134,44 @@ class _Process:
   def __init__(self):
     self._connection, other = Pipe()
     # Not by `multiprocessing`, whose processes import the main module again, and JAX with it. What a function prints
-    # goes to the standard error.
-    paths = os.pathsep.join(path for path in sys.path if path)
+    # goes to the standard error. Ctrl-C is for the run, which ends its processes.
     self._process = subprocess.Popen(
-        [sys.executable, '-P', str(pathlib.Path(worker.__file__)), str(other.fileno())], pass_fds=[other.fileno()],
-        stdin=subprocess.DEVNULL, stdout=2, start_new_session=True,  # Ctrl-C is for the run, which ends its processes
-        env=os.environ | {'PYTHONPATH': paths})
+        [sys.executable, '-P', str(pathlib.Path(worker.__file__)), str(other.fileno()), str(os.getpid())],
+        pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
     other.close()
-    self._known: set[str] = set()
+    self._connection.send(sys.path)
 
   def call(self, name: str, batch: tuple[Any, ...], seconds: float) -> list[float]:
     """Returns the values of a function for a batch; raises RewardError."""
-    limit = seconds if name in self._known else seconds + _LOADING
-    self._known.add(name)
+    prompts, rows = batch[0], batch[-1]
     try:
       self._connection.send((name, *batch))
-      if not self._connection.poll(limit):
-        self.close()
-        raise RewardError(f'reward: {name} took more than {seconds:g} s for rows {batch[-1][0]} to {batch[-1][-1]}; '
-                          'give a greater reward_seconds if it needs them.')
-      values, fault = self._connection.recv()
+      for limit, doing in ((_LOADING, 'to be imported'), (seconds, f'for {worker.at(None, prompts, rows)}')):
+        if not self._connection.poll(limit):
+          self.close()
+          raise RewardError(f'reward: {name} took more than {limit:g} s {doing}; --reward_seconds sets the limit of a '
+                            'call.')
+        found = self._connection.recv()
+        if isinstance(found, str):
+          raise RewardError(found)
     except (EOFError, OSError) as error:
       self.close()
-      raise RewardError(f'reward: the process of {name} died (exit code {self._process.returncode}) at rows '
-                        f'{batch[-1][0]} to {batch[-1][-1]}.') from error
-    if fault:
-      raise RewardError(fault)
-    return values
+      raise RewardError(f'reward: the process of {name} died (exit code {self._process.returncode}) at '
+                        f'{worker.at(None, prompts, rows)}.') from error
+    return found
 
   def alive(self) -> bool:
     """Returns whether the process still runs."""
     return self._process.poll() is None
 
   def close(self) -> None:
-    """Ends the process."""
+    """Ends the process, and what its functions have started."""
     self._connection.close()
     try:
       self._process.wait(0.2)  # it ends when the connection does, unless a function is running
     except subprocess.TimeoutExpired:
-      self._process.kill()
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(self._process.pid, signal.SIGKILL)
       self._process.wait()
 
 

@@ -4,8 +4,8 @@ from critkl_jax.tasks.stories.config import MOST_FACTS, Stories, StoriesFinetuni
 from critkl_jax.tasks.stories.stories_task import (
   before_and_after,
   by_facts,
+  curriculum,
   draw_stories,
-  pretraining_stories,
   stories,
   stories_of,
 )
@@ -13,5 +13,5 @@ from critkl_jax.tasks.stories.story import Story, chain_of, sample_story
 from critkl_jax.tasks.stories.text import WordTokenizer, render_prompt, render_solution, reward, well_formed
 
 __all__ = ('MOST_FACTS', 'Stories', 'StoriesFinetuning', 'StoriesPretraining', 'Story', 'WordTokenizer',
-           'before_and_after', 'by_facts', 'chain_of', 'draw_stories', 'pretraining_stories', 'render_prompt',
+           'before_and_after', 'by_facts', 'chain_of', 'curriculum', 'draw_stories', 'render_prompt',
            'render_solution', 'reward', 'sample_story', 'stories', 'stories_of', 'well_formed')

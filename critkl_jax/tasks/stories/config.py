@@ -16,7 +16,7 @@ class StoriesPretraining:
     known_facts: N, the most facts of a story.
   """
 
-  known_facts: int = 6
+  known_facts: int = 5
 
   def __post_init__(self):
     convert_fields(self)
@@ -49,7 +49,7 @@ class Stories:
   """
 
   name: ClassVar[str] = 'stories'  # in checkpoints
-  known_facts: int = 6
+  known_facts: int = 5
   extra_facts: int = 0
   vocab_size: int = 0
 

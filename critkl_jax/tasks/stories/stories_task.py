@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from critkl_jax.tasks.stories.config import Stories
 from critkl_jax.tasks.stories.story import Story, sample_story
@@ -62,9 +63,20 @@ def stories_of(settings: Stories) -> Task:
   return stories(number, number, settings.vocab_size)
 
 
-def pretraining_stories(settings: Stories) -> Task:
-  """Makes the task of pre-training: stories of 1 to N facts."""
-  return stories(1, settings.known_facts, settings.vocab_size, margin=0)
+def curriculum(settings: Stories) -> tuple[list[Task], Callable[[int, int], int]]:
+  """Makes the tasks of pre-training, one for each number of facts 1..N, and the choice of a step's task.
+
+  All stories of a batch have the same number of facts n, drawn with probability proportional to n.
+
+  Returns:
+    The tasks of n = 1..N, and a function `(seed, step) -> n - 1`, on the host.
+  """
+  n = np.arange(1, settings.known_facts + 1)
+
+  def pick(seed, step):
+    return int(np.random.default_rng((seed, step)).choice(n, p=n / n.sum())) - 1
+
+  return [stories(number, number, settings.vocab_size, margin=0) for number in n.tolist()], pick
 
 
 def draw_stories(key: chex.PRNGKey, num_problems: int, facts: int, most: int) -> Story:
@@ -92,7 +104,7 @@ def by_facts(settings: Stories, facts: Sequence[int] | None = None
 
   Args:
     settings: give N and k.
-    facts: numbers of facts; N and N + k, or N + 4 of a pre-trained model, if None.
+    facts: numbers of facts; None for N and N + k (N + 4 if k is 0).
 
   Returns:
     The task, with arrays for the longest stories, and `(key, B) -> {name: problems [B]}`.

@@ -42,9 +42,9 @@ def sample_story(key: chex.PRNGKey, length: chex.Numeric, most: int) -> Story:
   """Draws a story.
 
   The first fact is that somebody goes somewhere. A later fact is about an object with probability 0.6: a person takes
-  it if nobody has it, else its holder gives it to another; otherwise a person goes to another place. The question is
-  about one of the objects whose holder's place is known with probability 0.75, else, or if there is none, about a
-  person whose place is known.
+  it if nobody has it, else its holder gives it to another; otherwise a person goes to another place. With probability
+  0.75 the question is about an object whose holder's place is known; otherwise, or if there is none, about a person
+  whose place is known.
 
   Args:
     key: PRNG key, consumed.

@@ -1,7 +1,7 @@
 """Stories as texts of words, and back: the vocabulary, prompts and the written chain of facts.
 
-    Mary went to the garden. Mary took the apple. Where is the apple?
-    Mary took the apple. Mary went to the garden. Answer: garden
+    Clara went to the garden. Clara took the cup. Where is the cup?
+    Clara took the cup. Clara went to the garden. Answer: garden
 """
 
 import dataclasses
@@ -75,12 +75,12 @@ class WordTokenizer:
 
 
 def prompt_length(most: int) -> int:
-  """Returns Q: the words of the longest prompt of stories of up to `most` facts."""
+  """Returns Q, the most words of a prompt of a story of up to `most` facts."""
   return _SENTENCE * most + _QUESTION + 1
 
 
 def solution_length(most: int) -> int:
-  """Returns the words of the longest chain of such a story, its answer and line break included."""
+  """Returns the most words of a chain of such a story, its answer and line break included."""
   return _SENTENCE * most + 3
 
 
