@@ -16,13 +16,13 @@ from critkl_jax.models.llama import llama
 from critkl_jax.records import Solution
 from critkl_jax.runtime import checkpoint
 from critkl_jax.sampling.scoring import as_rollout, score
-from critkl_jax.tasks.questions import TextFinetuning, questions, settings_for
+from critkl_jax.tasks.questions import Question, TextFinetuning, questions, settings_for
 
 pytest.importorskip('tokenizers')
 
 
 def half_taught(directory, file):
-  """Teaches a model, token by token, until it answers about half of the questions."""
+  """Teaches a model, token by token, until it answers 40 % of the questions."""
   task, model = questions(settings_for(TextFinetuning(prompts=str(file)), directory, CONFIG.vocab_size)), llama(CONFIG)
   params, optimizer = model.init(jax.random.key(0)), optax.adam(3e-3)
   answers = [[*task.tokenizer.encode(json.loads(line)['answer']).tolist(), task.tokenizer.end_ids[0]]
@@ -43,9 +43,18 @@ def half_taught(directory, file):
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state
 
-  state = optimizer.init(params)
-  for i in range(120):
+  everything = Question(jnp.arange(len(answers)))
+  right = as_rollout(jax.vmap(task.prompt)(everything), Solution(tokens, mask))
+
+  @jax.jit
+  def accuracy(params):
+    return jnp.mean(jnp.all((jnp.argmax(score(model, params, right)[0], -1) == tokens) | ~mask, axis=1))
+
+  state, i = optimizer.init(params), 0
+  while accuracy(params) < 0.4:
     params, state = step(params, state, jax.random.key(i))
+    i += 1
+    assert i < 1000
   return params
 
 
@@ -65,7 +74,7 @@ def test_a_model_directory_goes_through_all_binaries(standard_promotion, tmp_pat
 
   home = tmp_path / 'run'
   training = [*flags, f'--workdir={home}', '--kl=standard', '--episodes=128', '--episodes_per_problem=8',
-              '--minibatches=2', '--learning_rate=5e-4', '--save_every=10']
+              '--minibatches=2', '--learning_rate=4e-4', '--save_every=10']
   out = run('finetune', *training, '--num_iterations=10')
   assert f'{before["trained"][1]} questions of' in out
   (directory / 'model.safetensors').unlink()  # the run has its own copy of the reference
@@ -73,7 +82,8 @@ def test_a_model_directory_goes_through_all_binaries(standard_promotion, tmp_pat
   summary = json.loads((home / 'summary.json').read_text())
   accuracy = summary['accuracy']
   assert accuracy['before']['held_out'] == before['held_out'][0]
-  assert accuracy['after']['trained'] > accuracy['before']['trained']
+  sampled = [row['accuracy'] for row in metrics(home)]
+  assert np.mean(sampled[-10:]) > np.mean(sampled[:10])  # greedy answers of a model that was taught so little may worsen
 
   exported = tmp_path / 'exported'
   run('export', f'--checkpoint={home}', f'--directory={exported}')
