@@ -83,7 +83,7 @@ def test_a_model_directory_goes_through_all_binaries(standard_promotion, tmp_pat
   accuracy = summary['accuracy']
   assert accuracy['before']['held_out'] == before['held_out'][0]
   sampled = [row['accuracy'] for row in metrics(home)]
-  assert np.mean(sampled[-10:]) > np.mean(sampled[:10])  # greedy answers of a model that was taught so little may worsen
+  assert np.mean(sampled[-10:]) > np.mean(sampled[:10])  # greedy answers of a half-taught model may become worse
 
   exported = tmp_path / 'exported'
   run('export', f'--checkpoint={home}', f'--directory={exported}')

@@ -88,7 +88,8 @@ def test_a_function_gets_lists_and_the_columns_that_it_names():
 @pytest.mark.parametrize(('function', 'message'), [
     (lambda completions, **_: [1 / (len(text) - 3) for text in completions],
      r"reward: own raised ZeroDivisionError: division by zero \(test_rewards.py:\d+\) at row 2 \(prompt: 'two'\)"),
-    (lambda completions, **_: [0.0] * 4, r"own returned 4 values for 5 completions, at 5 completions together \(the first of row 1, prompt: 'o"),
+    (lambda completions, **_: [0.0] * 4,
+     r"own returned 4 values for 5 completions, at 5 completions together \(the first of row 1, prompt: 'one'\)"),
     (lambda completions, **_: 0.0, 'reward: own returned 0.0 instead of a list of 5 numbers, at 5 completions'),
     (lambda completions, **_: [0.0, 0.0, float('nan'), 0.0, 0.0],
      r"reward: own returned nan instead of a finite number, at row 2 \(prompt: 'two'\)"),
