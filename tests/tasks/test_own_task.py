@@ -18,6 +18,7 @@ from critkl_jax.sampling.generation import respond
 from critkl_jax.tasks.addition.config import Addition
 from critkl_jax.tasks.known_tasks import KNOWN_TASKS, OwnTask, from_json_object, to_json_object
 from critkl_jax.tasks.questions.config import Questions
+from critkl_jax.tasks.stories.config import Stories
 from critkl_jax.tasks.task import Task, check_vocabulary, knows_critical_tokens, successes
 from critkl_jax.training import population
 from critkl_jax.training.config import FinetuneConfig
@@ -127,7 +128,7 @@ def test_solutions_need_no_critical_tokens():
 def test_its_name_and_settings_are_saved(tmp_path, trained):
   own = OwnTask('letters', {'rewards': [2, 0.5, -3]})
   assert from_json_object(to_json_object(own)) == own
-  others = {Addition(4), Questions(
+  others = {Addition(4), Stories(4), Questions(
       prompts='p.jsonl', checksum=1, tokenizer='directory', tokenizer_checksum=2, vocab_size=99)}
   assert {type(settings) for settings in others} == {known.settings for known in KNOWN_TASKS.values()}
   for settings in others:

@@ -205,7 +205,7 @@ def test_processes_end_with_their_pool(home):
 
 def test_columns_that_cannot_be_sent_are_an_error(workers):
   with pytest.raises(RewardError, match='rewards_of_test:length cannot be called in a process of its own'):
-    workers(named('length'), PROMPTS, COMPLETIONS, {'open': [open(os.devnull)] * 5}, ROWS)  # noqa: SIM115
+    workers(named('length'), PROMPTS, COMPLETIONS, {'function': [lambda: 0] * 5}, ROWS)
 
 
 def test_a_function_that_needs_a_column_is_found_before_it_is_called():
