@@ -68,7 +68,8 @@ def check() -> tuple[Any, ...]:
     refuse(f'--{error}{" --pad_vocabulary does that." if larger else ""}')
   numbers, unit, needed = tested(settings)
   if needed > config.model.context_length:
-    refuse(f'--context_length: {numbers[-1]} {unit} need {needed}, got {config.model.context_length}.')
+    refuse(f'--context_length: N+{numbers[-1] - numbers[0]} = {numbers[-1]} {unit} need {needed}, got '
+           f'{config.model.context_length}.')
   return config, paths.read_workdir('workdir', WORKDIR.value), track, settings
 
 

@@ -98,12 +98,14 @@ BAD = {
     'pretrain': WORKDIRS | TRAINED | {
         '--vocab_size=5': '--vocab_size: the task has 41 tokens, got a model of 5',
         '--vocab_size=50257': 'the task has 41 tokens, got a model of 50257; ',
-        '--known_digits=1000000000': '1 to 1000',
+        '--known_digits=1000000000': '1 to 1000', '--known_facts=3': "has no effect with task='addition'",
+        '--preset=stories --known_facts=30': '--context_length: N+4 = 34 facts', '--task=story': "nearest is 'stories'",
         '--known_digits=900': '--context_length: N+2 = 902', '--warmup_steps=2401': 'expected at most num_steps=2400',
         '--num_layers=1000000000': '1 to 10000', '--weight_decay=inf': 'finite number'},
     'evaluate': FILES | {
         '--temperature=nan': '--temperature', '--temperature=inf': '--temperature', '--temperature=1e-320': 'range',
         '--digits=a': '--digits: expected whole numbers', '--digits=': '--digits', '--digits=0': '1 to 1000',
+        '--facts=6': "--facts: has no effect on the task 'addition'", '--reward=f1': 'without --model',
         '--digits=5,5': '5 appears twice', '--digits=1000000000': '1 to 1000', '--digits=300': 'need a context',
         f'--digits={"9" * 5000}': '--digits', f'--seed={2**64}': '--seed', f'--num_problems={2**40}': '--num_problems',
         '--checkpoint=': 'expected a path', '--checkpoint=FOLDER/none': 'no such directory', '--step=3': 'no step 3',

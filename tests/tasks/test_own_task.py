@@ -138,7 +138,7 @@ def test_its_name_and_settings_are_saved(tmp_path, trained):
   checkpoint.save_params(tmp_path, trained[1], CheckpointInfo(MODEL.config, own, CONFIG), 8)
   found = checkpoint.load_checkpoint(tmp_path)
   assert found.info.task == own
-  with pytest.raises(ValueError, match=r"'letters', which is none of \('addition', 'questions'\); give it as task="):
+  with pytest.raises(ValueError, match=r"'letters', which is none of \('addition', 'questions', 'stories'\); give it"):
     reading.read_tokens(found, found)
 
 
