@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import pickle
 import queue
 import signal
 import subprocess
@@ -145,7 +146,8 @@ class _Process:
     """Returns the values of a function for a batch; raises RewardError."""
     prompts, rows = batch[0], batch[-1]
     try:
-      self._connection.send((name, *batch))
+      # Pickled here: where a column cannot be, `send` leaves a buffer behind that warns when it is collected.
+      self._connection.send_bytes(pickle.dumps((name, *batch)))
       for limit, doing in ((_LOADING, 'to be imported'), (seconds, f'for {worker.at(None, prompts, rows)}')):
         if not self._connection.poll(limit):
           self.close()
