@@ -30,7 +30,7 @@ from critkl_jax.tasks.addition import Addition
 from critkl_jax.tasks.known_tasks import to_json_object
 from critkl_jax.tasks.questions import TextFinetuning, question_sets, sizes_of_sets
 from critkl_jax.tasks.rewards import RewardPool
-from critkl_jax.tasks.stories import Stories
+from critkl_jax.tasks.stories import MOST_FACTS, Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
@@ -148,7 +148,7 @@ def check_sets(pairs: Pairs, given: list[int] | None) -> list[Any]:
   if isinstance(own, Addition):
     return check_digits(pairs, given)
   if isinstance(own, Stories):
-    facts = parsing.read_facts(FACTS)
+    facts = parsing.read_digits(FACTS, MOST_FACTS)
     for policy, _ in pairs.values():
       if policy.info.task.name != own.name or policy.info.task.known_facts != own.known_facts:
         refuse('--checkpoints: their tasks differ; analyse those of one task and one number of known facts at a time.')
@@ -267,7 +267,8 @@ def draw_run(name: str, policy: Checkpoint, reference: Checkpoint, tokens, steps
   origin = (f'step {policy.step}; reference: {"itself" if own else f"{place_name(reference)}, step {reference.step}"}. '
             f'{describe_training(policy)}')
   penalty = '' if policy.info.kind != 'finetune' else reading.loss_of(policy).kl
-  samples = read_samples(storage.resolve(policy.path).parents[1] / FILE)
+  finetuned = policy.info.kind == 'finetune'
+  samples = read_samples(storage.resolve(policy.path).parents[1] / FILE) if finetuned else []
   return Run(name=name, origin=origin, tokens=tokens, pictures=pictures, steps=steps, penalty=penalty, samples=samples)
 
 

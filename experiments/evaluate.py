@@ -16,7 +16,7 @@ from critkl_jax.rl.loss_config import TEMPERATURES
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
-from critkl_jax.tasks.stories import Stories
+from critkl_jax.tasks.stories import MOST_FACTS, Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
@@ -25,7 +25,7 @@ from .exits import refuse
 from .flags import define_imported, pool_of_flags, read_imported, run
 from .reference import check_facts, check_length, check_rewards, imported, load_imported, refuse_text
 from .tables import command, print_accuracies, print_sets, sets_of
-from .workdirs import refuse_other_file
+from .workdirs import held, refuse_other_file
 
 CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
@@ -61,7 +61,7 @@ def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
     if flags.FLAGS[name].present:
       refuse(f"--{name}: has no effect on the task '{found.info.task.name}'; leave it out.")
   if isinstance(found.info.task, Stories):
-    return found, text, check_facts(found, parsing.read_facts(FACTS))
+    return found, text, check_facts(found, parsing.read_digits(FACTS, MOST_FACTS))
   if isinstance(found.info.task, Questions):
     with refuse_text():
       task, _ = question_sets(found.info.task)
@@ -87,11 +87,10 @@ def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   result = {'checkpoint': str(loaded.path), 'step': loaded.step}
   if not isinstance(loaded.info.task, Addition):
-    pool = pool_of_flags()
+    pool = held.enter_context(pool_of_flags())
     sets = sets_of(loaded.info.task, digits or None, NUM_PROBLEMS.value, SEED.value)
     rows = evaluation.accuracies(model_of(loaded), loaded.params, sets, GREEDY.value, TEMPERATURE.value, pool=pool)
     result |= {'task': loaded.info.task.name, 'accuracy': print_sets(rows, whose)}
-    pool.close()
   else:
     result |= {'known_digits': loaded.info.task.known_digits, 'accuracy': test_addition(loaded, digits, whose)}
   if JSON.value:

@@ -13,7 +13,6 @@ from absl import flags
 
 from critkl_jax.config import LARGEST_INT, LARGEST_SEED, nearest
 from critkl_jax.tasks.addition.config import MOST_DIGITS
-from critkl_jax.tasks.stories.config import MOST_FACTS
 
 from .exits import refuse
 
@@ -112,21 +111,12 @@ def read_sizes(flag: flags.FlagHolder, number: int) -> tuple[int, ...]:
   return tuple(map(int, flag.value))
 
 
-def read_digits(flag: flags.FlagHolder) -> list[int] | None:
-  """Returns a flag's list of numbers of digits, None without the flag, or exits with one line."""
+def read_digits(flag: flags.FlagHolder, most: int = MOST_DIGITS) -> list[int] | None:
+  """Returns a flag's list of numbers of digits, or of facts, None without the flag, or exits with one line."""
   found = read_numbers(flag.name, flag.value, int)
   for number in found or []:
-    if not 1 <= number <= MOST_DIGITS:
-      refuse(f'--{flag.name}: expected 1 to {MOST_DIGITS}, got {str(number)[:30]}.')
-  return found
-
-
-def read_facts(flag: flags.FlagHolder) -> list[int] | None:
-  """Returns a flag's list of numbers of facts, None without the flag, or exits with one line."""
-  found = read_numbers(flag.name, flag.value, int)
-  for number in found or []:
-    if not 1 <= number <= MOST_FACTS:
-      refuse(f'--{flag.name}: expected 1 to {MOST_FACTS}, got {str(number)[:30]}.')
+    if not 1 <= number <= most:
+      refuse(f'--{flag.name}: expected 1 to {most}, got {str(number)[:30]}.')
   return found
 
 

@@ -92,11 +92,9 @@ def main(config: PretrainConfig, workdir: storage.Path, track: Callable, setting
   claim(workdir, 'pretrain')
   check_pretraining(config, workdir)
   what = 'additions' if config.task == 'addition' else config.task
-  programs = 'compile a program for each number of digits, up to a minute each on a CPU' if (
-      config.task == 'addition') else 'take up to a minute on a CPU, to compile'
   hosts.say(f'Pre-training on {what} of 1..{numbers[0]} {unit}: {config.num_steps} steps of {config.batch_size} texts, '
-            f'in {workdir}.\nThe first steps {programs}. In the bar: loss in nats a token; acc, share of right next '
-            'tokens.')
+            f'in {workdir}.\nThe first steps compile a program for each number of {unit}, up to a minute each on a '
+            'CPU. In the bar: loss in nats a token; acc, share of right next tokens.')
   state = pretrain(config, workdir, mesh, track, flags.FLAGS.damaged)
   if config.eval_problems:
     hosts.say('Testing the model. Each line of the table is compiled first, which takes 5 to 20 s on a CPU.')

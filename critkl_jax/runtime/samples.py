@@ -28,4 +28,4 @@ def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Reads the rows: `step`, `row` (of the prompt, from 1), `prompt`, `completion`, `reward`, and `reward/NAME` for each
   reward function. A missing file has none; damaged lines, and those after them, are left out."""
   rows, _ = storage.read_lines(path)
-  return [row for row in rows if isinstance(row.get('step'), int)]
+  return [row for row in rows if isinstance(row.get('step'), int) and {'prompt', 'completion', 'reward'} <= row.keys()]

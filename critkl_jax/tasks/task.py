@@ -58,10 +58,10 @@ class Task:
   shown: Callable[[str], str] = str
 
   def __post_init__(self):
-    here = [name for name in ('sample', 'reward') if getattr(self, name) is None]
-    if len(here) != (0 if self.host is None else 2):
+    missing = [name for name in ('sample', 'reward') if getattr(self, name) is None]
+    if len(missing) != (0 if self.host is None else 2):
       raise ValueError('task: needs sample and reward, or host in place of both; '
-                       f'{"missing: " + ", ".join(here) if self.host is None else "both are given"}.')
+                       f'{"missing: " + ", ".join(missing) if self.host is None else "both are given"}.')
 
 
 class ProblemSet(NamedTuple):

@@ -13,7 +13,7 @@ PRETRAIN_PRESETS = {
         model=ModelConfig(context_length=384, num_layers=2, num_heads=2, width=32), addition=AdditionPretraining(1),
         batch_size=8, num_steps=4, warmup_steps=1, hidden_only=False, save_every=2, eval_problems=4),
     'tiny': PretrainConfig(hidden_only=False),
-    # The reference of the task `stories` in the package.
+    # Does not learn its stories fully; see docs/log.md.
     'stories': PretrainConfig(
         task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=192, num_heads=4), batch_size=64,
         num_steps=6000, stories=StoriesPretraining(5)),

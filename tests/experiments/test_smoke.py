@@ -55,6 +55,24 @@ def test_sweep(workdir, tmp_path):
   assert all([row['step'] for row in metrics(tmp_path / 'members' / one['name'])] == [1] for one in members)
 
 
+@pytest.mark.slow
+def test_stories(tmp_path):
+  home = tmp_path / 'pretrained'
+  run('pretrain', '--preset=stories', '--known_facts=2', '--num_steps=3', '--warmup_steps=1', '--batch_size=4',
+      '--num_layers=1', '--width=16', '--num_heads=2', '--eval_problems=4', f'--workdir={home}')
+  assert [row['set'] for row in read(home, 'summary.json')['accuracy']] == ['2', '4', '6']
+  run('finetune', '--task=stories', f'--reference={home / "reference"}', '--extra_facts=1', '--num_iterations=1',
+      '--episodes=4', '--minibatches=2', '--eval_problems=2', f'--workdir={tmp_path / "run"}')
+  assert list(read(tmp_path, 'run', 'summary.json')['accuracy']['before']) == ['N', 'N+1']
+  run('evaluate', f'--checkpoint={tmp_path / "run"}', '--facts=1,4', '--num_problems=2',
+      f'--json={tmp_path / "table.json"}')
+  assert [(row['set'], row['num_problems']) for row in read(tmp_path, 'table.json')['accuracy']] == [('1', 2), ('4', 2)]
+  run('analyze', f'--checkpoints={tmp_path / "run"}', '--problems=2', f'--workdir={tmp_path / "analysis"}')
+  page = (tmp_path / 'analysis' / 'report.html').read_text()
+  assert 'stories each of 2 and of 3 facts' in page
+  assert 'Where is' in page
+
+
 def test_export(workdir, tmp_path):
   run('export', f'--checkpoint={workdir}', f'--directory={tmp_path / "model"}')
   assert load_pretrained(tmp_path / 'model').model.config.width == 32
