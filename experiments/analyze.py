@@ -30,6 +30,7 @@ from critkl_jax.tasks.addition import Addition
 from critkl_jax.tasks.known_tasks import to_json_object
 from critkl_jax.tasks.questions import TextFinetuning, question_sets, sizes_of_sets
 from critkl_jax.tasks.rewards import RewardPool
+from critkl_jax.tasks.stories import FACTS as FACTS_ALONE
 from critkl_jax.tasks.stories import MOST_FACTS, Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
@@ -311,8 +312,9 @@ def describe_analysis(pairs: Pairs, sets: list[Any]) -> str:
             f'up to {settings.known_digits} digits. Below: {whose}, to {PROBLEMS.value} problems each whose longer '
             f'number has {" or ".join(map(str, sets))} digits.')
   elif isinstance(settings, Stories):
-    task = ('The task: read a story, say where a person or an object is, and write down the facts that show it, one '
-            f'word a token; pre-training showed stories of up to {settings.known_facts} facts. Below: {whose}, to '
+    wanted = ('write down the facts that show where a person or an object is' if settings.asks == FACTS_ALONE else
+              'say where a person or an object is, after the facts that show it')
+    task = (f'The task: read a story and {wanted}, a word or a phrase a token; pre-training showed stories of up to {settings.known_facts} facts. Below: {whose}, to '
             f'{PROBLEMS.value} stories each of {" and of ".join(map(str, sets))} facts.')
   else:
     task = (f'The task: answer the questions of {settings.prompts}. Which tokens are critical is not known. Below: '

@@ -5,6 +5,7 @@
     python -m experiments.evaluate --model=Qwen3-0.6B --task=questions --prompts=test.jsonl --held_out=0
 """
 
+import dataclasses
 from typing import Any
 
 from absl import flags
@@ -16,7 +17,8 @@ from critkl_jax.rl.loss_config import TEMPERATURES
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.tasks.addition import DISTRIBUTIONS, Addition, by_digits_and_distribution, task_of_digits
 from critkl_jax.tasks.questions import Questions, TextFinetuning, question_sets
-from critkl_jax.tasks.stories import MOST_FACTS, Stories
+from critkl_jax.tasks.stories import FACTS as FACTS_ALONE
+from critkl_jax.tasks.stories import MOST_FACTS, PLACE, Stories
 from critkl_jax.tasks.task import check_vocabulary
 from critkl_jax.training.config import MOST_PROBLEMS
 
@@ -32,6 +34,7 @@ CHECKPOINT = flags.DEFINE_string(
 STEP = flags.DEFINE_integer('step', None, 'Step of a run to test; the latest if not given.')
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N, N+1 and N+2 if not given.')
 FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N+4 if not given.')
+ASKS = flags.DEFINE_enum('asks', None, [PLACE, FACTS_ALONE], 'What is asked of stories; as in training if not given.')
 DISTRIBUTION = flags.DEFINE_multi_enum(
     'distribution', list(DISTRIBUTIONS), list(DISTRIBUTIONS), 'Lengths of the operands.')
 NUM_PROBLEMS = flags.DEFINE_integer('num_problems', 200, 'Problems of each cell of the table.', 1, MOST_PROBLEMS)
@@ -56,11 +59,13 @@ def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
   if JSON.value:
     own = 'known_digits' if isinstance(found.info.task, Addition) else 'task'
     refuse_other_file(JSON.value, ('checkpoint', 'step', own, 'accuracy'), 'json')
-  own_flags = {'addition': ('digits', 'distribution'), 'stories': ('facts',)}
+  own_flags = {'addition': ('digits', 'distribution'), 'stories': ('facts', 'asks')}
   for name in (name for task, names in own_flags.items() for name in names if task != found.info.task.name):
     if flags.FLAGS[name].present:
       refuse(f"--{name}: has no effect on the task '{found.info.task.name}'; leave it out.")
   if isinstance(found.info.task, Stories):
+    asked = dataclasses.replace(found.info.task, asks=ASKS.value or found.info.task.asks)
+    found = dataclasses.replace(found, info=dataclasses.replace(found.info, task=asked))
     return found, text, check_facts(found, parsing.read_digits(FACTS, MOST_FACTS))
   if isinstance(found.info.task, Questions):
     with refuse_text():
@@ -82,7 +87,8 @@ def check() -> tuple[checkpoint.Checkpoint, TextFinetuning | None, list[int]]:
 def main(found: checkpoint.Checkpoint, text: TextFinetuning | None, digits: list[int]) -> None:
   """Prints the table, and writes it as JSON if asked."""
   hosts.say(f'Reading {found.path if text else CHECKPOINT.value}.')
-  loaded = load_imported(text) if text else checkpoint.load_checkpoint(found.path)
+  loaded = load_imported(text) if text else dataclasses.replace(
+      checkpoint.load_checkpoint(found.path), info=found.info)
   say_attention(loaded.info.model.attention)
   whose = 'greedy answers' if GREEDY.value else f'answers sampled at temperature {TEMPERATURE.value:g}'
   result = {'checkpoint': str(loaded.path), 'step': loaded.step}

@@ -35,7 +35,7 @@ def locate_reference(config: FinetuneConfig, workdir: storage.Path) -> checkpoin
   if config.text.model and not has_started(workdir):
     return imported(config.text)
   return checkpoint.find_checkpoint(
-      workdir / 'reference' if has_started(workdir) else config.reference or checkpoint.SHIPPED_REFERENCE)
+      workdir / 'reference' if has_started(workdir) else checkpoint.reference_of(config))
 
 
 def imported(config: TextFinetuning) -> checkpoint.Checkpoint:
@@ -55,7 +55,7 @@ def load_reference(config: FinetuneConfig, workdir: storage.Path, mesh: Mesh | N
   if hosts.broadcast_from_first(has_started(workdir)):
     return checkpoint.load_checkpoint(kept, mesh=mesh)
   reference = load_imported(config.text, mesh) if config.text.model else checkpoint.load_checkpoint(
-      config.reference or checkpoint.SHIPPED_REFERENCE, mesh=mesh)
+      checkpoint.reference_of(config), mesh=mesh)
 
   def check():
     if not (_holds(kept, reference) or _is_own(kept)):
@@ -163,6 +163,7 @@ def check_facts(found: checkpoint.Checkpoint, facts: list[int] | None) -> list[i
   settings, context = found.info.task, found.info.model.context_length
   numbers = facts or [settings.known_facts, settings.known_facts + (settings.extra_facts or 4)]
   task, _ = by_facts(settings, numbers)
+  check_rewards(task)
   if task.prompt_length + task.response_length > context:
     refuse(f'--facts: stories of {max(numbers)} take {task.prompt_length + task.response_length} tokens, and '
            f'{found.path} has a context of {context}.')
@@ -214,8 +215,8 @@ def model_and_task(config: FinetuneConfig, reference: checkpoint.Checkpoint) -> 
   if config.ensemble_paths and not make_scorer(model).holds_logits:
     refuse(f'--certainty_ensemble: needs the logits of whole episodes, which are not held at a vocabulary of '
            f'{model.vocab_size}.')
+  check_rewards(task)
   if config.task == 'questions':
-    check_rewards(task)
     check_length(task, model)
     return model, task
   needed = task.prompt_length + task.response_length

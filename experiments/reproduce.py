@@ -21,11 +21,17 @@ from critkl_jax.analysis.reading import read_tokens
 from critkl_jax.config import flat_values
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.studies import catalog, files, ladder, references, study_runs
-from critkl_jax.studies.certainty_gap import certainty_results, overconfidence, with_exact_shares
+from critkl_jax.studies.certainty_gap import (
+  certainty_results,
+  least_certain_words,
+  overconfidence,
+  with_exact_shares,
+)
 from critkl_jax.studies.plan import SECONDS_PER_RUN, Plan
 from critkl_jax.studies.records import run_name
 from critkl_jax.studies.references import find_reference
 from critkl_jax.studies.results import study_results
+from critkl_jax.tasks.known_tasks import known_task_of
 from critkl_jax.training.config import MOST_PROBLEMS, FinetuneConfig
 from critkl_jax.training.presets import FINETUNE_PRESETS
 
@@ -55,6 +61,7 @@ DEFAULTS = {
     # A quick check in minutes: one group of runs, which three studies share.
     'smoke': Defaults(('certainty_gap', 'prioritized_vs_standard', 'drift'), seeds=2, problems=16),
     'tiny': Defaults(),
+    'stories': Defaults(('natural_language',)),
     'small': Defaults(),
     'paper': Defaults(),
 }
@@ -185,7 +192,7 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
     print(f'\n{study.name}: already made, {plan.workdir / "studies" / study.name / "README.md"}')
     return
   start, known = time.monotonic(), reference.info.task.known_digits
-  tokens = read_generations(study, plan, reference)
+  tokens = read_generations(study, plan, reference, plan.base)
   about = {name: study_runs.describe_machine()[name] for name in ('commit', 'device')}
   about |= {'seconds': time.monotonic() - start}
   results = certainty_gap_page.write_certainty(study, plan, tokens, known, about)
@@ -194,13 +201,23 @@ def read_certainty(study: catalog.Study, plan: Plan, reference: checkpoint.Check
     print(f'  {sentence.replace("**", "")}')
 
 
-def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint) -> dict[str, np.ndarray]:
-  """Samples answers of a reference, a set at a time, and returns the readings of their tokens."""
-  known, number = reference.info.task.known_digits, len(plan.seeds(study)) * GENERATIONS
+def read_generations(study: catalog.Study, plan: Plan, reference: checkpoint.Checkpoint, config: FinetuneConfig
+                     ) -> dict[str, np.ndarray]:
+  """Samples answers of a reference, a set at a time, and returns the readings of their tokens.
+
+  Args:
+    study: gives the number of sets.
+    plan: gives the seed.
+    reference: the reference.
+    config: a run on it, of whose problems it answers those of N + k.
+  """
+  settings = study_runs.settings_of(reference, config)
+  (known, extra), number = known_task_of(settings).sizes(settings), len(plan.seeds(study)) * GENERATIONS
   hosts.say(f'Reading {number} sampled answers of the reference of N = {known} (two programs to compile, 5 to 40 s '
             'each on a CPU).')
-  return read_tokens(reference, sets=[known + plan.base.addition.extra_digits], num_problems=number,
-                     responses='sampled', seed=plan.base.seed, batch_size=GENERATIONS, progress=hosts.is_first())
+  asked = dataclasses.replace(reference, info=dataclasses.replace(reference.info, task=settings))
+  return read_tokens(asked, asked, sets=[known + extra], num_problems=number, responses='sampled', seed=plan.base.seed,
+                     batch_size=GENERATIONS, progress=hosts.is_first())
 
 
 def report_ladder(study: catalog.Study, plan: Plan) -> None:
@@ -215,7 +232,7 @@ def report_ladder(study: catalog.Study, plan: Plan) -> None:
       if top and (home.is_dir() or study_runs.reading_path(plan.workdir, top.name, 'levels').is_file()):
         load = functools.partial(checkpoint.load_checkpoint, home)
         kept[top.name] = study_runs.accuracy_by_digits(
-            load, 1, top.known_digits + plan.base.addition.extra_digits - 1, plan.workdir, problems_per_test(),
+            load, 1, top.known + plan.base.addition.extra_digits - 1, plan.workdir, problems_per_test(),
             top.name)
   results = ladder.ladder_results(plan, study, kept)
   home = ladder_page.write_ladder(study, plan, results)
@@ -244,32 +261,46 @@ def read_overconfidence(study: catalog.Study, plan: Plan) -> dict[str, Any]:
   return storage.read_json(file)
 
 
-def read_levels(study: catalog.Study, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
-  """Measures accuracy by number of digits, and certainty on generations, of references; saves the results."""
-  levels, certainty, num_sets = {}, {}, len(plan.seeds(study))
-  for name in names:
-    load = functools.partial(reference_of, name, plan)
-    levels[name] = study_runs.accuracy_by_digits(load, 0, 3, plan.workdir, problems_per_test(), name)
+def read_levels(study: catalog.Study, plan: Plan, arms: dict[str, catalog.Arm]) -> dict[str, Any]:
+  """Measures accuracy by the size of problems, and certainty on generations, of references; saves the results.
+
+  Args:
+    study: the study.
+    plan: plan of its runs.
+    arms: `catalog.reference_key` -> an arm with this reference.
+  """
+  levels, certainty, words, num_sets = {}, {}, {}, len(plan.seeds(study))
+  for name, arm in arms.items():
+    load = functools.partial(reference_of, catalog.reference_name(arm.pretraining), plan)
+    config = catalog.arm_config(plan.base, arm, plan.base.seed)
+    levels[name] = study_runs.accuracy_by_size(load, config, plan.workdir, problems_per_test(), name)
     file = study_runs.reading_path(plan.workdir, name, 'certainty')
     if not file.is_file() or storage.read_json(file).get('sets') != num_sets:
-      files.write_json(file, {'known_digits': load().info.task.known_digits,
-                              **certainty_results(read_generations(study, plan, load()), num_sets),
+      tokens = read_generations(study, plan, load(), config)
+      settings = study_runs.settings_of(load(), config)
+      files.write_json(file, {'known': known_task_of(settings).sizes(settings)[0],
+                              **certainty_results(tokens, num_sets), 'words': least_certain_words(tokens),
                               'about': study_runs.describe_machine()})
     certainty[name] = with_exact_shares(storage.read_json(file))
-  return {'levels': levels, 'certainty': certainty}
+    words[name] = certainty[name].get('words')
+  return {'levels': levels, 'certainty': certainty, 'words': {} if plan.unit == 'digits' else words}
 
 
 def report(study: catalog.Study, plan: Plan) -> None:
   """Writes a study from the runs made so far, and prints its verdicts."""
   from critkl_jax.studies import page  # slow import, not needed to check flags
 
-  names = dict.fromkeys(catalog.reference_name(arm.pretraining) for arm in study.arms if plan.has_runs(study, arm))
-  loads = {name: functools.partial(reference_of, name, plan) for name in names}
-  records = {name: study_runs.reference_record(load, plan.base, plan.workdir, problems_per_test(), name)
-             for name, load in loads.items()}
+  arms = {}
+  for arm in study.arms:
+    if plan.has_runs(study, arm):
+      arms.setdefault(catalog.reference_key(arm), arm)
+  records = {name: study_runs.reference_record(
+      functools.partial(reference_of, catalog.reference_name(arm.pretraining), plan),
+      plan.base if plan.unit == 'digits' else catalog.arm_config(plan.base, arm, plan.base.seed), plan.workdir,
+      problems_per_test(), name) for name, arm in arms.items()}
   results = study_results(study, plan, records)
   if study.beside == 'levels':
-    results |= read_levels(study, plan, names)
+    results |= read_levels(study, plan, arms)
   if study.beside == 'overconfidence' and any(plan.has_runs(study, arm) for arm in study.arms if arm.ensemble):
     results['overconfidence'] = read_overconfidence(study, plan)
   home = page.write_study(study, plan, results)
@@ -282,8 +313,15 @@ def read_studies(names: Sequence[str]) -> list[catalog.Study]:
   """Returns the studies of the given names, or exits with one line."""
   found = {}
   for name in names:
-    group = {'core': catalog.CORE, 'all': tuple(catalog.STUDIES)}.get(name, (name,))
+    task = FINETUNE_PRESETS[PRESET.value].task
+    fitting = tuple(study for study, own in catalog.STUDIES.items() if own.task == task)
+    core = tuple(study for study in catalog.CORE if study in fitting) or fitting
+    group = {'core': core, 'all': fitting}.get(name, (name,))
     parsing.check_known('study', group, ['core', 'all', *catalog.STUDIES])
+    for study in set(group) - set(fitting):
+      other = next(preset for preset in DEFAULTS if FINETUNE_PRESETS[preset].task == catalog.STUDIES[study].task)
+      refuse(f"--study: {study} is on the task '{catalog.STUDIES[study].task}', and preset {PRESET.value} on '{task}'; "
+             f'give --preset={other}, and a workdir of its own.')
     found |= {study: references.with_numbers(references.suited(catalog.STUDIES[study], PRESET.value), PRESET.value)
               for study in group}
   return list(found.values())
@@ -301,7 +339,7 @@ def format_table(plan: Plan, studies: Sequence[catalog.Study]) -> str:
     lines.append(f'{study.name:<26}{number:>6}{missing:>9}{minutes:>9}  {study.counterpart}')
   together = all_missing(plan, studies)
   names = {name for config in together for name in (config.reference, *config.ensemble_paths)
-           if name in catalog.all_references() and (name or PRESET.value != references.SHIPPED_PRESET)}
+           if name in catalog.all_references() and (name or PRESET.value not in references.SHIPPED)}
   untrained = [name for name in names if not (references.references_path(plan.workdir, name) / 'reference').is_dir()]
   lines.append(f'{len(untrained)} references must be pre-trained first, which these minutes do not include.')
   lines.append(f'{len(together)} runs can be made now: studies share runs, and a ladder makes one rung at a time. ' + (

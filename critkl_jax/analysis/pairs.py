@@ -57,7 +57,7 @@ def reference_path(policy: Checkpoint) -> storage.Path:
   for kept in (checkpoint_lib.latest(place / 'reference') for place in [home, *study]):
     if kept is not None:
       return kept
-  return checkpoint_lib.find_checkpoint(policy.info.training.reference or checkpoint_lib.SHIPPED_REFERENCE).path
+  return checkpoint_lib.find_checkpoint(checkpoint_lib.reference_of(policy.info.training)).path
 
 
 def loss_of(policy: Checkpoint) -> LossConfig:

@@ -32,8 +32,11 @@ from critkl_jax.runtime.checksums import array_checksums
 from critkl_jax.runtime.managers import open_manager as open_manager
 from critkl_jax.runtime.restoring import CheckpointError, DamagedError, newest_whole, read_arrays
 from critkl_jax.tasks import known_tasks
+from critkl_jax.training.config import FinetuneConfig
 
-SHIPPED_REFERENCE = pathlib.Path(__file__).parents[1] / 'checkpoints' / 'addition_n5'
+_SHIPPED = pathlib.Path(__file__).parents[1] / 'checkpoints'
+SHIPPED_REFERENCES = {'addition': _SHIPPED / 'addition_n5', 'stories': _SHIPPED / 'stories_n5'}  # task -> directory
+SHIPPED_REFERENCE = SHIPPED_REFERENCES['addition']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,11 @@ def newest_info(directory: str | os.PathLike) -> CheckpointInfo | None:
   """
   path = storage.to_path(directory)
   return newest_whole(steps_in(path), lambda step: read_info(path / str(step)))[0]
+
+
+def reference_of(config: FinetuneConfig) -> str | pathlib.Path:
+  """Returns the directory of the pre-trained model of a fine-tuning config: its `reference`, else the package's."""
+  return config.reference or SHIPPED_REFERENCES.get(config.task, SHIPPED_REFERENCE)
 
 
 def load_checkpoint(path: str | os.PathLike = SHIPPED_REFERENCE, step: int | None = None, mesh: Mesh | None = None,

@@ -181,7 +181,8 @@ def check_same(path: storage.Path, info: checkpoint.CheckpointInfo, saved: check
   reference = getattr(info.training, 'reference', None)  # a pre-training has none
   different = [said for name, said in _differences(saved, info).items()
                if name not in FREE_FIELDS | ROUNDING_FIELDS and not (
-                   name == 'reference' and reference is not None and _equals_kept(path, reference))]
+                   name == 'reference' and reference is not None and
+                   _equals_kept(path, checkpoint.reference_of(info.training)))]
   if different:
     raise checkpoint.CheckpointError(
         f'{path}: made with other settings ({"; ".join(different)}); give the same ones, or another --workdir.')
@@ -201,8 +202,8 @@ def _differences(old: checkpoint.CheckpointInfo, new: checkpoint.CheckpointInfo)
           for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)}
 
 
-def _equals_kept(path: storage.Path, reference: str) -> bool:
+def _equals_kept(path: storage.Path, reference: str | os.PathLike) -> bool:
   """Returns whether a reference equals the copy in the workdir of the checkpoint at `path`."""
   kept = checkpoint.latest(path.parent.parent / 'reference')
-  given = checkpoint.find_checkpoint(reference or checkpoint.SHIPPED_REFERENCE).path
+  given = checkpoint.find_checkpoint(reference).path
   return kept is not None and checkpoint.same_params(kept, given)

@@ -65,6 +65,7 @@ class Study:
     note: explanation of the arms for the reader of the page.
     reads: kind of results: `runs`; `tokens` of a reference's generations, without training; `ladder` for climbs.
     rungs: most rungs of a ladder; see `ladder`.
+    task: the task of its runs; a study is made at presets of this task.
   """
 
   name: str
@@ -79,6 +80,7 @@ class Study:
   note: str = ''
   reads: str = 'runs'
   rungs: int = 0
+  task: str = 'addition'
 
 
 _ACCURACY = {'accuracy': 'accuracy of sampled answers, N+1'}
@@ -116,6 +118,19 @@ def _penalties(name, counterpart, question, conditions, panels, **options):
 
 def _study(name, counterpart, question, arms, baseline, panels, further=(), **options):
   return Study(name, counterpart, question, tuple(arms), _each_against(arms, baseline) + further, panels, **options)
+
+
+def _language(condition, **asked):
+  """Makes the three penalties and a small uniform one on stories."""
+  three = [dataclasses.replace(arm, label=f'{arm.label}, {condition}', condition=condition,
+                               changes={**arm.changes, **asked}) for arm in _THREE]
+  return *three, Arm(f'{UNIFORM_PENALTY}, {condition}', three[1].changes, condition=condition, matches=three[0].label,
+                     by='penalty')
+
+
+def _language_contrasts(arms):
+  prioritized, standard, none, uniform = (arm.label for arm in arms)
+  return ((prioritized, standard), (prioritized, none), (prioritized, uniform), (none, standard), (uniform, standard))
 
 
 def _gated(label, gate, **changes):
@@ -177,6 +192,8 @@ _LARGE_STEPS = [_three(f'{factor} times the rate', times={'learning_rate': float
 _SIZES = [_three(f'width {own["width"]}' if own else f'width {OF_PRESET}', pretraining=own)
           for own in ({'width': 64, 'num_heads': 2}, {}, {'width': 192, 'num_heads': 3})]
 _ARCHITECTURES = [_three('GPT-2'), _three('Llama', pretraining={'architecture': 'llama'})]
+_ANSWERS, _SUMMARIES = _language('answers'), _language('summaries', asks='facts')
+_VERBS = {'critical/probability': 'probability of the right verb at critical tokens'}
 _SHIPPED = ('The reference in the package (preset tiny: N = 5, width 128) is the checkpoint of step 2200 of 2400, '
             'taken for its accuracy on N + 1; the others are at the end of theirs.')
 _TWINS = tuple({'seed': seed} for seed in (1, 2))
@@ -236,6 +253,14 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
                'Is it the same for a Llama: rotary positions, RMSNorm and SwiGLU, about as many parameters?',
                _ARCHITECTURES, _ACCURACY | _CRITICAL, beside='levels',
                note=f'{_SHIPPED} Both were pre-trained with the same settings, which were chosen for GPT-2.'),
+    Study('natural_language', "the paper's summary: tasks in natural language",
+          'Is it the same in natural language, for answers and for summaries with a graded reward?',
+          (*_ANSWERS, *_SUMMARIES), _language_contrasts(_ANSWERS) + _language_contrasts(_SUMMARIES),
+          _ACCURACY | {'reward': 'mean reward of sampled answers, N+1'} | _VERBS | _DRIFT,
+          beside='levels', task='stories', primary_metrics=('greedy', 'reward', 'greedy_known', 'kl_other'),
+          note='Answers: where a person or an object is, after the facts that show it; the reward is 1 or 0. '
+               'Summaries: these facts alone, in their order; the reward is the F-measure of ROUGE-L, in Python. The '
+               'reference in the package is that of both.'),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),
@@ -264,6 +289,12 @@ CORE = tuple(name for name, study in STUDIES.items() if study.num_seeds == CORE_
 def reference_name(changes: Mapping[str, Any]) -> str:
   """Names a reference by its pre-training's changes to the preset; empty without changes."""
   return '-'.join(f'{name}={value}' for name, value in changes.items())
+
+
+def reference_key(arm: Arm) -> str:
+  """Names the record of an arm's reference, which is tested on what the arm asks; empty for the preset's own."""
+  name, asked = reference_name(arm.pretraining), reference_name({k: v for k, v in arm.changes.items() if k == 'asks'})
+  return f'{name or "base"}-{asked}' if asked else name
 
 
 def all_references() -> dict[str, Mapping[str, Any]]:

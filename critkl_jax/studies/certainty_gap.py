@@ -3,6 +3,7 @@
 Letters: B episodes, T response tokens.
 """
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,35 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
         'expected_error_correlation': correlation(certainty, 1 - tokens['ref_right_prob'], here, confidence,
                                                   num_resamples)}
   return result | {'kinds': kinds}
+
+
+def least_certain_words(tokens: dict[str, np.ndarray], share: float = 0.05, most: int = 10) -> list[dict[str, Any]]:
+  """Counts the words that were written where a reference is least certain.
+
+  Counts only tokens that follow no wrong token.
+
+  Args:
+    tokens: as in `certainty_results`.
+    share: the share of tokens that count as least certain.
+    most: number of words.
+
+  Returns:
+    A row for each word that was written there, the most frequent first: `word`; `least_certain`, its share of these
+    tokens, and `everywhere`, of all; `critical`, the share of its least certain tokens that are critical; and `right`,
+    the mean probability of the right token there.
+  """
+  here = tokens['on_path']
+  words, certainty = tokens['text'][here], tokens['certainty'][here]
+  critical, right = tokens['critical/oracle'][here], tokens['ref_right_prob'][here]
+  order = np.argsort(certainty, kind='stable')[:max(int(share * certainty.size), 1)]
+  least = collections.Counter(words[order].tolist())
+  every = collections.Counter(words.tolist())
+  found = []
+  for word, number in least.most_common(most):
+    own = order[words[order] == word]
+    found.append({'word': word, 'least_certain': number / order.size, 'everywhere': every[word] / words.size,
+                  'critical': float(critical[own].mean()), 'right': float(right[own].mean())})
+  return found
 
 
 def _first_wrong(wrong, critical, unsure, confidence):

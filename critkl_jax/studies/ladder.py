@@ -101,7 +101,7 @@ def _promote(plan, record, home):
   if not source.is_dir():
     raise CheckpointError(f'{source}: the parameters of a run are gone; it has to be run again.')
   own = checkpoint.load_checkpoint(source)
-  known = record.known_digits + (plan.base.addition.extra_digits if reached(record) else 0)
+  known = record.known + (plan.base.addition.extra_digits if reached(record) else 0)
   task = dataclasses.replace(own.info.task, known_digits=known)
   info = CheckpointInfo(own.info.model, task, own.info.training)
   checkpoint.save_params(home, own.params, info, own.step)
@@ -141,8 +141,8 @@ def ladder_results(plan: Plan, study: Study, kept: dict[str, list[dict[str, Any]
       records = [record for _, record in runs if record is not None]
       if not records:
         continue
-      first = records[0].known_digits
-      climbs[seed] = [{'digits': one.known_digits + plan.base.addition.extra_digits, 'accuracy': accuracy(one),
+      first = records[0].known
+      climbs[seed] = [{'digits': one.known + plan.base.addition.extra_digits, 'accuracy': accuracy(one),
                        'accuracy_known': float(one.test['N']['greedy'].mean()), 'name': one.name,
                        'signatures': ' '.join(run_signatures(one, None))}
                       for one in records]

@@ -1,6 +1,7 @@
 """Measurements of every run of a study on fixed problems: a probe in each iteration, and a test at the end.
 
-Letters: B episodes, T response tokens, P members of a population, N most digits of pre-training, k extra digits.
+Letters: B episodes, T response tokens, P members of a population, N greatest size of a problem in pre-training, k by
+how much problems of training exceed it.
 """
 
 from collections.abc import Callable
@@ -20,18 +21,18 @@ from critkl_jax.rl.kl import token_kl
 from critkl_jax.rl.losses import action_log_probs
 from critkl_jax.sampling.generation import respond
 from critkl_jax.sampling.scoring import as_rollout, score
-from critkl_jax.tasks.addition import addition, critical_kinds, plus_lengths, plus_task
-from critkl_jax.tasks.addition.problem_sets import draw_problems
+from critkl_jax.tasks.host_side import rewarded
+from critkl_jax.tasks.known_tasks import known_task_of
 from critkl_jax.tasks.task import Task, critical_tokens, successes
 from critkl_jax.training import population
 
 SEED = 1_000_003  # seed of the problems; a run trains on them only by chance
-PROBE_PROBLEMS = 16  # whole solutions in the probe, for N and for N + k digits each
+PROBE_PROBLEMS = 16  # whole solutions in the probe, for N and for N + k each
 CRITICAL_PROBLEMS = 256  # further solutions in the probe, cut after the last critical token
 READ_PROBLEMS = 128  # test problems whose sampled answers get a teacher-forced pass
 
 
-def make_probe(model: LanguageModel, ref_params: Any, known_digits: int, extra_digits: int, temperature: float = 1.0,
+def make_probe(model: LanguageModel, ref_params: Any, settings: Any, temperature: float = 1.0,
                num_problems: int = PROBE_PROBLEMS, num_critical: int = CRITICAL_PROBLEMS, seed: int = SEED
                ) -> Callable[[Any], dict[str, chex.Array]]:
   """Makes the probe `params -> metrics`, float32 `[]` each, from teacher-forced passes over right solutions.
@@ -39,32 +40,28 @@ def make_probe(model: LanguageModel, ref_params: Any, known_digits: int, extra_d
   Args:
     model: the network of policy and reference.
     ref_params: the reference's parameters.
-    known_digits: N.
-    extra_digits: k.
+    settings: settings of a built-in task that knows right solutions; they give N and k.
     temperature: temperature of policy and reference.
-    num_problems: problems of N and of N + k digits each, whose solutions are read whole.
-    num_critical: problems of N + k digits whose solutions are read up to their last critical token.
+    num_problems: problems of N and of N + k each, whose solutions are read whole.
+    num_critical: problems of N + k whose solutions are read up to their last critical token.
     seed: seed of the problems.
 
   Returns:
-    The probe. At the critical tokens of N + k digits: `critical/probability` of the right token, the same for each kind
-    of critical token (`critical/first_comma`, ...; `addition.critical_kinds`; figures 4 and 7 of arXiv 2502.06533), and
+    The probe. At the critical tokens of N + k: `critical/probability` of the right token, the same for each kind
+    of critical token (`critical/first_comma`, ...; `KnownTask.critical_kinds`; figures 4 and 7 of arXiv 2502.06533), and
     `critical/kl`, exact KL(policy || reference) in nats per token. `probe_kl_other` and `probe_kl_known`: the KL at the
-    other tokens of N + k digits, and at the tokens of N digits, none of which is critical.
+    other tokens of N + k, and at the tokens of N.
   """
-  longest = known_digits + extra_digits
-  task = addition(known_digits, longest, lambda key: plus_lengths(key, known_digits, extra_digits), length_margin=0)
+  task, draw = _tests(settings)
   key = jax.random.key(seed)
-  problems = jax.tree.map(lambda *x: jnp.concatenate(x), *(
-      draw_problems(jax.random.fold_in(key, n), num_problems, 'plus', n, known_digits, longest)
-      for n in (longest, known_digits)))
-  solutions = jax.vmap(task.solution)(problems)
+  known, longer = draw(key, num_problems).values()
+  problems = jax.tree.map(lambda *x: jnp.concatenate(x), longer, known)
+  solutions = jax.tree.map(lambda x: x[:, :task.solution_length], jax.vmap(task.solution)(problems))
   rollout = as_rollout(jax.vmap(task.prompt)(problems), solutions)
-  longer = (jnp.arange(2 * num_problems, dtype=jnp.int32) < num_problems)[:, None]
-  places = {'other': solutions.mask & ~solutions.critical & longer, 'known': solutions.mask & ~longer}
-  begun, begun_solutions = begin_solutions(task, draw_problems(
-      jax.random.fold_in(key, longest), num_critical, 'plus', longest, known_digits, longest))
-  kinds = jax.vmap(critical_kinds)(begun_solutions)
+  is_longer = (jnp.arange(2 * num_problems, dtype=jnp.int32) < num_problems)[:, None]
+  places = {'other': solutions.mask & ~solutions.critical & is_longer, 'known': solutions.mask & ~is_longer}
+  begun, begun_solutions = begin_solutions(task, list(draw(key, num_critical).values())[-1])
+  kinds = jax.vmap(known_task_of(settings).critical_kinds)(begun_solutions)
 
   def logits_of(params, rollout):
     return score(model, params, rollout)[0] / temperature
@@ -83,6 +80,14 @@ def make_probe(model: LanguageModel, ref_params: Any, known_digits: int, extra_d
   return probe
 
 
+def _tests(settings: Any) -> tuple[Task, Callable[[chex.PRNGKey, int], dict[str, Any]]]:
+  """Returns the task of tests on N and on N + k, and `(key, B) -> {name: problems}`, first `N` and then `N+k`."""
+  known = known_task_of(settings)
+  least, extra = known.sizes(settings)
+  task, _ = known.tests(settings, [least, least + extra])
+  return task, lambda key, number: known.before_and_after(key, settings, number)
+
+
 def begin_solutions(task: Task, problems: Any) -> tuple[Rollout, Solution]:
   """Cuts the right solutions of problems `[B]` after the last critical token of any of them.
 
@@ -95,16 +100,14 @@ def begin_solutions(task: Task, problems: Any) -> tuple[Rollout, Solution]:
   return as_rollout(jax.vmap(task.prompt)(problems), solutions), solutions
 
 
-def make_members_test(model: LanguageModel, known_digits: int, extra_digits: int, num_problems: int, mesh: Mesh,
-                      temperature: float = 1.0, batch_size: int = 128, seed: int = SEED, progress: bool = False
-                      ) -> Callable:
-  """Makes the test of the members of a population, on fixed problems of N and of N + k digits (`plus`).
+def make_members_test(model: LanguageModel, settings: Any, num_problems: int, mesh: Mesh, temperature: float = 1.0,
+                      batch_size: int = 128, seed: int = SEED, progress: bool = False) -> Callable:
+  """Makes the test of the members of a population, on fixed problems of N and of N + k.
 
   Args:
     model: the network of the policies and their reference.
-    known_digits: N.
-    extra_digits: k.
-    num_problems: B, problems of each number of digits.
+    settings: as for `make_probe`.
+    num_problems: B, problems of N and of N + k each.
     mesh: mesh of `population.init_population`, over members alone.
     temperature: temperature of sampled answers, and of policy and reference in teacher-forced passes.
     batch_size: problems in a batch.
@@ -116,17 +119,19 @@ def make_members_test(model: LanguageModel, known_digits: int, extra_digits: int
     `sampled`, NumPy bool `[B]`, whether the answer is right; `format_errors`, the share of sampled answers that are not
     well formed; `kl_critical` and `kl_other`, exact KL(policy || reference) in nats per token over the first
     `READ_PROBLEMS` sampled answers, at critical tokens up to the first error and at all others (NaN without tokens).
-    `N+k` also has `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens
-    of each problem's solution.
+    With rewards in Python they also hold `reward`, the mean reward of the sampled answers. `N+k` also has
+    `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens of each
+    problem's solution, NaN without such tokens.
   """
-  task, longest = plus_task(known_digits, extra_digits), known_digits + extra_digits
+  task, draw = _tests(settings)
   answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}
   read = population.map_members(_answer(model, task, temperature, greedy=False, read=True), mesh)
   right = population.map_members(_right_probability(model, temperature), mesh)
   problem_key, answer_key = jax.random.split(jax.random.key(seed))
-  problems = {name: draw_problems(jax.random.fold_in(problem_key, n), num_problems, 'plus', n, known_digits, longest)
-              for name, n in (('N', known_digits), (f'N+{extra_digits}', longest))}
-  begun = begin_solutions(task, problems[f'N+{extra_digits}'])
+  problems = draw(problem_key, num_problems)
+  names = list(problems)  # keeps their order: PyTrees sort the keys of a dict
+  longer = names[-1]
+  begun = begin_solutions(task, problems[longer])
   problems, begun, answer_key = sharding.replicate((problems, begun, answer_key), mesh)
   batch_size = min(batch_size, num_problems)
 
@@ -134,7 +139,8 @@ def make_members_test(model: LanguageModel, known_digits: int, extra_digits: int
     parts = []
     for start, batch in _batches(drawn, num_problems, batch_size):
       some = read if not greedy and start < READ_PROBLEMS else answer[greedy]
-      parts.append(jax.device_get(some(params, ref_params, batch, jax.random.fold_in(answer_key, start))))
+      found = jax.device_get(some(params, ref_params, batch, jax.random.fold_in(answer_key, start)))
+      parts.append(_rewarded_on_host(task, batch, found) if task.host else found)
       bar.update()
     return {name: np.concatenate([part[name] for part in parts if name in part], 1)[:, :num_problems]
             for name in parts[0]}
@@ -152,13 +158,14 @@ def make_members_test(model: LanguageModel, known_digits: int, extra_digits: int
     passes = 2 * len(problems) + 1  # greedy and sampled answers of each, and right solutions
     with tqdm.tqdm(total=passes * len(range(0, num_problems, batch_size)), desc='tests', unit='batch',
                    disable=not progress) as bar:
-      for name, drawn in problems.items():
+      for name in names:
+        drawn = problems[name]
         found = {kind: answers(params, ref_params, drawn, kind == 'greedy', bar) for kind in ('greedy', 'sampled')}
         for i, member in enumerate(members):
           member[name] = _of_member(*({key: value[i] for key, value in found[kind].items()}
                                       for kind in ('greedy', 'sampled')))
       for member, probability in zip(members, probabilities(params, bar)):
-        member[f'N+{extra_digits}']['critical_probability'] = probability
+        member[longer]['critical_probability'] = probability
     return members
 
   return test
@@ -175,6 +182,7 @@ def _of_member(greedy, sampled):
   with np.errstate(invalid='ignore'):
     return {'greedy': greedy['right'] > 0, 'sampled': sampled['right'] > 0,
             'format_errors': float(1 - sampled['formed'].mean()),
+            **({'reward': float(sampled['reward'].mean())} if 'reward' in sampled else {}),
             **{f'kl_{place}': float(np.divide(sampled[f'kl_{place}'].sum(), sampled[f'number_{place}'].sum()))
                for place in ('critical', 'other')}}
 
@@ -184,9 +192,11 @@ def _answer(model: LanguageModel, task: Task, temperature: float, greedy: bool, 
 
   def answer(params, ref_params, problems, key):
     rollout = respond(model, params, task, problems, key, temperature=temperature, greedy=greedy)
-    rewards = jax.vmap(task.reward)(problems, rollout.actions, rollout.mask)
-    found = {'right': successes(task, rewards),
-             'formed': jax.vmap(task.well_formed)(problems, rollout.actions, rollout.mask)}
+    found = {'formed': jax.vmap(task.well_formed)(problems, rollout.actions, rollout.mask)}
+    if task.host:
+      found |= {'actions': rollout.actions, 'mask': rollout.mask}
+    else:
+      found['right'] = successes(task, jax.vmap(task.reward)(problems, rollout.actions, rollout.mask))
     if not read:
       return found
     logits, ref_logits = (score(model, some, rollout)[0] / temperature for some in (params, ref_params))
@@ -198,6 +208,13 @@ def _answer(model: LanguageModel, task: Task, temperature: float, greedy: bool, 
     return found
 
   return answer
+
+
+def _rewarded_on_host(task: Task, problems: Any, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Replaces `actions` and `mask` `[P, B, T]` by `reward` and `right` `[P, B]`."""
+  rewards = np.stack([rewarded(task.host, jax.device_get(problems), actions, mask)[0]
+                      for actions, mask in zip(found.pop('actions'), found.pop('mask'))])
+  return found | {'reward': rewards, 'right': successes(task, rewards)}
 
 
 def _right_probability(model: LanguageModel, temperature: float) -> Callable:

@@ -15,7 +15,13 @@ from critkl_jax.runtime import storage
 from critkl_jax.studies.catalog import PRIORITIZED, Study
 from critkl_jax.studies.files import FEW, TOLD_APART, interval_text, pairs_text, signature_lines, table, write_files
 from critkl_jax.studies.plan import Plan
-from critkl_jax.studies.references_page import certainty_lines, levels_lines, overconfidence_lines, plot_levels
+from critkl_jax.studies.references_page import (
+  certainty_lines,
+  levels_lines,
+  overconfidence_lines,
+  plot_levels,
+  words_lines,
+)
 from critkl_jax.studies.results import FIGURES, TARGETS
 
 DOTS = ('greedy', 'area', 'greedy_known', 'critical_probability')  # drawn for each arm, after the primary metrics
@@ -31,7 +37,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
   write_files(home, results, results['runs'])
   if results['arms']:
     records = {label: list(own.values()) for label, own in plan.records(study).items() if own}
-    panels = {name: label.replace('N+1', f'N+{results["extra_digits"]}') for name, label in study.panels.items()}
+    panels = {name: label.replace('N+1', f'N+{results["extra"]}') for name, label in study.panels.items()}
     colours = arm_colours(study)
     sampled = {label: results['references'][arm['reference']]['sampled'][0] for label, arm in results['arms'].items()
                if arm['compares_with_reference']}
@@ -39,7 +45,7 @@ def write_study(study: Study, plan: Plan, results: dict[str, Any]) -> pathlib.Pa
                _title(results), panels, reference=sampled, reference_label='reference, sampled', colours=colours)
     plot_arms(results, home / 'arms.png', colours)
   if results.get('levels'):
-    plot_levels(results['levels'], home / 'levels.png')
+    plot_levels(results['levels'], home / 'levels.png', results['unit'])
   storage.write_text(home / 'README.md', page_of(results))
   return home
 
@@ -106,10 +112,12 @@ def page_of(results: dict[str, Any]) -> str:
   if not results['arms']:
     return '\n'.join(lines)
   if results.get('levels'):
-    lines += ['## What the references know', '', *levels_lines(results['levels']), '', '![levels](levels.png)', '']
+    lines += ['## What the references know', '', *levels_lines(results['levels'], results['unit']), '', '![levels](levels.png)', '']
   if results.get('certainty'):
     lines += ['## Where the references are unsure', '',
-              *certainty_lines(results['certainty'], results['extra_digits']), '']
+              *certainty_lines(results['certainty'], results['extra'], results['unit']), '']
+  if results.get('words'):
+    lines += ['## Which words the references are unsure of', '', *words_lines(results['words']), '']
   if 'overconfidence' in results:
     lines += ['## How often references are sure and wrong', '', *overconfidence_lines(results['overconfidence']), '']
   lines += ['## What the runs say', '', *_judged_table(results), '', *_arms_table(results), '',
@@ -162,6 +170,8 @@ def _told_apart(found):
 
 def _arms_table(results):
   names = ['greedy', 'sampled', 'greedy_known', 'area', 'critical_probability', 'kl_critical', 'kl_other', 'kl_known']
+  if results['unit'] != 'digits':
+    names += ['reward', 'reward_known']
   if any(arm['figures']['format_errors']['mean'][0] > 0.005 for arm in results['arms'].values()):
     names.append('format_errors')
   rows = [[f'reference {name}'.strip(), '', *(_cell(figure, own.get(figure)) for figure in names), '', '', '', '']
@@ -199,7 +209,7 @@ def _contrasts_table(results):
 
 def _design(results):
   """Describes how the study was made and what its metrics mean."""
-  return (f'References {_known(results)} are fine-tuned on N + {results["extra_digits"]} ({_seeds(results)}); each '
+  return (f'References {_known(results)} are fine-tuned on N + {results["extra"]} ({_seeds(results)}); each '
           'run is tested on fixed problems of each length, greedy and sampled. Intervals are 95 % bootstrap, over '
           f"seeds and, of accuracies, over problems, widened by Student's quantile for few seeds. {FEW} Pairs share "
           'seed and problems. Where all runs are alike, accuracies and other shares have the exact interval of '
@@ -241,17 +251,17 @@ def _origin(results):
 
 def _title(results):
   """Writes the title of a picture: the question, the model and the training problems."""
-  return (f'{results["question"]}\nReferences {_known(results)} digits, fine-tuned on N + {results["extra_digits"]} '
-          'digits')
+  return (f'{results["question"]}\nReferences {_known(results)} {results["unit"]}, fine-tuned on N + {results["extra"]} '
+          f'{results["unit"]}')
 
 
 def _known(results):
-  digits = sorted({one['known_digits'] for one in results['references'].values()})
-  return f'of N = {", ".join(map(str, digits))}'
+  sizes = sorted({one['known'] for one in results['references'].values()})
+  return f'of N = {", ".join(map(str, sizes))}'
 
 
 def _named(name, results):
-  return FIGURES[name][0].replace('N+k', f'N+{results["extra_digits"]}')
+  return FIGURES[name][0].replace('N+k', f'N+{results["extra"]}')
 
 
 def _cell(name, value, sign=''):

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from critkl_jax.runtime import storage
-from critkl_jax.studies.catalog import STANDARD, Arm, Study, arm_config
+from critkl_jax.studies.catalog import Arm, Study, arm_config
 from critkl_jax.studies.records import Record, RecordError, read_record, run_name
 from critkl_jax.studies.study_runs import record_path
+from critkl_jax.tasks.known_tasks import KNOWN_TASKS
 from critkl_jax.training.config import FinetuneConfig
 
 SECONDS_PER_RUN = 80.0  # for `tiny` on two CPU cores (docs/log.md)
@@ -50,6 +51,16 @@ class Plan:
   workdir: pathlib.Path
   num_seeds: int | None = None
 
+  @property
+  def unit(self) -> str:
+    """What the size of a problem counts: `digits` or `facts`."""
+    return KNOWN_TASKS[self.base.task].unit
+
+  @property
+  def extra(self) -> int:
+    """k: by how much the problems of training exceed the greatest size known from pre-training."""
+    return self.base.stories.extra_facts if self.base.task == 'stories' else self.base.addition.extra_digits
+
   def seeds(self, study: Study) -> range:
     """Returns the seeds of a study's arms."""
     return range(self.base.seed, self.base.seed + (self.num_seeds or study.num_seeds))
@@ -78,8 +89,8 @@ class Plan:
     if not arm.matches:
       return arm_config(self.base, arm, seed)
     matched = next(other for other in study.arms if other.label == arm.matches)
-    standard = next(other for other in study.arms if other.label == STANDARD)
-    found, plain = self.record(study, matched, seed), self.record(study, standard, seed)
+    standard = next((one for one in study.arms if one.changes == arm.changes and not one.matches), None)
+    found, plain = self.record(study, matched, seed), standard and self.record(study, standard, seed)
     if found is None or (arm.by == 'penalty' and plain is None):
       return None
     scale = matched_scale(found, plain, arm.by)

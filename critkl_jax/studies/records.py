@@ -41,7 +41,7 @@ class Record:
   Attributes:
     name: `run_name` of its config; a reference's own name.
     config: config of its training; None for a reference.
-    known_digits: N of its reference.
+    known: N of its reference.
     metrics: a row for each iteration with the metrics of `make_train_step` and of the probe; empty for a reference.
     test: a member's result of `measures.make_members_test`: for `N` and `N+k` a dict with `greedy` and `sampled` (NumPy
       bool `[B]`) and several numbers; for `N+k` also `critical_probability` (NumPy float64 `[B]`).
@@ -51,14 +51,14 @@ class Record:
 
   name: str
   config: FinetuneConfig | None
-  known_digits: int
+  known: int
   metrics: list[dict[str, float]]
   test: dict[str, dict[str, Any]]
   about: dict[str, Any]
 
   @property
   def longer(self) -> dict[str, Any]:
-    """The test on N + k digits."""
+    """The test on N + k."""
     return next(own for name, own in self.test.items() if name != 'N')
 
   @property
@@ -99,7 +99,7 @@ def write_record(path: pathlib.Path, record: Record) -> None:
   Each metric is one line with its values over the iterations; see `storage.to_json_text`.
   """
   values = {
-      'name': record.name, 'known_digits': record.known_digits, 'about': record.about,
+      'name': record.name, 'known': record.known, 'about': record.about,
       'config': None if record.config is None else dataclasses.asdict(record.config),
       'test': {digits: {name: _plain(x) for name, x in own.items()} for digits, own in record.test.items()},
       'metrics': {name: [_number(row.get(name)) for row in record.metrics] for name in _names(record.metrics)}}
@@ -119,7 +119,8 @@ def read_record(path: pathlib.Path) -> Record:
     columns = values['metrics']
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     test = {digits: {name: _array(x) for name, x in own.items()} for digits, own in values['test'].items()}
-    return Record(values['name'], config, values['known_digits'], rows, test, values['about'])
+    known = values['known'] if 'known' in values else values['known_digits']  # its older name
+    return Record(values['name'], config, known, rows, test, values['about'])
   except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
     raise RecordError(f'{path}: not a record of a run ({error}); remove it, and the run is made again.') from error
 

@@ -10,11 +10,11 @@ from critkl_jax.runtime import checkpoint, hosts
 from critkl_jax.runtime.checkpoint import Checkpoint, CheckpointError
 from critkl_jax.runtime.pretraining import pretrain
 from critkl_jax.studies.catalog import OF_PRESET, Study
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.known_tasks import KNOWN_TASKS
 from critkl_jax.training.config import PretrainConfig
 from critkl_jax.training.presets import FINETUNE_PRESETS, PRETRAIN_PRESETS
 
-SHIPPED_PRESET = 'tiny'  # preset of the shipped reference, which is its checkpoint of step 2200
+SHIPPED = {'tiny': 'addition', 'stories': 'stories'}  # preset -> task whose reference in the package was made with it
 
 
 def references_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -34,13 +34,14 @@ def pretrain_config(preset: str, changes: Mapping[str, Any]) -> PretrainConfig:
 def suited(study: Study, preset: str) -> Study:
   """Removes the arms of a study that make no sense at a preset, and names them in its note.
 
-  It removes arms whose changes give the preset's own pre-training, and arms with such changes whose N + k digits do not
-  fit into the context.
+  It removes arms whose changes give the preset's own pre-training, and arms with such changes whose problems of N + k
+  do not fit into the context.
   """
-  extra_digits, left_out = FINETUNE_PRESETS[preset].addition.extra_digits, []
+  base, left_out = FINETUNE_PRESETS[preset], []
+  known = KNOWN_TASKS[base.task]
   for arm in study.arms:
     config = pretrain_config(preset, arm.pretraining)
-    task = plus_task(config.addition.known_digits, extra_digits)
+    task = known.make(known.finetuned(known.pretrained(config), base))
     too_long = task.prompt_length + task.response_length > config.model.context_length
     if arm.pretraining and (too_long or config == pretrain_config(preset, {})):
       left_out.append(arm.label)
@@ -82,8 +83,8 @@ def find_reference(preset: str, name: str, changes: Mapping[str, Any], workdir: 
   """
   home = references_path(workdir, name)
   if checkpoint.latest(home / 'reference') is None:
-    if not name and preset == SHIPPED_PRESET:
-      return checkpoint.load_checkpoint()
+    if not name and preset in SHIPPED:
+      return checkpoint.load_checkpoint(checkpoint.SHIPPED_REFERENCES[SHIPPED[preset]])
     if name and not changes:
       raise CheckpointError(f'{home}: no such reference; it was the result of a run.')
     config = pretrain_config(preset, changes)

@@ -17,14 +17,13 @@ from critkl_jax.analysis.statistics import (
   steps_to_target,
 )
 from critkl_jax.runtime.failure_signatures import signatures, unmoved
-from critkl_jax.studies.catalog import Study, reference_name
+from critkl_jax.studies.catalog import Study, reference_key, reference_name
 from critkl_jax.studies.measures import CRITICAL_PROBLEMS
 from critkl_jax.studies.plan import Plan
 from critkl_jax.studies.records import Record, RecordError
-from critkl_jax.tasks.addition import CRITICAL_KINDS
 from critkl_jax.training.config import FinetuneConfig
 
-TARGETS = (0.5, 0.8, 0.9)  # sampled accuracies on N + k digits for the metrics `episodes_to_...`
+TARGETS = (0.5, 0.8, 0.9)  # sampled accuracies on N + k for the metrics `episodes_to_...`
 # name -> (label, whether it is a share, which is shown in points)
 FIGURES = {
     'greedy': ('greedy accuracy, N+k', True),
@@ -38,6 +37,8 @@ FIGURES = {
     'kl_other': ('KL at other tokens, N+k', False),
     'kl_known': ('KL at tokens of N', False),
     'format_errors': ('format errors, N+k', True),
+    'reward': ('mean reward of sampled answers, N+k', True),
+    'reward_known': ('mean reward of sampled answers, N', True),
     'paid': ('penalty paid for a nat of KL', False),
 }
 _OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled'), 'greedy_known': ('N', 'greedy'),
@@ -66,7 +67,9 @@ def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
   numbers = {'area': float(area_under_curve(episodes, accuracy)), **reached,
              'paid': 0.0 if config.loss.kl == 'none' else config.loss.kl_coefficient * record.paid,
              'kl_critical': test['longer']['kl_critical'], 'kl_other': test['longer']['kl_other'],
-             'kl_known': test['N']['kl_other'], 'format_errors': test['longer']['format_errors']}
+             'kl_known': test['N']['kl_other'], 'format_errors': test['longer']['format_errors'],
+             **{name: test[where].get('reward', np.mean(test[where]['sampled'], dtype=np.float64))
+                for name, where in (('reward', 'longer'), ('reward_known', 'N'))}}
   return figures | {name: np.asarray(value, np.float64) for name, value in numbers.items()}
 
 
@@ -76,7 +79,9 @@ def _kinds(records):
   Taken at the `start`, `after_one` iteration and `before_last` update.
   """
   found = {}
-  for kind in (*CRITICAL_KINDS, 'probability'):
+  first = records[0].metrics[0] if records[0].metrics else {}
+  names = [name.removeprefix('critical/') for name in first if name.startswith('critical/')]
+  for kind in (*(name for name in names if name not in ('kl', 'probability')), 'probability'):
     columns = np.array([one.column(f'critical/{kind}') for one in records])
     if columns.shape[1] > 1 and not np.isnan(columns).any():
       found[kind] = {place: of_share(seed_statistics(columns[:, i])['mean'], CRITICAL_PROBLEMS)
@@ -128,12 +133,12 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   Args:
     study: the study.
     plan: plan of its runs.
-    references: name -> record of the arms' references; references that do not exist yet are missing.
+    references: `catalog.reference_key` of an arm -> record of its reference; those that do not exist yet are missing.
 
   Returns:
     Plain JSON, except that missing values and bounds are NaN:
-    `question`, `counterpart`, `primary_metrics`, `extra_digits`, `num_missing` runs;
-    `references`, for each name its `known_digits`, `num_problems` and metrics;
+    `question`, `counterpart`, `primary_metrics`, `unit`, `extra` (k), `num_missing` runs;
+    `references`, for each name its `known` (N), `num_problems` and metrics;
     `arms`, for each label its `changes` in words, the name of its `reference`, its `seeds`, `figures` (metric ->
     `seed_statistics`), the `gain` in greedy accuracy over its reference (`paired_statistics`), the number of runs that
     `reached` each target (in percent), `signatures` (name -> number of runs), `compares_with_reference` (see
@@ -142,7 +147,7 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
     `pairs`); `runs`, a row for each; `commits`, `devices` and `seconds`, the runs' times summed.
   """
   records = plan.records(study)
-  names = {arm.label: reference_name(arm.pretraining) for arm in study.arms}
+  names = {arm.label: reference_key(arm) for arm in study.arms}
   figures = {label: {seed: run_figures(one, references[names[label]]) for seed, one in own.items()}
              for label, own in records.items()}
   every = [one for own in records.values() for one in own.values()]
@@ -157,7 +162,7 @@ def study_results(study: Study, plan: Plan, references: dict[str, Record]) -> di
   return {
       'study': study.name, 'primary_metrics': study.primary_metrics, 'note': study.note,
       'question': study.question, 'counterpart': study.counterpart,
-      'extra_digits': plan.base.addition.extra_digits, 'num_missing': plan.number_missing(study),
+      'unit': plan.unit, 'extra': plan.extra, 'num_missing': plan.number_missing(study),
       'references': {name: _reference(one) for name, one in references.items() if name in names.values()},
       'arms': arms, 'contrasts': contrasts,
       'runs': [_row(label, seed, records[label][seed], figures[label][seed], seen[label][seed])
@@ -232,7 +237,7 @@ def _reference(record):
     values = np.asarray(test[digits][kind], np.float64)
     found[name] = (share_interval(values.sum(), values.size) if kind in ('greedy', 'sampled') else
                    of_share(problem_statistics(values), values.size))
-  return found | {'known_digits': record.known_digits, 'num_problems': len(test['longer']['greedy'])}
+  return found | {'known': record.known, 'num_problems': len(test['longer']['greedy'])}
 
 
 def _row(label, seed, record, figures, seen):

@@ -23,20 +23,20 @@ import tqdm
 from critkl_jax.analysis.evaluation import accuracies, accuracy_interval
 from critkl_jax.config import flat_values, reset
 from critkl_jax.models.architectures import make_model, reference_config
+from critkl_jax.records import TrainState
 from critkl_jax.runtime import checkpoint, hosts, interruption, loop, storage
 from critkl_jax.runtime.checkpoint import Checkpoint, CheckpointInfo
 from critkl_jax.studies.measures import make_members_test, make_probe
 from critkl_jax.studies.records import Record, read_record, run_name, write_record
 from critkl_jax.studies.references import references_path
-from critkl_jax.tasks.addition import (
-    LENGTH_MARGIN,
-    by_digits_and_distribution,
-    plus_task_of,
-    prompt_length,
-    solution_length,
-)
+from critkl_jax.tasks.addition import LENGTH_MARGIN, by_digits_and_distribution, prompt_length, solution_length
+from critkl_jax.tasks.known_tasks import known_task_of
+from critkl_jax.tasks.rewards import RewardPool
+from critkl_jax.tasks.task import ProblemSet
 from critkl_jax.training import population
 from critkl_jax.training.config import FinetuneConfig
+from critkl_jax.training.host_step import make_host_step
+from critkl_jax.training.initial_state import Hyperparameters, finetuning_keys, init_finetuning
 
 
 def record_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -62,7 +62,8 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
   """Picks the missing runs that are trained next, as one population.
 
   A group that was interrupted before is resumed if it contains a missing run. Otherwise the group consists of the first
-  run and the runs that share its program: at most `most`, and a multiple of `num_devices` if there are enough.
+  run and the runs that share its program: at most `most`, and a multiple of `num_devices` if there are enough. A run
+  with rewards in Python is a group of its own.
   """
   named = {run_name(config, base): config for config in configs}
   for file in sorted((workdir / 'working' / 'groups').glob('*/members.json')):
@@ -72,6 +73,8 @@ def next_group(configs: Sequence[FinetuneConfig], base: FinetuneConfig, workdir:
     group = [named.get(name) or _saved_config(file.parent / 'members' / name / 'checkpoints') for name in names]
     if None not in group:
       return group
+  if configs[0].rewards_in_python:
+    return configs[:1]
   alike = [config for config in named.values() if _program(config) == _program(configs[0])][:most]
   return alike[:len(alike) // num_devices * num_devices] or alike
 
@@ -103,30 +106,24 @@ def run_members(configs: Sequence[FinetuneConfig], base: FinetuneConfig, referen
     CheckpointError, Interrupted: as `loop.run_population`.
   """
   names = [run_name(config, base) for config in configs]
-  first, known = configs[0], reference.info.task.known_digits
+  first = configs[0]
   model, mesh = make_model(first.model_of(reference.info.model)), population.members_mesh(len(configs))
-  settings = reference.info.task.finetuned(first.addition)
-  task, temperature = plus_task_of(settings), first.loss.temperature
+  settings = settings_of(reference, first)
+  (known, extra), unit = known_task_of(settings).sizes(settings), known_task_of(settings).unit
+  task, temperature = known_task_of(settings).make(settings), first.loss.temperature
   needed = task.prompt_length + task.response_length
   if needed > model.context_length:
-    raise checkpoint.CheckpointError(f'{reference.path}: {known} + {first.addition.extra_digits} digits need a context '
-                                     f'of {needed}, and this reference has {model.context_length}.')
+    raise checkpoint.CheckpointError(f'{reference.path}: {known} + {extra} {unit} need a context of {needed}, and this '
+                                     f'reference has {model.context_length}.')
   group = workdir / 'working' / 'groups' / hashlib.sha256('\n'.join(names).encode()).hexdigest()[:12]
   about = describe_machine()
-  with hosts.waiting(f'Compiling the training step of {len(configs)} runs (once, 20 to 90 s on a CPU).'):
-    state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
-    probe = make_probe(model, jax.device_get(state.ref_params), known, first.addition.extra_digits, temperature)
-    step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
   infos = {name: CheckpointInfo(model.config, settings, config, model.name) for name, config in zip(names, configs)}
-  numbers = population.numbers_of(configs, mesh)
-  state = loop.run_population(
-      lambda state, _: step(state, *numbers), state, first.num_iterations, infos, group, first.save_every,
-      show=('accuracy', 'kl', 'critical_right', 'weight'), damaged=damaged)
+  train = _train_on_host if task.host else _train
+  state = train(model, task, configs, mesh, reference, ensemble, infos, group, damaged)
 
   start = time.monotonic()
   say_testing(f'{len(configs)} runs', num_problems)
-  test = make_members_test(model, known, first.addition.extra_digits, num_problems, mesh, temperature,
-                           progress=hosts.is_first())
+  test = make_members_test(model, settings, num_problems, mesh, temperature, progress=hosts.is_first())
   tests = test(state.params, state.ref_params)
   test_seconds = (time.monotonic() - start) / len(configs)
   records = []
@@ -143,6 +140,44 @@ def run_members(configs: Sequence[FinetuneConfig], base: FinetuneConfig, referen
   interruption.tell(f'; the runs that were finished are kept in {workdir}, and the same command goes on from there.')
   shutil.rmtree(group)
   return records
+
+
+def settings_of(reference: Checkpoint, config: FinetuneConfig) -> Any:
+  """Returns the settings of the task on which a config fine-tunes a reference."""
+  return known_task_of(reference.info.task).finetuned(reference.info.task, config)
+
+
+def _train(model, task, configs, mesh, reference, ensemble, infos, group, damaged) -> TrainState:
+  """Trains runs that share a program as one population, and returns its last state."""
+  first = configs[0]
+  with hosts.waiting(f'Compiling the training step of {len(configs)} runs (once, 20 to 90 s on a CPU).'):
+    state = population.init_population(model, configs, reference.params, mesh, [one.params for one in ensemble])
+    probe = make_probe(model, jax.device_get(state.ref_params), next(iter(infos.values())).task, first.loss.temperature)
+    step, _ = population.compile_step(model, task, configs, mesh, probe=probe)
+  numbers = population.numbers_of(configs, mesh)
+  return loop.run_population(
+      lambda state, _: step(state, *numbers), state, first.num_iterations, infos, group, first.save_every,
+      show=('accuracy', 'kl', 'critical_right', 'weight'), damaged=damaged)
+
+
+def _train_on_host(model, task, configs, mesh, reference, ensemble, infos, group, damaged) -> TrainState:
+  """Trains a run with rewards in Python, and returns its last state as that of a population of one."""
+  del mesh
+  (config,), ((name, info),) = configs, infos.items()
+  state = init_finetuning(model, config, reference.params, None, [one.params for one in ensemble])
+  probe = jax.jit(make_probe(model, jax.device_get(state.ref_params), info.task, config.loss.temperature))
+  key, numbers = finetuning_keys(config)[1], Hyperparameters.of(config)
+  with RewardPool(config.reward_workers, config.reward_seconds) as pool:
+    step = make_host_step(model, task, config, None, pool)
+
+    def advance(state, number):
+      probed = probe(state.params)  # before the update, as in a population
+      state, metrics = step(state, key, numbers, number)
+      return state, metrics | probed
+
+    state = loop.run(advance, state, config.num_iterations, info, group / 'members' / name, config.save_every,
+                     show=('accuracy', 'reward', 'kl', 'weight'), damaged=damaged)
+  return state.replace(params=jax.tree.map(lambda x: x[None], state.params))
 
 
 def say_testing(what: str, num_problems: int) -> None:
@@ -163,29 +198,35 @@ def _keep_params(workdir, info, name, params):
     (home / 'reference').symlink_to(pathlib.Path('..', '..', own.relative_to(workdir / 'working')))
 
 
-def reference_record(load: Callable[[], Checkpoint], base: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
+def reference_record(load: Callable[[], Checkpoint], config: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
                      name: str = '') -> Record:
   """Returns the record of a reference; loads, tests and records it if it has none. An empty name means `base`.
 
   The record says how the reference was pre-trained, and how long it took if it was pre-trained under this workdir.
+
+  Args:
+    load: loads the reference.
+    config: a run on it, whose problems are those of the test.
+    workdir: directory of the studies.
+    num_problems: problems of each test.
+    name: name of the record.
   """
   name = name or 'base'
   path = workdir / 'references' / f'{name}.json'
   if path.is_file():
     return read_record(path)
   start, reference = time.monotonic(), load()
-  known = reference.info.task.known_digits
+  settings = settings_of(reference, config)
   mesh = population.members_mesh(1)
   own = reference.info.model
-  model = make_model(dataclasses.replace(reference_config(base.model_of(own), own), remat=False))  # as in its runs
+  model = make_model(dataclasses.replace(reference_config(config.model_of(own), own), remat=False))  # as in its runs
   stacked = jax.tree.map(lambda x: x[None], reference.params)
   say_testing(f'the reference {name}', num_problems)
-  test = make_members_test(model, known, base.addition.extra_digits, num_problems, mesh, base.loss.temperature,
-                           progress=hosts.is_first())
+  test = make_members_test(model, settings, num_problems, mesh, config.loss.temperature, progress=hosts.is_first())
   tests = test(stacked, reference.params)
   about = {'test_seconds': round(time.monotonic() - start, 1), **describe_reference(reference, workdir, name),
            **describe_machine()}
-  record = Record(name, None, known, [], tests[0], about)
+  record = Record(name, None, known_task_of(settings).sizes(settings)[0], [], tests[0], about)
   write_record(path, record)
   return record
 
@@ -228,6 +269,39 @@ def accuracy_by_digits(load: Callable[[], Checkpoint], first: int, most: int, wo
   sets = by_digits_and_distribution(policy.info.task, fitting, lengths, num_problems, policy.info.model.context_length)
   cells = accuracies(make_model(dataclasses.replace(policy.info.model, remat=False)), policy.params, sets)
   rows = list(tqdm.tqdm(cells, 'tests', len(fitting) * len(lengths), unit='cell', disable=not hosts.is_first()))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  storage.write_json(path, {'rows': rows, 'about': describe_machine()})
+  return rows
+
+
+def accuracy_by_size(load: Callable[[], Checkpoint], config: FinetuneConfig, workdir: pathlib.Path, num_problems: int,
+                     name: str) -> list[dict[str, Any]]:
+  """Returns the accuracy of a reference by the size of problems from its N on, measured or read.
+
+  Args:
+    load: loads the reference, if it was not tested before.
+    config: a run on it, whose problems are those of the test.
+    workdir, num_problems, name: as in `accuracy_by_digits`.
+
+  Returns:
+    Rows of `evaluation.accuracies`, labelled with the unit of the size. Sizes are N to N + 3 of additions, else to
+    N + k.
+  """
+  if config.task == 'addition':
+    return accuracy_by_digits(load, 0, 3, workdir, num_problems, name)
+  path = reading_path(workdir, name, 'levels')
+  if path.is_file():
+    return storage.read_json(path).get('rows', [])
+  reference = load()
+  settings = settings_of(reference, config)
+  known, (least, extra) = known_task_of(settings), known_task_of(settings).sizes(settings)
+  hosts.say(f'Testing {name or "the reference base"} by number of {known.unit}.')
+  sizes = list(range(least, least + extra + 1))
+  task, draw = known.tests(settings, sizes)
+  problem_key, answer_key = jax.random.split(jax.random.key(0))
+  sets = [ProblemSet(task, problems, answer_key, {known.unit: int(size)})
+          for size, problems in draw(problem_key, num_problems).items()]
+  rows = list(accuracies(make_model(dataclasses.replace(reference.info.model, remat=False)), reference.params, sets))
   path.parent.mkdir(parents=True, exist_ok=True)
   storage.write_json(path, {'rows': rows, 'about': describe_machine()})
   return rows

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
+
 from critkl_jax.config import from_dict
+from critkl_jax.records import Solution
 from critkl_jax.tasks import addition, questions, stories
 from critkl_jax.tasks.addition import wording as addition_wording
 from critkl_jax.tasks.questions import wording as questions_wording
@@ -27,6 +30,9 @@ class KnownTask(NamedTuple):
     named_sets: settings -> {name: description of the set of `before_and_after`}.
     about: settings -> what the reference knows and what is trained, in two sentences.
     title: settings -> the problems that are trained on, in a few words.
+    unit: what the size of a problem counts, in a word; empty if problems have no size.
+    sizes: settings -> (N, k): the greatest size known from pre-training, and by how much problems of training exceed it.
+    critical_kinds: the right `Solution` `[T]` of a problem -> {kind of critical token: bool `[T]`}.
     pretrained: a `PretrainConfig` -> settings for pre-training; None if models are not pre-trained on the task.
     curriculum: settings -> the tasks of pre-training, and a function `(seed, step) -> index` of the task of a step.
   """
@@ -40,6 +46,9 @@ class KnownTask(NamedTuple):
   named_sets: Callable[[Any], dict[str, NamedSet]]
   about: Callable[[Any], str]
   title: Callable[[Any], str]
+  unit: str = ''
+  sizes: Callable[[Any], tuple[int, int]] | None = None
+  critical_kinds: Callable[[Solution], dict[str, chex.Array]] = lambda solution: {}
   pretrained: Callable[[Any], Any] | None = None
   curriculum: Callable[[Any], tuple[list[Task], Callable[[int, int], int]]] | None = None
 
@@ -53,7 +62,8 @@ KNOWN_TASKS = {
         settings=addition.Addition, make=addition.plus_task_of, tests=addition.by_digits, shared=('known_digits',),
         finetuned=lambda settings, config: settings.finetuned(config.addition),
         before_and_after=addition.before_and_after, named_sets=addition_wording.named_sets,
-        about=addition_wording.about, title=addition_wording.title,
+        about=addition_wording.about, title=addition_wording.title, unit='digits',
+        sizes=lambda settings: (settings.known_digits, settings.extra_digits), critical_kinds=addition.critical_kinds,
         pretrained=lambda config: addition.Addition.of_pretraining(config.addition, config.model.vocab_size),
         curriculum=addition.curriculum),
     questions.Questions.name: KnownTask(
@@ -67,7 +77,8 @@ KNOWN_TASKS = {
         settings=stories.Stories, make=stories.stories_of, tests=stories.by_facts, shared=('known_facts',),
         finetuned=lambda settings, config: settings.finetuned(config.stories),
         before_and_after=stories.before_and_after, named_sets=stories_wording.named_sets,
-        about=stories_wording.about, title=stories_wording.title,
+        about=stories_wording.about, title=stories_wording.title, unit='facts',
+        sizes=lambda settings: (settings.known_facts, settings.extra_facts),
         pretrained=lambda config: stories.Stories(config.stories.known_facts, vocab_size=config.model.vocab_size),
         curriculum=stories.curriculum),
 }

@@ -151,9 +151,12 @@ def check_vocabulary(task: Task, vocab_size: int) -> None:
 
 
 def knows_critical_tokens(task: Task) -> bool:
-  """Returns whether the solutions of a task mark critical tokens; no problem is drawn, only shapes are traced."""
+  """Returns whether the solutions of a task mark critical tokens; only shapes are traced."""
   if task.solution is None:
     return False
+  if task.host is not None:
+    problem = jax.tree.map(lambda x: x[0], task.host.draw((0,), 0, 1))
+    return jax.eval_shape(task.solution, problem).critical is not None
   return jax.eval_shape(lambda key: task.solution(task.sample(key)), jax.random.key(0)).critical is not None
 
 

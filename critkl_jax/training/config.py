@@ -25,7 +25,7 @@ from critkl_jax.rl.gates import GATES, READ_CERTAINTY, READ_CRITICAL, READ_FRACT
 from critkl_jax.rl.loss_config import WITH_PENALTY, LossConfig
 from critkl_jax.tasks.addition.config import AdditionFinetuning, AdditionPretraining
 from critkl_jax.tasks.questions.config import TextFinetuning
-from critkl_jax.tasks.stories.config import StoriesFinetuning, StoriesPretraining
+from critkl_jax.tasks.stories.config import FACTS, StoriesFinetuning, StoriesPretraining
 
 MOST_PROBLEMS = 1_000_000  # in a test
 
@@ -271,10 +271,11 @@ class FinetuneConfig(RLConfig, MachineConfig):
   COUNTS_WITH: ClassVar = {
       'certainty_ensemble': {'kl': ('prioritized',)},
       **{name: {'task': ('addition',)} for name in ('extra_digits', 'wrong_reward')},
-      'extra_facts': {'task': ('stories',)},
+      **{name: {'task': ('stories',)} for name in ('extra_facts', 'asks')},
       **{name: {'task': ('questions',)} for name in (
           'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out', 'reward', 'reward_weights',
-          'success', 'dataset_options', 'reward_workers', 'reward_seconds')},
+          'success', 'dataset_options')},
+      **{name: {'task': ('questions', 'stories')} for name in ('reward_workers', 'reward_seconds')},
   }
 
   def __post_init__(self):
@@ -304,6 +305,12 @@ class FinetuneConfig(RLConfig, MachineConfig):
         reference, value_head=self.value_head, value_head_detached=self.value_head_detached, remat=self.remat,
         scan_layers=self.scan_layers, dtype=self.dtype or reference.dtype,
         attention=self.attention or reference.attention)
+
+  @property
+  def rewards_in_python(self) -> bool:
+    """Whether the rewards come from functions in Python."""
+    return bool(self.text.reward) if self.task == 'questions' else (
+        self.task == 'stories' and self.stories.asks == FACTS)
 
   @property
   def ensemble_paths(self) -> tuple[str, ...]:

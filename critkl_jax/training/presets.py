@@ -13,10 +13,9 @@ PRETRAIN_PRESETS = {
         model=ModelConfig(context_length=384, num_layers=2, num_heads=2, width=32), addition=AdditionPretraining(1),
         batch_size=8, num_steps=4, warmup_steps=1, hidden_only=False, save_every=2, eval_problems=4),
     'tiny': PretrainConfig(hidden_only=False),
-    # Does not learn its stories fully; see docs/log.md.
     'stories': PretrainConfig(
-        task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=192, num_heads=4), batch_size=64,
-        num_steps=6000, stories=StoriesPretraining(5)),
+        task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=96, num_heads=4), batch_size=128,
+        num_steps=3000, stories=StoriesPretraining(5)),
     'small': PretrainConfig(
         model=ModelConfig(context_length=1024, num_layers=6, num_heads=3, width=192), addition=AdditionPretraining(6),
         num_steps=1600, hidden_only=False),
@@ -40,6 +39,7 @@ FINETUNE_PRESETS = {
     'smoke': FinetuneConfig(num_iterations=2, episodes=4, minibatches=2, save_every=1, eval_problems=4),
     'tiny': FinetuneConfig(),
     'small': FinetuneConfig(num_iterations=30),
+    'stories': FinetuneConfig(task='stories'),
     # Section 5.3 of the paper: A2C with GAE and a critic, one pass over 50 episodes.
     'paper': FinetuneConfig(
         loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.0005, kl_coefficient=5.0),

@@ -294,14 +294,14 @@ OTHERS = {'task': 'questions', 'algorithm': 'a2c', 'kl': 'standard', 'kl_estimat
           'rollout': 'cached', 'ratio': 'sequence', 'aggregation': 'sequences', 'dual_clip': 3.0, 'episodes': 8,
           'episodes_per_problem': 2, 'minibatches': 4, 'chat_options': '{"a": 1}',
           'model': 'elsewhere', 'prompts': 'other.jsonl', 'stop': 'x', 'reward': 'exact_match', 'reward_weights': '2',
-          'dataset_options': '{"size": 3}'}
+          'dataset_options': '{"size": 3}', 'asks': 'facts'}
 QUESTIONS = {'task': 'questions', 'prompts': 'p.jsonl'}
 REWARDS = QUESTIONS | {'reward': 'f1', 'response_length': 5}
 NEEDED = {'gate_threshold': {'kl_gate': 'threshold'}, 'gate_fraction': {'kl_gate': 'kl_cov'},
           'aggregation_length': {'aggregation': 'fixed_length'},
           **dict.fromkeys(('model', 'prompts', 'chat', 'stop', 'response_length', 'held_out', 'reward_workers',
                            'reward_seconds'), QUESTIONS),
-          **dict.fromkeys(('reward', 'reward_weights', 'success'), REWARDS), 'extra_facts': {'task': 'stories'},
+          **dict.fromkeys(('reward', 'reward_weights', 'success'), REWARDS), **dict.fromkeys(('extra_facts', 'asks'), {'task': 'stories'}),
           'dataset_options': {'task': 'questions', 'prompts': 'reasoning_gym:x', 'response_length': 5},
           'chat_options': QUESTIONS | {'chat': True},
           **{name: {'advantage': 'gae'} for name, rule in rules_of(type(CONFIG)).items() if 'advantage' in rule}}

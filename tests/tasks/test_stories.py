@@ -7,9 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from critkl_jax.tasks.host_side import rewarded
 from critkl_jax.tasks.known_tasks import KNOWN_TASKS, from_json_object, to_json_object
-from critkl_jax.tasks.stories import Stories, StoriesPretraining, WordTokenizer, by_facts, sample_story, stories
+from critkl_jax.tasks.stories import (
+  Stories,
+  StoriesFinetuning,
+  StoriesPretraining,
+  WordTokenizer,
+  by_facts,
+  sample_story,
+  stories,
+  summaries,
+)
 from critkl_jax.tasks.stories.text import NAMES, OBJECTS, PLACES, WORDS
+from critkl_jax.tasks.task import knows_critical_tokens
 from critkl_jax.training.config import FinetuneConfig
 
 MOST = 9
@@ -27,6 +38,10 @@ def problems(task):
 
 @pytest.fixture(scope='module')
 def texts(task, problems):
+  return texts_of(task, problems)
+
+
+def texts_of(task, problems):
   prompt, solution = jax.jit(jax.vmap(task.prompt))(problems), jax.jit(jax.vmap(task.solution))(problems)
   return [tuple(task.tokenizer.decode(*some) for some in ((p, m), (s, n))) for p, m, s, n in zip(
       *map(np.asarray, (prompt.tokens, prompt.mask, solution.tokens, solution.mask)))]
@@ -34,6 +49,7 @@ def texts(task, problems):
 
 def answered(prompt):
   """Reads a story sentence by sentence and returns its chain and answer, as a person would write them."""
+  prompt = prompt.replace('Summarize: ', '')
   told, question = prompt.strip().rsplit('. ', 1) if '. ' in prompt else prompt.strip().split('. ')
   sentences = [f'{one}.' for one in f'{told}.'.replace('. ', '.|').rstrip('.').split('|')]
   sentences = [one.replace('..', '.') for one in sentences]
@@ -90,9 +106,9 @@ def test_critical_tokens_are_the_verbs_at_which_a_chain_goes_on_or_ends(task, pr
   for tokens, critical, (prompt, text) in zip(np.asarray(solution.tokens), np.asarray(solution.critical), texts):
     verbs = task.tokenizer.token_texts(tokens[critical])
     asked = prompt.split('?')[0].split()[-1]
-    wanted = [f' {sentence.split()[1]}' for sentence in text.split('. ')[1:-1]] if asked in OBJECTS else []
-    assert verbs == wanted
-    assert not verbs or verbs == [' gave'] * (len(verbs) - 1) + [' went']
+    wanted = [sentence.split()[1] for sentence in text.split('. ')[1:-1]] if asked in OBJECTS else []
+    assert [verb.split()[0] for verb in verbs] == wanted
+    assert not verbs or wanted == ['gave'] * (len(verbs) - 1) + ['went']
 
 
 def padded(task, text):
@@ -133,28 +149,75 @@ def test_more_facts_or_larger_arrays_change_no_earlier_fact():
 
 
 def test_the_tokenizer_writes_and_reads_texts(texts):
-  tokenizer = WordTokenizer(vocab_size=64)
+  tokenizer = WordTokenizer(vocab_size=80)
   for text in (text for pair in texts[:50] for text in pair):
     assert tokenizer.decode(tokenizer.encode(text)) == text
-  assert tokenizer.decode([64, 2]) == '\ufffd.'
-  assert tokenizer.decode([8, 14, 13], [True, False, True]).split() == ['the', WORDS[13]]
-  with pytest.raises(ValueError, match=r"words \['Zoe'\] are not in the vocabulary"):
+  assert tokenizer.decode([80, 2]) == '\ufffd?'
+  assert tokenizer.decode([8, 14, 13], [True, False, True]).split() == [WORDS[8], WORDS[13]]
+  assert tokenizer.encode('Where is the cup?\n').tolist() == [WORDS.index(one) for one in (
+      'Where is the', 'cup', '?', '\n')]
+  with pytest.raises(ValueError, match=r"words \['Zoe', 'went'\] are not in the vocabulary"):
     tokenizer.encode('Zoe went')
-  with pytest.raises(ValueError, match='vocab_size: expected 34 or more'):
-    WordTokenizer(vocab_size=33)
+  with pytest.raises(ValueError, match=f'vocab_size: expected {len(WORDS)} or more'):
+    WordTokenizer(vocab_size=len(WORDS) - 1)
 
 
 def test_settings_are_saved_and_checked():
-  known, settings = KNOWN_TASKS['stories'], Stories(5, vocab_size=41)
+  known, settings = KNOWN_TASKS['stories'], Stories(5, vocab_size=61)
   tuned = known.finetuned(settings, FinetuneConfig(task='stories'))
-  assert tuned == Stories(5, 4, 41)
+  assert tuned == Stories(5, 4, 61)
   assert from_json_object(to_json_object(tuned)) == tuned
-  assert known.make(tuned).tokenizer.vocab_size == 41
+  assert known.make(tuned).tokenizer.vocab_size == 61
   assert list(known.named_sets(tuned)) == list(known.before_and_after(jax.random.key(0), tuned, 3)) == ['N', 'N+4']
   task, draw = by_facts(tuned)
   drawn = draw(jax.random.key(0), 7)
   assert {name: set(one.length.tolist()) for name, one in drawn.items()} == {'5': {5}, '9': {9}}
   assert task.prompt(jax.tree.map(lambda x: x[0], drawn['5'])).tokens.shape == (task.prompt_length,)
-  for wrong in (lambda: Stories(0), lambda: StoriesPretraining(101), lambda: stories(3, 2), lambda: Stories(1, -1)):
+  for wrong in (lambda: Stories(0), lambda: StoriesPretraining(101), lambda: stories(3, 2), lambda: Stories(1, -1),
+                lambda: StoriesFinetuning(asks='all')):
     with pytest.raises(ValueError, match='expected'):
       wrong()
+
+
+def test_summaries_are_the_facts_alone_and_rouge_rewards_a_part_of_them():
+  task = summaries(MOST, MOST)
+  first, again, later = (task.host.draw((3, 1), *where) for where in ((0, 30), (0, 30), (10, 20)))
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  jax.tree.map(lambda one, two: np.testing.assert_array_equal(one[10:], two), first, later)
+  assert not np.array_equal(first.asked, task.host.draw((3, 2), 0, 30).asked)
+  written = texts_of(task, first)
+  for prompt, solution in written:
+    assert prompt.split('. ')[-1].startswith('Summarize: Where is ')
+    assert solution == answered(prompt)[0].split(' Answer:')[0] + '\n'
+
+  def rewards(texts):
+    responses = [padded(task, text) for text in texts]
+    answers = task.host.read(first, *(np.stack([one[i] for one in responses]) for i in (0, 1)))
+    assert answers.prompts == [prompt for prompt, _ in written]
+    assert answers.columns == {'answer': [solution for _, solution in written]}
+    return rewarded(task.host, first, *(np.stack([one[i] for one in responses]) for i in (0, 1)))[0]
+
+  assert rewards([solution for _, solution in written]).tolist() == [1.0] * 30
+  partial = rewards([solution.split('. ')[-1] for _, solution in written])
+  several = np.array(['. ' in solution for _, solution in written])
+  assert several.any()
+  assert np.all((partial[several] > 0.2) & (partial[several] < 1))
+  assert rewards(['Answer: garden\n'] * 30).max() < 0.3
+  formed = jax.jit(jax.vmap(task.well_formed))
+  for text, wanted in ((written[0][1], True), ('Answer: garden\n', False), ('Anna gave the cup to\n', False),
+                       ('Anna took the cup.', False), ('Anna gave the cup to Ben.\n', True)):
+    actions, mask = padded(task, text)
+    assert bool(formed(jax.tree.map(lambda x: x[:1], first), actions[None], mask[None])[0]) is wanted, text
+
+
+def test_pre_training_asks_for_both_and_fine_tuning_for_one():
+  tasks, _ = KNOWN_TASKS['stories'].curriculum(Stories(2))
+  drawn = jax.vmap(tasks[1].sample)(jax.random.split(jax.random.key(0), 200))
+  assert 0.3 < float(drawn.wants_facts.mean()) < 0.7
+  known, config = KNOWN_TASKS['stories'], FinetuneConfig(task='stories', stories=StoriesFinetuning(1, 'facts'))
+  settings = known.finetuned(Stories(2), config)
+  assert (settings, config.rewards_in_python) == (Stories(2, 1, asks='facts'), True)
+  assert known.make(settings).host is not None
+  assert knows_critical_tokens(known.make(settings))
+  assert all(np.all(one.wants_facts) for one in known.before_and_after(jax.random.key(0), settings, 5).values())
+  assert known.make(known.finetuned(Stories(2), FinetuneConfig(task='stories'))).host is None

@@ -4,6 +4,7 @@ In the manner of the tasks of bAbI (Weston et al., arXiv 1502.05698); the number
 of digits plays in addition.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from critkl_jax.tasks.stories.config import Stories
+from critkl_jax.tasks.host_side import Answers, HostSide
+from critkl_jax.tasks.rewards import functions
+from critkl_jax.tasks.stories.config import FACTS, PLACE, Stories
 from critkl_jax.tasks.stories.story import Story, sample_story
 from critkl_jax.tasks.stories.text import (
   NEWLINE,
@@ -27,10 +30,11 @@ from critkl_jax.tasks.stories.text import (
 )
 from critkl_jax.tasks.task import Task, stop_after
 
-MARGIN = 14  # words that a response may have beyond the longest chain: two sentences
+ROUGE = functions.rouge_l.__name__
+MARGIN = 6  # tokens that a response may have beyond the longest chain: two sentences
 
 
-def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN) -> Task:
+def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN, asks: Sequence[str] = (PLACE,)) -> Task:
   """Makes the task of stories of `least` to `most` facts, all numbers equally often.
 
   Args:
@@ -38,6 +42,7 @@ def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN) ->
     most: M, the most facts; it determines the sizes of arrays.
     vocab_size: the model's vocabulary size, to which the words are padded; 0 for no padding.
     margin: words that a response may have beyond the longest chain.
+    asks: what is asked for: `place`, `facts`, or both, each with probability 1/2.
 
   Raises:
     ValueError: if the numbers are not in order, or the vocabulary is too small.
@@ -48,7 +53,9 @@ def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN) ->
 
   def sample(key):
     length_key, story_key = jax.random.split(key)
-    return sample_story(story_key, jax.random.randint(length_key, (), least, most + 1, dtype=jnp.int32), most)
+    wants_facts = jax.random.bernoulli(jax.random.fold_in(key, 2)) if len(asks) > 1 else asks[0] == FACTS
+    length = jax.random.randint(length_key, (), least, most + 1, dtype=jnp.int32)
+    return sample_story(story_key, length, most, wants_facts)
 
   return Task(
       tokenizer=WordTokenizer(vocab_size), prompt_length=prompt_length(most), response_length=response_length,
@@ -57,10 +64,45 @@ def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN) ->
       solution_length=solution_length(most))
 
 
+def summaries(least: int, most: int, vocab_size: int = 0) -> Task:
+  """Makes the task of summarisation by extraction: the facts that a question needs, in their order.
+
+  The reward is the F-measure of ROUGE-L against the right facts, in Python: a share of them, or facts too many, are
+  rewarded in part. Success is 1, exactly the right facts. Arguments and errors as in `stories`.
+  """
+  task = stories(least, most, vocab_size, asks=(FACTS,))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def sampled(seed, first, number):
+    key = functools.reduce(jax.random.fold_in, seed, jax.random.key(0))
+    return jax.vmap(lambda i: task.sample(jax.random.fold_in(key, first + i)))(jnp.arange(number, dtype=jnp.uint32))
+
+  def draw(seed, first, number):
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # the accelerator may be in the middle of a step
+      return jax.device_get(sampled(np.asarray(seed, np.uint32), np.uint32(first), number))
+
+  write = jax.jit(lambda problems: (jax.vmap(task.prompt)(problems), jax.vmap(task.solution)(problems)))
+
+  def read(problems, actions, mask):
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+      written = jax.device_get(write(jax.device_get(problems)))
+    prompts, answers = ([task.tokenizer.decode(*row) for row in zip(text.tokens, text.mask)] for text in written)
+    completions = [task.tokenizer.decode(*row) for row in zip(actions, mask)]
+    return Answers(prompts, completions, {'answer': answers}, list(range(1, len(prompts) + 1)))
+
+  return dataclasses.replace(task, sample=None, reward=None, host=HostSide(
+      draw, read, {ROUGE: f'{functions.__name__}:{ROUGE}'}, {ROUGE: 1.0}, ('answer',)))
+
+
 def stories_of(settings: Stories) -> Task:
   """Makes the task on which a run trains: stories of exactly N + k facts."""
   number = settings.known_facts + settings.extra_facts
-  return stories(number, number, settings.vocab_size)
+  return _task_of(settings, number, number)
+
+
+def _task_of(settings, least, most):
+  make = summaries if settings.asks == FACTS else stories
+  return make(least, most, settings.vocab_size)
 
 
 def curriculum(settings: Stories) -> tuple[list[Task], Callable[[int, int], int]]:
@@ -76,12 +118,12 @@ def curriculum(settings: Stories) -> tuple[list[Task], Callable[[int, int], int]
   def pick(seed, step):
     return int(np.random.default_rng((seed, step)).choice(n, p=n / n.sum())) - 1
 
-  return [stories(number, number, settings.vocab_size, margin=0) for number in n.tolist()], pick
+  return [stories(number, number, settings.vocab_size, margin=0, asks=(PLACE, FACTS)) for number in n.tolist()], pick
 
 
-def draw_stories(key: chex.PRNGKey, num_problems: int, facts: int, most: int) -> Story:
+def draw_stories(key: chex.PRNGKey, num_problems: int, facts: int, most: int, asks: str = PLACE) -> Story:
   """Draws stories of `facts` facts, in arrays for `most`: a `Story` with a leading axis B."""
-  draw = jax.vmap(lambda key: sample_story(key, facts, most))
+  draw = jax.vmap(lambda key: sample_story(key, facts, most, asks == FACTS))
   return jax.jit(lambda key: draw(jax.random.split(key, num_problems)))(key)
 
 
@@ -95,7 +137,8 @@ def before_and_after(key: chex.PRNGKey, settings: Stories, number: int) -> dict[
   """
   known, longest = settings.known_facts, settings.known_facts + settings.extra_facts
   names = {'N': known, f'N+{settings.extra_facts}': longest}
-  return {name: draw_stories(jax.random.fold_in(key, n), number, n, longest) for name, n in names.items() if number}
+  return {name: draw_stories(jax.random.fold_in(key, n), number, n, longest, settings.asks)
+          for name, n in names.items() if number}
 
 
 def by_facts(settings: Stories, facts: Sequence[int] | None = None
@@ -113,6 +156,7 @@ def by_facts(settings: Stories, facts: Sequence[int] | None = None
   numbers = [known, known + (settings.extra_facts or 4)] if facts is None else list(facts)
 
   def draw(key, num_problems):
-    return {str(n): draw_stories(jax.random.fold_in(key, n), num_problems, n, max(numbers)) for n in numbers}
+    return {str(n): draw_stories(jax.random.fold_in(key, n), num_problems, n, max(numbers), settings.asks)
+            for n in numbers}
 
-  return stories(min(numbers), max(numbers), settings.vocab_size), draw
+  return _task_of(settings, min(numbers), max(numbers)), draw

@@ -27,6 +27,7 @@ class Story:
     length: int32 `[]` number of facts, 1..M; later entries mean nothing.
     asks_object: bool `[]` whether the question is where an object is, or where a person is.
     asked: int32 `[]` the object or the person.
+    wants_facts: bool `[]` whether the response is the facts that show where it is, or these and the place.
   """
 
   kinds: chex.Array
@@ -36,9 +37,10 @@ class Story:
   length: chex.Array
   asks_object: chex.Array
   asked: chex.Array
+  wants_facts: chex.Array
 
 
-def sample_story(key: chex.PRNGKey, length: chex.Numeric, most: int) -> Story:
+def sample_story(key: chex.PRNGKey, length: chex.Numeric, most: int, wants_facts: chex.Numeric = False) -> Story:
   """Draws a story.
 
   The first fact is that somebody goes somewhere. A later fact is about an object with probability 0.6: a person takes
@@ -50,6 +52,7 @@ def sample_story(key: chex.PRNGKey, length: chex.Numeric, most: int) -> Story:
     key: PRNG key, consumed.
     length: number of facts, 1..most.
     most: M.
+    wants_facts: whether the facts are asked for.
   """
   cast_key, things_key, fact_key, question_key = jax.random.split(key, 4)
   cast = jax.random.permutation(cast_key, jnp.arange(PERSONS, dtype=jnp.int32))[:CAST]
@@ -76,11 +79,16 @@ def sample_story(key: chex.PRNGKey, length: chex.Numeric, most: int) -> Story:
 
   start = (jnp.full(PERSONS, _NONE, jnp.int32), jnp.full(OBJECTS, _NONE, jnp.int32))
   (where, holder), facts = jax.lax.scan(fact, start, jnp.arange(most, dtype=jnp.int32))
-  kind_key, which_key = jax.random.split(question_key)
+  return Story(*facts, length, *_sample_question(question_key, where, holder), jnp.asarray(wants_facts, bool))
+
+
+def _sample_question(key, where, holder):
+  """Draws a question: whether it is about an object, and the object or the person."""
+  kind_key, which_key = jax.random.split(key)
   found = (holder != _NONE) & (where[holder] != _NONE)
   asks_object = jnp.any(found) & jax.random.bernoulli(kind_key, jnp.float32(_QUESTION_OF_OBJECT))
   asked = jnp.where(asks_object, _one_of(which_key, found), _one_of(which_key, where != _NONE))
-  return Story(*facts, length=length, asks_object=asks_object, asked=asked.astype(jnp.int32))
+  return asks_object, asked.astype(jnp.int32)
 
 
 def chain_of(story: Story) -> tuple[chex.Array, chex.Array, chex.Array]:

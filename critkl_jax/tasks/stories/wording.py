@@ -1,6 +1,6 @@
 """How reports of fine-tuning name stories and their test sets."""
 
-from critkl_jax.tasks.stories.config import Stories
+from critkl_jax.tasks.stories.config import FACTS, Stories
 from critkl_jax.tasks.task import NamedSet
 
 
@@ -8,12 +8,13 @@ def about(settings: Stories) -> str:
   """Describes what a reference knows and what reinforcement learning trains, in two sentences."""
   known = settings.known_facts
   return (f'The reference was pre-trained on stories of up to N = {known} facts. Reinforcement learning trains a copy '
-          f'of it on {known + settings.extra_facts}.')
+          f'of it on {"summaries of stories of " if settings.asks == FACTS else ""}{known + settings.extra_facts}.')
 
 
 def title(settings: Stories) -> str:
   """Names the problems that are trained on, in a few words."""
-  return f'stories of {settings.known_facts} + {settings.extra_facts} facts'
+  what = 'summaries of stories' if settings.asks == FACTS else 'stories'
+  return f'{what} of {settings.known_facts} + {settings.extra_facts} facts'
 
 
 def named_sets(settings: Stories) -> dict[str, NamedSet]:
