@@ -27,7 +27,7 @@ _ADDED = {'rollout', 'window', 'scan_layers', 'kl_gate', 'gate_threshold', 'gate
           'certainty_ensemble', 'max_skipped', 'bootstrap_truncated', 'hidden_only',
           'max_to_keep', 'task', 'pad_vocabulary', 'clip_ratio_high', 'dual_clip', 'ratio', 'aggregation',
           'aggregation_length', 'architecture', 'addition', 'text', 'stories', 'reward', 'reward_weights',
-          'reward_workers', 'reward_seconds', 'success', 'dataset_options', 'asks'}  # fields that older checkpoints lack
+          'reward_workers', 'reward_seconds', 'success', 'dataset_options', 'asks'}  # older checkpoints lack these
 _OLDER = {'hidden_only': False}  # values for older checkpoints that are not today's defaults
 _MOVED = ('known_digits', 'extra_digits', 'wrong_reward')  # fields of older checkpoints that are in `addition` now
 

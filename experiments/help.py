@@ -9,8 +9,8 @@ from absl import flags
 
 # Group -> its flags; a flag in no group is specific to the binary, and comes first.
 GROUPS = {
-    'Task': ('task', 'extra_digits', 'known_digits', 'wrong_reward', 'pad_vocabulary', 'extra_facts', 'known_facts', 'asks',
-             'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out', 'reward',
+    'Task': ('task', 'extra_digits', 'known_digits', 'wrong_reward', 'pad_vocabulary', 'extra_facts', 'known_facts',
+             'asks', 'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length', 'held_out', 'reward',
              'reward_weights', 'reward_workers', 'reward_seconds', 'success', 'dataset_options', 'eval_problems'),
     'KL penalty': ('kl', 'kl_coefficient', 'kl_estimator', 'kl_placement', 'certainty', 'certainty_exponent',
                    'certainty_intercept', 'certainty_temperature', 'certainty_ensemble', 'kl_gate', 'gate_threshold',

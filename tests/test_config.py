@@ -221,7 +221,8 @@ SWITCHED_OFF = [  # the field, its value, what switches it off, what the message
                           ('reward_workers', 2), ('reward_seconds', 9.0))),
     *((name, value, {'task': 'questions', 'prompts': 'p.jsonl'}, "task='questions'.*set task='addition'")
       for name, value in (('extra_digits', 2), ('wrong_reward', -1.0))),
-    *((name, value, {}, "task='addition'.*set task='stories'") for name, value in (('extra_facts', 2), ('asks', 'facts')))]
+    *((name, value, {}, "task='addition'.*set task='stories'")
+      for name, value in (('extra_facts', 2), ('asks', 'facts')))]
 
 
 @pytest.mark.parametrize(('name', 'value', 'switch', 'words'), SWITCHED_OFF)
@@ -313,8 +314,8 @@ def test_what_may_differ_when_a_run_is_resumed():
                      'max_skipped', 'eval_problems', 'reward_workers', 'reward_seconds'}
   assert set(config_lib.flat_fields(FinetuneConfig)) - machine - set(config_lib.flat_fields(RLConfig)) == {
       'task', 'extra_digits', 'wrong_reward', 'model', 'prompts', 'chat', 'chat_options', 'stop', 'response_length',
-      'held_out', 'reward', 'reward_weights', 'success', 'dataset_options', 'extra_facts', 'asks', 'seed', 'num_iterations',
-      'reference', 'certainty_ensemble'}
+      'held_out', 'reward', 'reward_weights', 'success', 'dataset_options', 'extra_facts', 'asks', 'seed',
+      'num_iterations', 'reference', 'certainty_ensemble'}
   assert set(config_lib.flat_fields(RunConfig)) < set(config_lib.flat_fields(PretrainConfig))
 
 

@@ -35,7 +35,7 @@ from critkl_jax.tasks import known_tasks
 from critkl_jax.training.config import FinetuneConfig
 
 _SHIPPED = pathlib.Path(__file__).parents[1] / 'checkpoints'
-SHIPPED_REFERENCES = {'addition': _SHIPPED / 'addition_n5', 'stories': _SHIPPED / 'stories_n5'}  # task -> directory
+SHIPPED_REFERENCES = {'addition': _SHIPPED / 'addition_n5', 'stories': _SHIPPED / 'stories_n4'}  # task -> directory
 SHIPPED_REFERENCE = SHIPPED_REFERENCES['addition']
 
 

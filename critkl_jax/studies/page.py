@@ -112,7 +112,8 @@ def page_of(results: dict[str, Any]) -> str:
   if not results['arms']:
     return '\n'.join(lines)
   if results.get('levels'):
-    lines += ['## What the references know', '', *levels_lines(results['levels'], results['unit']), '', '![levels](levels.png)', '']
+    lines += ['## What the references know', '', *levels_lines(results['levels'], results['unit']), '',
+              '![levels](levels.png)', '']
   if results.get('certainty'):
     lines += ['## Where the references are unsure', '',
               *certainty_lines(results['certainty'], results['extra'], results['unit']), '']
@@ -251,8 +252,8 @@ def _origin(results):
 
 def _title(results):
   """Writes the title of a picture: the question, the model and the training problems."""
-  return (f'{results["question"]}\nReferences {_known(results)} {results["unit"]}, fine-tuned on N + {results["extra"]} '
-          f'{results["unit"]}')
+  unit = results['unit']
+  return f'{results["question"]}\nReferences {_known(results)} {unit}, fine-tuned on N + {results["extra"]} {unit}'
 
 
 def _known(results):

@@ -40,7 +40,8 @@ def levels_lines(levels: Mapping[str, Sequence[Mapping[str, Any]]], unit: str = 
   rows = [row for _, row in sorted(cells)] + [['the paper', str(n), *row] for n, row in papers]
   heads = ['reference', 'N', *('at N' if k == 0 else f'N+{k}' for k in range(most))]
   lengths = ', operands of identical / of varying length' if unit == 'digits' else f' by the number of {unit}'
-  return [f'Greedy accuracy in percent{lengths}; no entry where the context is too short.', '', *table(heads, [row + [''] * (len(heads) - len(row)) for row in rows])]
+  return [f'Greedy accuracy in percent{lengths}; no entry where the context is too short.', '',
+          *table(heads, [row + [''] * (len(heads) - len(row)) for row in rows])]
 
 
 def plot_levels(levels: Mapping[str, Sequence[Mapping[str, Any]]], path: pathlib.Path, unit: str = 'digits') -> None:
@@ -100,7 +101,8 @@ def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra: int, unit
         str(one['critical_tokens']), interval_text(found['detector']['auroc'], '.3f'),
         f'{100 * one["certain_and_wrong"]:.1f}', f'{first["generations"] if first else 0} of {one["generations"]}',
         interval_text(first['critical'], '.0f', 100) if first else 'none'])
-  rows += [] if unit != 'digits' else [['the paper', str(n), f'{mean:+.2f}', f'{deviation:.2f}'] for n, (mean, deviation) in PAPER_GAPS.items()]
+  papers = PAPER_GAPS.items() if unit == 'digits' else ()
+  rows += [['the paper', str(n), f'{mean:+.2f}', f'{deviation:.2f}'] for n, (mean, deviation) in papers]
   heads = ['reference', 'N', 'certainty at critical tokens minus elsewhere', 'deviation between generations',
            'lowest elsewhere', 'critical tokens', 'AUROC of 1 - certainty, critical tokens',
            'sure of a wrong critical token (%)', 'generations with a wrong token', 'first one critical (%)']

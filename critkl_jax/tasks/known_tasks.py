@@ -31,7 +31,7 @@ class KnownTask(NamedTuple):
     about: settings -> what the reference knows and what is trained, in two sentences.
     title: settings -> the problems that are trained on, in a few words.
     unit: what the size of a problem counts, in a word; empty if problems have no size.
-    sizes: settings -> (N, k): the greatest size known from pre-training, and by how much problems of training exceed it.
+    sizes: settings -> (N, k): the greatest size known from pre-training, and by how much training exceeds it.
     critical_kinds: the right `Solution` `[T]` of a problem -> {kind of critical token: bool `[T]`}.
     pretrained: a `PretrainConfig` -> settings for pre-training; None if models are not pre-trained on the task.
     curriculum: settings -> the tasks of pre-training, and a function `(seed, step) -> index` of the task of a step.

@@ -15,7 +15,7 @@ PRETRAIN_PRESETS = {
     'tiny': PretrainConfig(hidden_only=False),
     'stories': PretrainConfig(
         task='stories', model=ModelConfig(vocab_size=len(WORDS), context_length=96, num_heads=4), batch_size=128,
-        num_steps=3000, stories=StoriesPretraining(5)),
+        num_steps=1500, stories=StoriesPretraining(4)),
     'small': PretrainConfig(
         model=ModelConfig(context_length=1024, num_layers=6, num_heads=3, width=192), addition=AdditionPretraining(6),
         num_steps=1600, hidden_only=False),

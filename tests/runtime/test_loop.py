@@ -301,7 +301,8 @@ NEEDED = {'gate_threshold': {'kl_gate': 'threshold'}, 'gate_fraction': {'kl_gate
           'aggregation_length': {'aggregation': 'fixed_length'},
           **dict.fromkeys(('model', 'prompts', 'chat', 'stop', 'response_length', 'held_out', 'reward_workers',
                            'reward_seconds'), QUESTIONS),
-          **dict.fromkeys(('reward', 'reward_weights', 'success'), REWARDS), **dict.fromkeys(('extra_facts', 'asks'), {'task': 'stories'}),
+          **dict.fromkeys(('reward', 'reward_weights', 'success'), REWARDS), 
+          **{name: {'task': 'stories'} for name in ('extra_facts', 'asks')},
           'dataset_options': {'task': 'questions', 'prompts': 'reasoning_gym:x', 'response_length': 5},
           'chat_options': QUESTIONS | {'chat': True},
           **{name: {'advantage': 'gae'} for name, rule in rules_of(type(CONFIG)).items() if 'advantage' in rule}}

@@ -33,8 +33,8 @@ WORDS = (
     *(f'gave the {thing} to' for thing in OBJECTS), *(f'{name}.' for name in NAMES))
 PAD, NEWLINE, ASKS, ANSWER, SUMMARIZE, WHERE, WHERE_THE = range(7)
 _NAME, _PLACE, _OBJECT, _WENT, _TOOK, _GAVE, _RECEIVER = (WORDS.index(word) for word in (
-    NAMES[0], PLACES[0], OBJECTS[0], f'went to the {PLACES[0]}.', f'took the {OBJECTS[0]}.', f'gave the {OBJECTS[0]} to',
-    f'{NAMES[0]}.'))
+    NAMES[0], PLACES[0], OBJECTS[0], f'went to the {PLACES[0]}.', f'took the {OBJECTS[0]}.',
+    f'gave the {OBJECTS[0]} to', f'{NAMES[0]}.'))
 assert (GO, TAKE, GIVE) == (0, 1, 2)  # the order of verbs in `_sentences`
 _SENTENCE = 3  # tokens of the longest sentence
 _QUESTION = 5  # tokens of the longest question, its line break included
