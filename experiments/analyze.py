@@ -315,7 +315,8 @@ def describe_analysis(pairs: Pairs, sets: list[Any]) -> str:
     wanted = ('write down the facts that show where a person or an object is' if settings.asks == FACTS_ALONE else
               'say where a person or an object is, after the facts that show it')
     task = (f'The task: read a story and {wanted}, a word or a phrase a token; pre-training showed stories of up to '
-            f'{settings.known_facts} facts. Below: {whose}, to {PROBLEMS.value} stories each of {" and of ".join(map(str, sets))} facts.')
+            f'{settings.known_facts} facts. Below: {whose}, to {PROBLEMS.value} stories each of '
+            f'{" and of ".join(map(str, sets))} facts.')
   else:
     task = (f'The task: answer the questions of {settings.prompts}. Which tokens are critical is not known. Below: '
             f'{whose}, to up to {PROBLEMS.value} questions of each set ({", ".join(sets)}).')

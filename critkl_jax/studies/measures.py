@@ -49,8 +49,8 @@ def make_probe(model: LanguageModel, ref_params: Any, settings: Any, temperature
   Returns:
     The probe. At the critical tokens of N + k: `critical/probability` of the right token, the same for each kind
     of critical token (`critical/first_comma`, ...; `KnownTask.critical_kinds`; figures 4 and 7 of arXiv 2502.06533),
-    and `critical/kl`, exact KL(policy || reference) in nats per token. `probe_kl_other` and `probe_kl_known`: the KL at the
-    other tokens of N + k, and at the tokens of N.
+    and `critical/kl`, exact KL(policy || reference) in nats per token. `probe_kl_other` and `probe_kl_known`: the KL at
+    the other tokens of N + k, and at the tokens of N.
   """
   task, draw = _tests(settings)
   key = jax.random.key(seed)

@@ -195,8 +195,9 @@ def _kinds_table(results):
   rows = [[label, *('; '.join((_cell('greedy', own['start'][0]), *(_cell('greedy', own[place]) for place in (
       'after_one', 'before_last')))) for own in kinds.values())] for label, kinds in arms.items()]
   heads = [{'probability': 'all'}.get(kind, kind.replace('_', ' ')) for kind in next(iter(arms.values()))]
-  return ['Probability (%) of the right token at each kind of critical token (does the list of the first or second '
-          'operand go on, with a comma, and with which digit?), at the start; after one iteration; before the last '
+  kinds = ('kind of critical token (does the list of the first or second operand go on, with a comma, and with which '
+           'digit?)' if results['unit'] == 'digits' else 'critical token')
+  return [f'Probability (%) of the right token at each {kinds}, at the start; after one iteration; before the last '
           'update. Means over seeds, of 256 problems.', '', *table(['arm', *heads], rows), '']
 
 

@@ -23,7 +23,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert set(records) == {'seed=0', 'kl=standard-seed=0', 'kl=none-seed=0'}
   one = records['seed=0']
   assert one.config == FINETUNE_PRESETS['smoke']
-  assert one.known_digits == 1
+  assert one.known == 1
   assert len(one.metrics) == one.config.num_iterations == 2
   assert {len(one.test[digits][kind]) for digits in ('N', 'N+1') for kind in ('greedy', 'sampled')} == {6}
   # The policy of the first iteration is the reference: KL 0, and the same probabilities in all runs.
@@ -47,7 +47,7 @@ def test_studies_are_made_in_pieces_share_runs_and_can_be_read(tmp_path):
   assert 'Left out at preset smoke' in page
   assert '| base | 1 | 0.0 [0.0, 45.9] / 0.0 [0.0, 45.9] |' in page  # of six problems
   kept = json.loads((tmp_path / 'references' / 'base.certainty.json').read_text())
-  assert (kept['known_digits'], kept['sets'], kept['generations']) == (1, 1, 64)
+  assert (kept['known'], kept['sets'], kept['generations']) == (1, 1, 64)
 
   # Two further references and a run are missing, and are not made for a page of what is there.
   run('reproduce', *flags, '--study=overconfidence', '--minutes=0')

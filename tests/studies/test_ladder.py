@@ -87,7 +87,7 @@ def test_a_rung_is_tried_again_as_long_as_it_helps(plan):
   for accuracy in (0.9, 0.2, 0.26, 0.5):
     finish(plan, STANDARD, 0, accuracy)
   assert references() == ['', 'rung=1', 'rung=2-try=1', 'rung=2-try=2', 'rung=2']
-  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known_digits == 2
+  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known == 2
   finish(plan, STANDARD, 0, 0.2)
   keep_params(plan, finish(plan, STANDARD, 0, 0.3))
   assert references()[5:] == ['rung=3-try=1', 'rung=3-try=2']
@@ -96,7 +96,7 @@ def test_a_rung_is_tried_again_as_long_as_it_helps(plan):
   assert checkpoint.load_checkpoint(home).info.task.known_digits == 3  # unchanged: the rung was not reached
   finish(plan, STANDARD, 0, 0.34)
   assert len(references()) == 7  # a gain of less than five points
-  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known_digits == 2
+  assert ladder.top(ladder.climb(plan, STUDY, STANDARD, 0)).known == 2
 
 
 def test_a_result_becomes_a_reference_that_knows_more(plan):

@@ -7,7 +7,7 @@ from passes import logits
 from critkl_jax import gpt2
 from critkl_jax.models.gpt2 import GPT2Config
 from critkl_jax.studies import measures
-from critkl_jax.tasks.addition import plus_task
+from critkl_jax.tasks.addition import Addition, plus_task
 from critkl_jax.tasks.addition.problem_sets import draw_problems
 from critkl_jax.tasks.addition.text import TOKENIZER
 from critkl_jax.training import population
@@ -38,7 +38,7 @@ def right_probabilities(params, problems, task, temperature=1.0):
 @pytest.mark.slow
 def test_the_test_reads_the_right_tokens_at_critical_ones():
   task, several = plus_task(N, 1), [init(seed) for seed in (0, 1)]
-  test = measures.make_members_test(MODEL, N, 1, 6, population.members_mesh(1), temperature=2.0, batch_size=4)
+  test = measures.make_members_test(MODEL, Addition(N, 1), 6, population.members_mesh(1), temperature=2.0, batch_size=4)
   found = test(jax.tree.map(lambda *x: jnp.stack(x), *several), several[0])
   problem_key, _ = jax.random.split(jax.random.key(measures.SEED))
   problems = draw_problems(jax.random.fold_in(problem_key, N + 1), 6, 'plus', N + 1, N, N + 1)
@@ -52,7 +52,7 @@ def test_the_test_reads_the_right_tokens_at_critical_ones():
 @pytest.mark.slow
 def test_the_probe_tells_kinds_of_critical_tokens_apart():
   params, reference = init(1), init(0)
-  probe = measures.make_probe(MODEL, reference, N, 1, temperature=0.1, num_problems=2, num_critical=12)
+  probe = measures.make_probe(MODEL, reference, Addition(N, 1), temperature=0.1, num_problems=2, num_critical=12)
   found = {name: float(value) for name, value in jax.jit(probe)(params).items()}
   problems = draw_problems(jax.random.fold_in(jax.random.key(measures.SEED), N + 1), 12, 'plus', N + 1, N, N + 1)
   probabilities, solutions = right_probabilities(params, problems, plus_task(N, 1), temperature=0.1)

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def record(config=BASE, **changes):
-  values = {'name': run_name(config, BASE), 'config': config, 'known_digits': 1,
+  values = {'name': run_name(config, BASE), 'config': config, 'known': 1,
             'metrics': [{'step': 1, 'accuracy': 0.25, 'kl_critical': math.nan}, {'step': 2, 'accuracy': 1 / 3}],
             'test': {'N': {'greedy': np.array([True, False, True]), 'format_errors': 0.5, 'kl_critical': math.nan,
                            'critical_probability': np.array([1.0, 0.12345, math.nan])}},
@@ -29,7 +29,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
   path = tmp_path / 'runs' / 'one.json'
   write_record(path, record())
   found = read_record(path)
-  assert (found.name, found.config, found.known_digits, found.about) == (
+  assert (found.name, found.config, found.known, found.about) == (
       'seed=0', BASE, 1, record().about)
   np.testing.assert_array_equal(found.test['N']['greedy'], [True, False, True])
   np.testing.assert_allclose(found.test['N']['critical_probability'], [1, 0.1234, math.nan], atol=1e-4)
@@ -60,9 +60,10 @@ def test_a_record_has_a_line_for_each_metric(tmp_path):
 def test_a_record_of_an_older_layout_is_read(tmp_path):
   write_record(tmp_path / 'new.json', record())
   values = json.loads((tmp_path / 'new.json').read_text())
+  values['known_digits'] = values.pop('known')  # its older name
   (tmp_path / 'old.json').write_text(json.dumps(values, indent=1) + '\n')  # one number per line, the older format
   new, old = (read_record(tmp_path / name) for name in ('new.json', 'old.json'))
-  assert (old.name, old.config, old.known_digits, old.about) == (new.name, new.config, new.known_digits, new.about)
+  assert (old.name, old.config, old.known, old.about) == (new.name, new.config, new.known, new.about)
   np.testing.assert_equal((old.metrics, old.test), (new.metrics, new.test))
 
 
