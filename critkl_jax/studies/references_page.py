@@ -112,7 +112,7 @@ def certainty_lines(certainty: Mapping[str, Mapping[str, Any]], extra: int, unit
 
 def words_lines(words: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
   """Formats `certainty_gap.least_certain_words` of each reference as a table."""
-  rows = [[name, f'`{one["word"].strip() or "line break"}`',
+  rows = [[name or 'base', f'`{one["word"].strip() or "line break"}`',
            *(f'{100 * one[key]:.1f}' for key in ('least_certain', 'everywhere', 'critical', 'right'))]
           for name, own in words.items() for one in own]
   return ['The words that a reference wrote at the 5 % of tokens at which it was least certain, up to the first wrong '

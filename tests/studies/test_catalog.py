@@ -8,13 +8,15 @@ from critkl_jax.tasks.addition import plus_task
 from critkl_jax.training.presets import FINETUNE_PRESETS
 
 STUDIES = list(catalog.STUDIES.values())
+OF_ADDITION = [study for study in STUDIES if study.task == 'addition']
+PRESETS = {'addition': ('smoke', 'tiny', 'small', 'paper'), 'stories': ('stories',)}
 
 
 @pytest.mark.parametrize('study', STUDIES, ids=lambda study: study.name)
 def test_arms_are_configs_and_contrasts_are_of_arms(study):
   labels = [arm.label for arm in study.arms]
   assert len(set(labels)) == len(labels)
-  for preset in ('smoke', 'tiny', 'small', 'paper'):
+  for preset in PRESETS[study.task]:
     names = [run_name(catalog.arm_config(FINETUNE_PRESETS[preset], arm, 0, 0.1 * i), FINETUNE_PRESETS[preset])
              for i, arm in enumerate(study.arms, start=1)]
     assert len(set(names)) == len(names)
@@ -73,7 +75,7 @@ def test_conditions_end_the_labels():
 @pytest.mark.parametrize('preset', ['smoke', 'tiny', 'small', 'paper'])
 def test_at_any_preset_references_differ_and_have_room(preset):
   left_out = {}
-  for study in STUDIES:
+  for study in OF_ADDITION:
     suited = references.suited(study, preset)
     configs = {arm.condition: references.pretrain_config(preset, arm.pretraining) for arm in suited.arms}
     assert all(one != two for one, two in itertools.combinations(
@@ -100,5 +102,15 @@ def test_names_of_references():
     assert catalog.reference_name(changes) == name
   for study in STUDIES:
     for arm in study.arms:
-      config = catalog.arm_config(FINETUNE_PRESETS['tiny'], arm, 0)
+      config = catalog.arm_config(FINETUNE_PRESETS[PRESETS[study.task][-1]], arm, 0)
       assert {config.reference, *config.ensemble_paths} <= set(catalog.all_references())
+
+
+def test_references_are_tested_on_what_an_arm_asks():
+  answers, summaries = (next(arm for arm in catalog.STUDIES['natural_language'].arms if arm.condition == condition)
+                        for condition in ('answers', 'summaries'))
+  assert [catalog.reference_key(arm) for arm in (answers, summaries)] == ['', 'base-asks=facts']
+  assert catalog.reference_key(catalog.Arm('x', pretraining={'seed': 1})) == 'seed=1'
+  for arm in (answers, summaries):
+    config = catalog.arm_config(FINETUNE_PRESETS['stories'], arm, 0)
+    assert config.rewards_in_python is (arm is summaries)

@@ -107,8 +107,9 @@ def test_every_kept_run_is_found_by_the_name_of_its_config():
 
 
 def test_every_arm_has_the_runs_that_were_made_for_it():
-  base, kept = FINETUNE_PRESETS['tiny'], {path.stem for path in (ROOT / 'results' / 'tiny' / 'runs').glob('*.json')}
   for study in catalog.STUDIES.values():
+    preset = {'addition': 'tiny', 'stories': 'stories'}[study.task]
+    base, kept = FINETUNE_PRESETS[preset], {path.stem for path in (ROOT / 'results' / preset / 'runs').glob('*.json')}
     for arm in study.arms:
       if not arm.matches and study.reads == 'runs' and study.name != 'large_steps':
         assert run_name(catalog.arm_config(base, arm, 0), base) in kept, (study.name, arm.label)
