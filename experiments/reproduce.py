@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from critkl_jax.analysis.reading import read_tokens
-from critkl_jax.config import flat_values
+from critkl_jax.config import flat_values, replace
 from critkl_jax.runtime import checkpoint, hosts, storage
 from critkl_jax.studies import catalog, files, ladder, references, study_runs
 from critkl_jax.studies.certainty_gap import (
@@ -272,7 +272,7 @@ def read_levels(study: catalog.Study, plan: Plan, arms: dict[str, catalog.Arm]) 
   levels, certainty, words, num_sets = {}, {}, {}, len(plan.seeds(study))
   for name, arm in arms.items():
     load = functools.partial(reference_of, catalog.reference_name(arm.pretraining), plan)
-    config = catalog.arm_config(plan.base, arm, plan.base.seed)
+    config = replace(plan.base, **catalog.asked(arm))
     levels[name] = study_runs.accuracy_by_size(load, config, plan.workdir, problems_per_test(), name)
     file = study_runs.reading_path(plan.workdir, name, 'certainty')
     if not file.is_file() or storage.read_json(file).get('sets') != num_sets:
@@ -296,8 +296,7 @@ def report(study: catalog.Study, plan: Plan) -> None:
       arms.setdefault(catalog.reference_key(arm), arm)
   records = {name: study_runs.reference_record(
       functools.partial(reference_of, catalog.reference_name(arm.pretraining), plan),
-      plan.base if plan.unit == 'digits' else catalog.arm_config(plan.base, arm, plan.base.seed), plan.workdir,
-      problems_per_test(), name) for name, arm in arms.items()}
+      replace(plan.base, **catalog.asked(arm)), plan.workdir, problems_per_test(), name) for name, arm in arms.items()}
   results = study_results(study, plan, records)
   if study.beside == 'levels':
     results |= read_levels(study, plan, arms)

@@ -291,10 +291,15 @@ def reference_name(changes: Mapping[str, Any]) -> str:
   return '-'.join(f'{name}={value}' for name, value in changes.items())
 
 
+def asked(arm: Arm) -> dict[str, Any]:
+  """Returns the changes of an arm that give it other problems than the preset's, which its reference is tested on."""
+  return {name: value for name, value in arm.changes.items() if name == 'asks'}
+
+
 def reference_key(arm: Arm) -> str:
-  """Names the record of an arm's reference, which is tested on what the arm asks; empty for the preset's own."""
-  name, asked = reference_name(arm.pretraining), reference_name({k: v for k, v in arm.changes.items() if k == 'asks'})
-  return f'{name or "base"}-{asked}' if asked else name
+  """Names the record of an arm's reference, tested on the arm's problems; empty for the preset's own on its own."""
+  name, problems = reference_name(arm.pretraining), reference_name(asked(arm))
+  return f'{name or "base"}-{problems}' if problems else name
 
 
 def all_references() -> dict[str, Mapping[str, Any]]:

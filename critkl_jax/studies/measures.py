@@ -120,8 +120,8 @@ def make_members_test(model: LanguageModel, settings: Any, num_problems: int, me
     well formed; `kl_critical` and `kl_other`, exact KL(policy || reference) in nats per token over the first
     `READ_PROBLEMS` sampled answers, at critical tokens up to the first error and at all others (NaN without tokens).
     With rewards in Python they also hold `reward`, the mean reward of the sampled answers. `N+k` also has
-    `critical_probability`, float64 `[B]`: the mean probability of the right token at the critical tokens of each
-    problem's solution, NaN without such tokens.
+    `critical_probability`, float64: the mean probability of the right token at the critical tokens of the solution of
+    each problem that has any.
   """
   task, draw = _tests(settings)
   answer = {greedy: population.map_members(_answer(model, task, temperature, greedy), mesh) for greedy in (True, False)}
@@ -132,6 +132,7 @@ def make_members_test(model: LanguageModel, settings: Any, num_problems: int, me
   names = list(problems)  # keeps their order: PyTrees sort the keys of a dict
   longer = names[-1]
   begun = begin_solutions(task, problems[longer])
+  has_critical = np.asarray(begun[1].critical).any(1)
   problems, begun, answer_key = sharding.replicate((problems, begun, answer_key), mesh)
   batch_size = min(batch_size, num_problems)
 
@@ -165,7 +166,7 @@ def make_members_test(model: LanguageModel, settings: Any, num_problems: int, me
           member[name] = _of_member(*({key: value[i] for key, value in found[kind].items()}
                                       for kind in ('greedy', 'sampled')))
       for member, probability in zip(members, probabilities(params, bar)):
-        member[longer]['critical_probability'] = probability
+        member[longer]['critical_probability'] = probability[has_critical]
     return members
 
   return test

@@ -44,7 +44,7 @@ class Record:
     known: N of its reference.
     metrics: a row for each iteration with the metrics of `make_train_step` and of the probe; empty for a reference.
     test: a member's result of `measures.make_members_test`: for `N` and `N+k` a dict with `greedy` and `sampled` (NumPy
-      bool `[B]`) and several numbers; for `N+k` also `critical_probability` (NumPy float64 `[B]`).
+      bool `[B]`) and several numbers; for `N+k` also `critical_probability` (NumPy float64).
     about: how it was made: `seconds` of training and `test_seconds` (a member's share of the program's time), `commit`,
       `device`, `versions`.
   """

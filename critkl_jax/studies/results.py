@@ -46,7 +46,7 @@ _OF_PROBLEMS = {'greedy': ('longer', 'greedy'), 'sampled': ('longer', 'sampled')
 
 
 def run_figures(record: Record, reference: Record) -> dict[str, np.ndarray]:
-  """Computes the metrics of a run: accuracies and probabilities `[B]`, one for each problem; all other metrics `[]`.
+  """Computes the metrics of a run: accuracies `[B]`, one for each problem, and probabilities; other metrics `[]`.
 
   The learning curve is the accuracy of the rollouts, followed by the sampled accuracy of the test. Targets are sought
   in the smoothed curve, which starts at the reference's sampled accuracy if `comparable`; a run that never reaches a

@@ -8,6 +8,7 @@ from checkpoints import finetuned_workdir
 from processes import metrics, run
 
 from critkl_jax.models.huggingface import load_pretrained
+from critkl_jax.runtime import checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -71,6 +72,23 @@ def test_stories(tmp_path):
   page = (tmp_path / 'analysis' / 'report.html').read_text()
   assert 'stories each of 2 and of 3 facts' in page
   assert 'Where is' in page
+  run('finetune', '--task=stories', '--asks=facts', f'--reference={home / "reference"}', '--extra_facts=1',
+      '--num_iterations=1', '--episodes=4', '--minibatches=2', '--eval_problems=2', f'--workdir={tmp_path / "facts"}')
+  (row,) = metrics(tmp_path / 'facts')
+  assert row['reward/rouge_l'] == row['reward']
+  sample = json.loads((tmp_path / 'facts' / 'samples.jsonl').read_text().splitlines()[0])
+  assert 'Summarize: Where is' in sample['prompt']
+  run('evaluate', f'--checkpoint={home}', '--asks=facts', '--facts=1', '--num_problems=2',
+      f'--json={tmp_path / "asked.json"}')
+  assert [row['set'] for row in read(tmp_path, 'asked.json')['accuracy']] == ['1']
+  run('analyze', f'--checkpoints={tmp_path / "facts"}', '--problems=2', f'--workdir={tmp_path / "analysis_facts"}')
+  assert 'write down the facts that show' in (tmp_path / 'analysis_facts' / 'report.html').read_text()
+
+
+def test_the_reference_of_stories_in_the_package_knows_them(tmp_path):
+  run('evaluate', f'--checkpoint={checkpoint.SHIPPED_REFERENCES["stories"]}', '--facts=4', '--num_problems=64',
+      f'--json={tmp_path / "table.json"}')
+  assert read(tmp_path, 'table.json')['accuracy'][0]['accuracy'] > 0.9
 
 
 def test_export(workdir, tmp_path):
