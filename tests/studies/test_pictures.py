@@ -18,9 +18,8 @@ def made_up(study, compares=True):
       name: {'iqm': (i / 10, i / 10 - 0.05, i / 10 + 0.05)} for name in FIGURES}} for i, arm in enumerate(study.arms)}
   runs = [{'arm': label, **{name: own['figures'][name]['iqm'][0] for name in FIGURES}} for label, own in arms.items()]
   known = {'known': 5, **dict.fromkeys(('greedy', 'greedy_known', 'critical_probability'), (0.5, 0.4, 0.6))}
-  return {'question': study.question, 'primary_metrics': study.primary_metrics, 'unit': 'digits', 'extra': 1, 'arms': arms,
-          'runs': runs,
-          'references': {'': known}}
+  return {'question': study.question, 'primary_metrics': study.primary_metrics, 'unit': 'digits', 'extra': 1,
+          'arms': arms, 'runs': runs, 'references': {'': known}}
 
 
 def titles(figure):
