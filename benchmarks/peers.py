@@ -167,7 +167,7 @@ def text_iterations(repeats: int) -> dict[str, float]:
       return state, metrics
 
     found = _in_turns('text', repeats, trainer, state, iteration)
-  return found | {'reward': statistics.mean(means), 'trl_reward': statistics.mean(seen)}
+  return found | {'reward': means[0], 'trl_reward': seen[0]}  # of the same prompts, before any update
 
 
 def _in_turns(name: str, repeats: int, trainer: 'trl.GRPOTrainer', state: Any, step: Callable) -> dict[str, float]:
@@ -233,7 +233,7 @@ def grpo_trainer(directory: str, tokenizer: Any, reward: Callable, response_leng
       disable_tqdm=True, per_device_train_batch_size=RESPONSES // UPDATES, gradient_accumulation_steps=1,
       steps_per_generation=UPDATES, num_generations=PER_PROBLEM, max_completion_length=response_length,
       num_iterations=1, max_steps=UPDATES, learning_rate=1e-6, lr_scheduler_type='constant', temperature=1.0, top_k=0,
-      beta=0.5, dataloader_pin_memory=False)
+      beta=0.5, dataloader_pin_memory=False, disable_dropout=True)  # as here
   return trl.GRPOTrainer(model=transformers.GPT2LMHeadModel.from_pretrained(directory), reward_funcs=reward,
                          args=arguments, processing_class=tokenizer, train_dataset=datasets.Dataset.from_dict(columns))
 
@@ -254,7 +254,7 @@ def main() -> None:
   if TASK.value == 'text':
     found = results['text'] = text_iterations(REPEATS.value)
     print(f'text: iteration {found["iteration"]:.2f} s, TRL {found["trl"]:.2f} s: {found["ratio"]:.2f} times; mean '
-          f'rewards {found["reward"]:.3f} and {found["trl_reward"]:.3f}')
+          f'rewards of the first responses {found["reward"]:.3f} and {found["trl_reward"]:.3f}')
   for preset, episodes in zip(PRESETS.value, EPISODES.value, strict=True) if TASK.value == 'addition' else ():
     repeats = 1 if preset == 'paper' else REPEATS.value
     results[preset] = {'rollout': rollouts(preset, int(episodes), repeats)}

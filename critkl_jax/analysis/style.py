@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from critkl_jax.rl.loss_config import LossConfig
 from critkl_jax.runtime import storage
 
+SMALL_UNIFORM = 'small uniform'  # label of a uniform penalty with a smaller coefficient than the standard one
 PENALTIES = {'prioritized': '#2a6f97', 'standard': '#d9480f', 'none': '#6c757d'}
 OTHERS = ('#2b8a3e', '#7b2cbf', '#d9a400', '#d6409f', '#0fa3b1', '#7f4f24', '#9bc53d', '#343a40')
 CRITICAL, OTHER_TOKENS = OTHERS[1], OTHERS[0]  # critical tokens and all others
@@ -34,7 +35,7 @@ def split_label(label: str) -> tuple[str, str]:
   """
   parts = label.split(', ')
   for i in (0, -1):
-    if len(parts) > 1 and penalty_of(parts[i]):
+    if len(parts) > 1 and (penalty_of(parts[i]) or parts[i] == SMALL_UNIFORM):
       return parts[i], ', '.join(parts[1:] if i == 0 else parts[:-1])
   fields = dict(part.split('=', 1) for part in label.split(' ')) if re.fullmatch(r'\S+=\S+( \S+=\S+)*', label) else {}
   if len(fields) < 2:

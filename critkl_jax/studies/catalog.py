@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from critkl_jax.analysis.style import SMALL_UNIFORM
 from critkl_jax.config import flat_values, replace
 from critkl_jax.training.config import FinetuneConfig
 
@@ -124,7 +125,7 @@ def _language(condition, **asked):
   """Makes the three penalties and a small uniform one on stories."""
   three = [dataclasses.replace(arm, label=f'{arm.label}, {condition}', condition=condition,
                                changes={**arm.changes, **asked}) for arm in _THREE]
-  return *three, Arm(f'{UNIFORM_PENALTY}, {condition}', three[1].changes, condition=condition, matches=three[0].label,
+  return *three, Arm(f'{SMALL_UNIFORM}, {condition}', three[1].changes, condition=condition, matches=three[0].label,
                      by='penalty')
 
 
@@ -260,7 +261,8 @@ STUDIES: dict[str, Study] = {study.name: study for study in (
           beside='levels', task='stories', primary_metrics=('greedy', 'reward', 'greedy_known', 'kl_other'),
           note='Answers: where a person or an object is, after the facts that show it; the reward is 1 or 0. '
                'Summaries: these facts alone, in their order; the reward is the F-measure of ROUGE-L, in Python. The '
-               'reference in the package is that of both.'),
+               'reference in the package is that of both. The small uniform penalty has one weight for all tokens and '
+               "the effective coefficient of the prioritized penalty's run with the same seed."),
     Study('overconfidence', 'the known criticism, and footnote 2',
           'How often is a reference sure and wrong at critical tokens, and does an ensemble of references help?',
           _OVERCONFIDENCE, (('certainty of three references', 'certainty of the reference'),

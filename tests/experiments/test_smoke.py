@@ -85,6 +85,7 @@ def test_stories(tmp_path):
   assert 'write down the facts that show' in (tmp_path / 'analysis_facts' / 'report.html').read_text()
 
 
+@pytest.mark.slow
 def test_the_reference_of_stories_in_the_package_knows_them(tmp_path):
   run('evaluate', f'--checkpoint={checkpoint.SHIPPED_REFERENCES["stories"]}', '--facts=4', '--num_problems=64',
       f'--json={tmp_path / "table.json"}')
