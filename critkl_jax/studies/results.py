@@ -237,8 +237,9 @@ def _reference(record):
     values = np.asarray(test[digits][kind], np.float64)
     found[name] = (share_interval(values.sum(), values.size) if kind in ('greedy', 'sampled') else
                    of_share(problem_statistics(values), values.size))
-  found |= {name: (float(own['reward']), np.nan, np.nan) for name, own in (('reward', test['longer']), ('reward_known', test['N']))
-            if 'reward' in own}
+  for name, own in (('reward', test['longer']), ('reward_known', test['N'])):
+    if 'reward' in own:
+      found[name] = float(own['reward']), np.nan, np.nan
   return found | {'known': record.known, 'num_problems': len(test['longer']['greedy'])}
 
 

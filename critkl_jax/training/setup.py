@@ -12,6 +12,9 @@ from critkl_jax.tasks.task import Task, check_vocabulary, knows_critical_tokens
 from critkl_jax.training import slices
 from critkl_jax.training.config import FinetuneConfig
 
+# With rewards on the host responses have any length: passes are compiled at these parts of the usual length, too.
+_PARTS = (4, 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -42,7 +45,9 @@ class Setup:
     check_vocabulary(task, model.vocab_size)
     if gate in READ_CRITICAL and not knows_critical_tokens(task):
       raise ValueError(f'kl_gate: {gate!r} needs critical tokens, which this task does not know; take another gate.')
-    shorter = (task.solution_length,) if 0 < task.solution_length < task.response_length else ()
+    usual = task.solution_length or task.response_length
+    parts = [usual // n for n in _PARTS] if task.host else []
+    shorter = tuple(n for n in (*parts, usual) if 0 < n < task.response_length)
     return cls(model, task, config, make_scorer(model), shorter)
 
 

@@ -28,7 +28,7 @@ def reference(tmp_path_factory):
   return checkpoint.load_checkpoint(home)
 
 
-def test_a_run_with_rewards_in_python_has_the_record_of_any_other(reference, tmp_path):
+def test_a_run_with_rewards_in_python_has_the_record_of_any_other(standard_promotion, reference, tmp_path):
   asked = [replace(BASE, asks=asks, seed=3) for asks in ('place', 'facts')]
   answers, summaries = (study_runs.run_members([config], BASE, reference, tmp_path, 6)[0] for config in asked)
   assert (answers.name, summaries.name) == ('seed=3', 'asks=facts-seed=3')

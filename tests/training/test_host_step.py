@@ -17,6 +17,7 @@ from critkl_jax.tasks.host_side import Answers, HostSide
 from critkl_jax.tasks.questions import prompted_task
 from critkl_jax.tasks.rewards import RewardError
 from critkl_jax.tasks.text_tokenizer import TextTokenizer
+from critkl_jax.training import setup
 from critkl_jax.training.config import FinetuneConfig
 from critkl_jax.training.host_step import make_host_step
 from critkl_jax.training.initial_state import Hyperparameters, init_finetuning
@@ -66,8 +67,9 @@ def reference():
   return LETTERS.init(jax.random.key(0))
 
 
-def test_two_programs_compute_what_one_computes(reference):
+def test_two_programs_compute_what_one_computes(reference, monkeypatch):
   """The same problems, noise and rewards: states and metrics are those of the step with a reward on the device."""
+  monkeypatch.setattr(setup, '_PARTS', ())  # other lengths of the passes change rounding
   on_device = dataclasses.replace(letter_task(), sample=lambda key: jnp.int32(2))
   one, two = (advance(make(LETTERS, task, SMALL), init_finetuning(LETTERS, SMALL, reference), 3)
               for make, task in ((make_train_step, on_device), (make_host_step, letters_on_host())))
