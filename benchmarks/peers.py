@@ -8,7 +8,7 @@ Everything runs on the CPU in one process, in turns. Only response tokens up to 
 gets that end as a stopping criterion. A GRPO step and an iteration here are 96 responses, 8 to each of 12 problems, a
 reward, a reference pass and one epoch of three updates. The size `qwen3` is a small Qwen3 with random weights, whose
 responses all have the same length. `--task=text` times an iteration with a reward in Python alone: summaries of stories
-of nine facts by the reference in the package, rewarded by ROUGE-L.
+of ten facts by the reference in the package, rewarded by ROUGE-L.
 """
 
 import re
@@ -131,7 +131,7 @@ def iterations(preset: str, repeats: int) -> dict[str, float]:
 def text_iterations(repeats: int) -> dict[str, float]:
   """Times whole iterations of fine-tuning on summaries of stories with a reward in Python, here and in TRL."""
   reference = checkpoint.load_checkpoint(checkpoint.SHIPPED_REFERENCES['stories'])
-  config = FinetuneConfig(task='stories', stories=StoriesFinetuning(4, 'facts'), episodes=RESPONSES,
+  config = FinetuneConfig(task='stories', stories=StoriesFinetuning(asks='facts'), episodes=RESPONSES,
                           episodes_per_problem=PER_PROBLEM, minibatches=UPDATES, learning_rate=1e-6)
   task = stories_of(reference.info.task.finetuned(config.stories))
   model = gpt2(config.model_of(reference.info.model))

@@ -18,7 +18,7 @@ from critkl_jax.tasks import known_tasks
 from critkl_jax.tasks.known_tasks import known_task_of, to_json_object
 from critkl_jax.tasks.questions import TextFinetuning
 from critkl_jax.tasks.rewards import RewardError, worker
-from critkl_jax.tasks.stories import by_facts
+from critkl_jax.tasks.stories import StoriesFinetuning, by_facts
 from critkl_jax.tasks.task import Task, check_vocabulary
 from critkl_jax.tasks.text_tokenizer import TokenizerError
 from critkl_jax.training.config import FinetuneConfig
@@ -161,7 +161,8 @@ def refuse_text() -> Iterator[None]:
 def check_facts(found: checkpoint.Checkpoint, facts: list[int] | None) -> list[int]:
   """Returns the numbers of facts to test a checkpoint on, or exits with one line if they do not fit its context."""
   settings, context = found.info.task, found.info.model.context_length
-  numbers = facts or [settings.known_facts, settings.known_facts + (settings.extra_facts or 4)]
+  extra = settings.extra_facts or StoriesFinetuning.extra_facts
+  numbers = facts or [settings.known_facts, settings.known_facts + extra]
   task, _ = by_facts(settings, numbers)
   check_rewards(task)
   if task.prompt_length + task.response_length > context:

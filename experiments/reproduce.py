@@ -49,7 +49,7 @@ class Defaults:
   Attributes:
     studies: names of studies, or `core`, or `all`.
     seeds: number of seeds of each arm; each study's own number if None.
-    problems: number of test problems of N, and of N + k digits.
+    problems: number of test problems of N, and of N + k.
   """
 
   studies: tuple[str, ...] = ('core',)
@@ -66,14 +66,15 @@ DEFAULTS = {
     'paper': Defaults(),
 }
 WORKDIR = flags.DEFINE_string('workdir', 'runs/studies', 'Directory of runs and studies; each preset needs its own.')
-STUDY = flags.DEFINE_list('study', None, 'Names of studies, or core, or all; core if not given, and '
+STUDY = flags.DEFINE_list('study', None, 'Names of studies, or core, or all; core if not given, '
+                          'natural_language at preset stories, and '
                           f'{", ".join(DEFAULTS["smoke"].studies)} at preset smoke.')
 PRESET = flags.DEFINE_enum('preset', 'tiny', list(DEFAULTS),
                            'Settings of reference and runs, which the arms change.')
 LIST = flags.DEFINE_boolean('list', False, 'Print the studies, their missing runs, and the time that these will take.')
 SEEDS = flags.DEFINE_integer('seeds', None, "Seeds of each arm; each study's own number if not given, and "
                              f'{DEFAULTS["smoke"].seeds} at preset smoke.', 1, 10_000)
-PROBLEMS = flags.DEFINE_integer('problems', None, 'Test problems of N, and of N + k digits; '
+PROBLEMS = flags.DEFINE_integer('problems', None, 'Test problems of N, and of N + k; '
                                 f'{DEFAULTS["tiny"].problems} if not given, and {DEFAULTS["smoke"].problems} at preset '
                                 'smoke.', 1, MOST_PROBLEMS)
 MEMBERS = flags.DEFINE_integer('members', 16, 'Most runs that train together.', lower_bound=1)
@@ -318,7 +319,7 @@ def read_studies(names: Sequence[str]) -> list[catalog.Study]:
     group = {'core': core, 'all': fitting}.get(name, (name,))
     parsing.check_known('study', group, ['core', 'all', *catalog.STUDIES])
     for study in set(group) - set(fitting):
-      other = next(preset for preset in DEFAULTS if FINETUNE_PRESETS[preset].task == catalog.STUDIES[study].task)
+      other = next(preset for preset in references.SHIPPED if references.SHIPPED[preset] == catalog.STUDIES[study].task)
       refuse(f"--study: {study} is on the task '{catalog.STUDIES[study].task}', and preset {PRESET.value} on '{task}'; "
              f'give --preset={other}, and a workdir of its own.')
     found |= {study: references.with_numbers(references.suited(catalog.STUDIES[study], PRESET.value), PRESET.value)

@@ -61,7 +61,7 @@ class Study:
     panels: metric -> label of the learning curves to draw.
     num_seeds: seeds of each arm.
     primary_metrics: the metrics on which the page's verdicts rest.
-    beside: measurements of the references that the page also shows: `levels`, their accuracy on N to N + 3 digits and
+    beside: measurements of the references that the page also shows: `levels`, their accuracy from N on and
       their certainty; or `overconfidence`, how often each and their ensemble are sure of a wrong critical token.
     note: explanation of the arms for the reader of the page.
     reads: kind of results: `runs`; `tokens` of a reference's generations, without training; `ladder` for climbs.

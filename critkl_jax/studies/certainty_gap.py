@@ -26,7 +26,7 @@ def certainty_results(tokens: dict[str, np.ndarray], num_sets: int, confidence: 
   Counts only tokens that follow no wrong token.
 
   Args:
-    tokens: result of `reading.read_tokens`, sampled from the reference, all with one number of digits.
+    tokens: result of `reading.read_tokens`, sampled from the reference, all of one size.
     num_sets: number of consecutive sets of generations over which the interval of the gap is taken.
     confidence: level of the intervals.
     num_resamples: number of bootstrap resamples over responses.

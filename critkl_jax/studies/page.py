@@ -118,7 +118,7 @@ def page_of(results: dict[str, Any]) -> str:
     lines += ['## Where the references are unsure', '',
               *certainty_lines(results['certainty'], results['extra'], results['unit']), '']
   if results.get('words'):
-    lines += ['## Which words the references are unsure of', '', *words_lines(results['words']), '']
+    lines += ['## Which words and phrases the references are unsure of', '', *words_lines(results['words']), '']
   if 'overconfidence' in results:
     lines += ['## How often references are sure and wrong', '', *overconfidence_lines(results['overconfidence']), '']
   lines += ['## What the runs say', '', *_judged_table(results), '', *_arms_table(results), '',

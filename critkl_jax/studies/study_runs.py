@@ -52,7 +52,7 @@ def run_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
 def reading_path(workdir: pathlib.Path, name: str, kind: str) -> pathlib.Path:
   """Returns the path of a model's further measurements; an empty name means `base`.
 
-  `kind` is `levels` (accuracy by number of digits), `certainty` or `overconfidence`.
+  `kind` is `levels` (accuracy by size of problem), `certainty` or `overconfidence`.
   """
   return workdir / 'references' / f'{name or "base"}.{kind}.json'
 

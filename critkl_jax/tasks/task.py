@@ -34,8 +34,8 @@ class Task:
       detectors that compare with a solution are then left out.
     well_formed: (problem, actions `[T]`, mask `[T]`) -> bool `[]`, whether a response has the form of an answer, right
       or wrong. None if the task does not judge form.
-    solution_length: most tokens of a right response; 0 if not known. Passes over episodes that are
-      no longer are cut to this length.
+    solution_length: most tokens of a right response; 0 if not known. Passes over episodes that are no longer are cut
+      to this length; with `host` also to a half and a quarter of it, or of `response_length` if it is not known.
     draft: (problem, actions, num_actions `[]`, size) -> int32 `[size]`: guesses of the tokens after the first
       `num_actions` of the response, -1 for no guess. It makes rollouts faster and changes nothing else. None if the
       task has no draft.
@@ -151,7 +151,7 @@ def check_vocabulary(task: Task, vocab_size: int) -> None:
 
 
 def knows_critical_tokens(task: Task) -> bool:
-  """Returns whether the solutions of a task mark critical tokens; only shapes are traced."""
+  """Returns whether the solutions of a task mark critical tokens; only shapes are traced, of a problem on the host."""
   if task.solution is None:
     return False
   if task.host is not None:

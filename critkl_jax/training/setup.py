@@ -12,7 +12,8 @@ from critkl_jax.tasks.task import Task, check_vocabulary, knows_critical_tokens
 from critkl_jax.training import slices
 from critkl_jax.training.config import FinetuneConfig
 
-# With rewards on the host responses have any length: passes are compiled at these parts of the usual length, too.
+# With rewards on the host responses have any length: passes are also compiled at these parts of the longest solution's,
+# or of the longest response's where no solution is known.
 _PARTS = (4, 2)
 
 

@@ -140,7 +140,7 @@ BAD = {
     'reproduce': WORKDIRS | {
         '--workdir=FOLDER/broken': 'studies.json',
         '--study=': '--study: expected names', '--study=drif': "the nearest is 'drift'", '--study=drift,,': '--study',
-        '--study=natural_language': 'give --preset=stories', '--study=drift --preset=stories': 'give --preset=smoke',
+        '--study=natural_language': 'give --preset=stories', '--study=drift --preset=stories': 'give --preset=tiny',
         '--minutes=nan': '--minutes', '--minutes=-1': '--minutes', '--seeds=0': '--seeds',
         f'--problems={2**40}': '--problems', '--preset=tini': 'the nearest is tiny'},
 }

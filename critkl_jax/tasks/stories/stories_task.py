@@ -15,7 +15,7 @@ import numpy as np
 
 from critkl_jax.tasks.host_side import Answers, HostSide
 from critkl_jax.tasks.rewards import functions
-from critkl_jax.tasks.stories.config import FACTS, PLACE, Stories
+from critkl_jax.tasks.stories.config import FACTS, PLACE, Stories, StoriesFinetuning
 from critkl_jax.tasks.stories.story import Story, sample_story
 from critkl_jax.tasks.stories.text import (
   NEWLINE,
@@ -40,8 +40,8 @@ def stories(least: int, most: int, vocab_size: int = 0, margin: int = MARGIN, as
   Args:
     least: the fewest facts, 1 or more.
     most: M, the most facts; it determines the sizes of arrays.
-    vocab_size: the model's vocabulary size, to which the words are padded; 0 for no padding.
-    margin: words that a response may have beyond the longest chain.
+    vocab_size: the model's vocabulary size, to which the tokens are padded; 0 for no padding.
+    margin: tokens that a response may have beyond the longest chain.
     asks: what is asked for: `place`, `facts`, or both, each with probability 1/2.
 
   Raises:
@@ -68,7 +68,8 @@ def summaries(least: int, most: int, vocab_size: int = 0) -> Task:
   """Makes the task of summarisation by extraction: the facts that a question needs, in their order.
 
   The reward is the F-measure of ROUGE-L against the right facts, in Python: a share of them, or facts too many, are
-  rewarded in part. Success is 1, exactly the right facts. Arguments and errors as in `stories`.
+  rewarded in part. Success is 1: the right facts, whatever the punctuation, which ROUGE-L does not see. Arguments and
+  errors as in `stories`.
   """
   task = stories(least, most, vocab_size, asks=(FACTS,))
 
@@ -147,13 +148,13 @@ def by_facts(settings: Stories, facts: Sequence[int] | None = None
 
   Args:
     settings: give N and k.
-    facts: numbers of facts; None for N and N + k (N + 4 if k is 0).
+    facts: numbers of facts; None for N and N + k (N + 6 if k is 0).
 
   Returns:
     The task, with arrays for the longest stories, and `(key, B) -> {name: problems [B]}`.
   """
   known = settings.known_facts
-  numbers = [known, known + (settings.extra_facts or 4)] if facts is None else list(facts)
+  numbers = [known, known + (settings.extra_facts or StoriesFinetuning.extra_facts)] if facts is None else list(facts)
 
   def draw(key, num_problems):
     return {str(n): draw_stories(jax.random.fold_in(key, n), num_problems, n, max(numbers), settings.asks)

@@ -47,7 +47,8 @@ class WordTokenizer:
   """Maps the words of stories to token ids and back.
 
   Attributes:
-    vocab_size: number of token ids; 0 for one id per word. A larger number pads the vocabulary to a larger model's.
+    vocab_size: number of token ids; 0 for one id per word or phrase. A larger number pads the vocabulary to a larger
+      model's.
   """
 
   vocab_size: int = 0
