@@ -60,6 +60,24 @@ def test_two_hosts_train_what_one_does_and_one_reads_it(reference, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_hosts_reward_their_own_responses_in_python(tmp_path):
+  """Each host calls the reward functions for the responses of its devices; the run is that of one host."""
+  flags = ('--preset=stories', '--asks=facts', '--extra_facts=1', '--num_iterations=2', '--episodes=8',
+           '--minibatches=2', '--eval_problems=4', '--save_every=1', '--rollout=cached')
+  run('finetune', *flags, f'--workdir={tmp_path / "one"}')
+  processes = start_hosts('finetune', *flags, f'--workdir={tmp_path / "two"}', '--mesh=data:4')
+  for code, _, err in map(finish, processes):
+    assert code == 0, err
+  one, two = (metrics(tmp_path / name) for name in ('one', 'two'))
+  assert [row['step'] for row in two] == [1, 2]
+  for wanted, got in zip(one, two):
+    assert 0 < got['reward'] == pytest.approx(got['reward/rouge_l'])
+    assert got == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+  samples = [json.loads(line) for line in (tmp_path / 'two' / 'samples.jsonl').read_text().splitlines()]
+  assert {sample['step'] for sample in samples} == {1, 2}
+
+
+@pytest.mark.slow
 def test_two_hosts_share_the_members_of_a_study(reference, tmp_path):
   flags = ('--seeds=2', '--certainty_exponents=0,150')
   for name, launch in (('one', run), ('two', start_hosts)):
