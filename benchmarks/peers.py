@@ -131,7 +131,7 @@ def iterations(preset: str, repeats: int) -> dict[str, float]:
 def text_iterations(repeats: int) -> dict[str, float]:
   """Times whole iterations of fine-tuning on summaries of stories with a reward in Python, here and in TRL."""
   reference = checkpoint.load_checkpoint(checkpoint.SHIPPED_REFERENCES['stories'])
-  config = FinetuneConfig(task='stories', stories=StoriesFinetuning(asks='facts'), episodes=RESPONSES,
+  config = FinetuneConfig(task='stories', stories=StoriesFinetuning(extra_facts=6, asks='facts'), episodes=RESPONSES,
                           episodes_per_problem=PER_PROBLEM, minibatches=UPDATES, learning_rate=1e-6)
   task = stories_of(reference.info.task.finetuned(config.stories))
   model = gpt2(config.model_of(reference.info.model))

@@ -48,7 +48,7 @@ CHECKPOINTS = flags.DEFINE_list('checkpoints', [str(checkpoint.SHIPPED_REFERENCE
                                 'Workdirs, checkpoint directories or step directories.')
 REFERENCE = flags.DEFINE_string('reference', None, "Checkpoint of the reference; each run's own if not given.")
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N and N+1 if not given.')
-FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N + k, or N + 6 of a pre-trained model, if not '
+FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N + k, or N + 4 of a pre-trained model, if not '
                           'given.')
 PROBLEMS = flags.DEFINE_integer('problems', reading.PROBLEMS, 'Problems of each number of digits, or questions of each '
                                 'set.', 1, MOST_PROBLEMS)

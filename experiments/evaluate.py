@@ -33,7 +33,7 @@ CHECKPOINT = flags.DEFINE_string(
     'checkpoint', str(checkpoint.SHIPPED_REFERENCE), 'Workdir, checkpoint directory or step directory.')
 STEP = flags.DEFINE_integer('step', None, 'Step of a run to test; the latest if not given.')
 DIGITS = flags.DEFINE_list('digits', None, 'Digits of the longer operand; N, N+1 and N+2 if not given.')
-FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N + k, or N + 6 of a pre-trained model, if not '
+FACTS = flags.DEFINE_list('facts', None, 'Facts of the stories; N and N + k, or N + 4 of a pre-trained model, if not '
                           'given.')
 ASKS = flags.DEFINE_enum('asks', None, [PLACE, FACTS_ALONE], 'What is asked of stories; as in training if not given.')
 DISTRIBUTION = flags.DEFINE_multi_enum(

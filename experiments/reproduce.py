@@ -280,11 +280,13 @@ def read_levels(study: catalog.Study, plan: Plan, arms: dict[str, catalog.Arm]) 
       tokens = read_generations(study, plan, load(), config)
       settings = study_runs.settings_of(load(), config)
       files.write_json(file, {'known': known_task_of(settings).sizes(settings)[0],
-                              **certainty_results(tokens, num_sets), 'words': least_certain_words(tokens),
+                              **certainty_results(tokens, num_sets),
+                              **({} if plan.unit == 'digits' else {'words': least_certain_words(tokens)}),
                               'about': study_runs.describe_machine()})
     certainty[name] = with_exact_shares(storage.read_json(file))
-    words[name] = certainty[name].get('words')
-  return {'levels': levels, 'certainty': certainty, 'words': {} if plan.unit == 'digits' else words}
+    if 'words' in certainty[name]:
+      words[name] = certainty[name]['words']
+  return {'levels': levels, 'certainty': certainty, 'words': words}
 
 
 def report(study: catalog.Study, plan: Plan) -> None:

@@ -308,6 +308,12 @@ def test_a_config_that_had_gates_in_its_loss_is_read():
   assert config_lib.from_dict(FinetuneConfig, older) == config_lib.replace(found, kl_gate='none')
 
 
+def test_a_run_of_addition_that_was_saved_with_settings_of_stories_is_read():
+  saved = dataclasses.asdict(FinetuneConfig())
+  saved['stories'] = {'extra_facts': 4}  # as saved before `asks` was added
+  assert config_lib.from_dict(FinetuneConfig, saved) == FinetuneConfig()
+
+
 def test_what_may_differ_when_a_run_is_resumed():
   machine = set(config_lib.flat_fields(MachineConfig))
   assert machine == {'dtype', 'attention', 'remat', 'scan_layers', 'rollout', 'window', 'save_every', 'max_to_keep',

@@ -114,7 +114,7 @@ def words_lines(words: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
   """Formats `certainty_gap.least_certain_words` of each reference as a table."""
   rows = [[name or 'base', f'`{one["word"].strip() or "line break"}`',
            *(f'{100 * one[key]:.1f}' for key in ('least_certain', 'everywhere', 'critical', 'right'))]
-          for name, own in words.items() for one in own or ()]
+          for name, own in words.items() for one in own]
   return ['The words or phrases that a reference wrote at the 5 % of tokens at which it was least certain, up to the '
           'first wrong one.', '', *table(
               ['reference', 'word', 'share of the least certain tokens (%)', 'share of all tokens (%)',

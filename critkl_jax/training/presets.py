@@ -3,7 +3,7 @@
 from critkl_jax.models.architectures import ModelConfig
 from critkl_jax.rl.loss_config import LossConfig
 from critkl_jax.tasks.addition.config import AdditionFinetuning, AdditionPretraining
-from critkl_jax.tasks.stories.config import StoriesPretraining
+from critkl_jax.tasks.stories.config import StoriesFinetuning, StoriesPretraining
 from critkl_jax.tasks.stories.text import WORDS
 from critkl_jax.training.config import FinetuneConfig, PretrainConfig
 
@@ -39,7 +39,8 @@ FINETUNE_PRESETS = {
     'smoke': FinetuneConfig(num_iterations=2, episodes=4, minibatches=2, save_every=1, eval_problems=4),
     'tiny': FinetuneConfig(),
     'small': FinetuneConfig(num_iterations=30),
-    'stories': FinetuneConfig(task='stories', num_iterations=30, episodes=192, learning_rate=2e-4),
+    'stories': FinetuneConfig(
+        task='stories', stories=StoriesFinetuning(6), num_iterations=30, episodes=192, learning_rate=2e-4),
     # Section 5.3 of the paper: A2C with GAE and a critic, one pass over 50 episodes.
     'paper': FinetuneConfig(
         loss=LossConfig(algorithm='a2c', value_coefficient=0.1, entropy_coefficient=0.0005, kl_coefficient=5.0),

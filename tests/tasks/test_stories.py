@@ -165,13 +165,13 @@ def test_the_tokenizer_writes_and_reads_texts(texts):
 def test_settings_are_saved_and_checked():
   known, settings = KNOWN_TASKS['stories'], Stories(5, vocab_size=61)
   tuned = known.finetuned(settings, FinetuneConfig(task='stories'))
-  assert tuned == Stories(5, 6, 61)
+  assert tuned == Stories(5, 4, 61)
   assert from_json_object(to_json_object(tuned)) == tuned
   assert known.make(tuned).tokenizer.vocab_size == 61
-  assert list(known.named_sets(tuned)) == list(known.before_and_after(jax.random.key(0), tuned, 3)) == ['N', 'N+6']
+  assert list(known.named_sets(tuned)) == list(known.before_and_after(jax.random.key(0), tuned, 3)) == ['N', 'N+4']
   task, draw = by_facts(tuned)
   drawn = draw(jax.random.key(0), 7)
-  assert {name: set(one.length.tolist()) for name, one in drawn.items()} == {'5': {5}, '11': {11}}
+  assert {name: set(one.length.tolist()) for name, one in drawn.items()} == {'5': {5}, '9': {9}}
   assert task.prompt(jax.tree.map(lambda x: x[0], drawn['5'])).tokens.shape == (task.prompt_length,)
   for wrong in (lambda: Stories(0), lambda: StoriesPretraining(101), lambda: stories(3, 2), lambda: Stories(1, -1),
                 lambda: StoriesFinetuning(asks='all')):

@@ -34,7 +34,7 @@ class StoriesFinetuning:
       0 on the device; or `facts` alone, in their order (summarisation by extraction), rewarded in Python by ROUGE-L.
   """
 
-  extra_facts: int = 6
+  extra_facts: int = 4
   asks: str = PLACE
 
   def __post_init__(self):

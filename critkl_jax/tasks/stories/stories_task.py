@@ -148,7 +148,7 @@ def by_facts(settings: Stories, facts: Sequence[int] | None = None
 
   Args:
     settings: give N and k.
-    facts: numbers of facts; None for N and N + k (N + 6 if k is 0).
+    facts: numbers of facts; None for N and N + k (N + 4 if k is 0).
 
   Returns:
     The task, with arrays for the longest stories, and `(key, B) -> {name: problems [B]}`.
